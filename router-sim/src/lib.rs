@@ -1,0 +1,14 @@
+//! Everything about expert routing that needs no tensor: where experts live ([`placement`]), how tokens are
+//! shared out among copies ([`split`]), how loaded they are ([`load`]), and the recorded history ([`trace`]).
+//! The serving engine imports these modules, so what is simulated is what is served.
+
+pub mod error;
+pub mod load;
+pub mod placement;
+pub mod split;
+pub mod trace;
+
+pub use error::Error;
+
+/// Shorthand for this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,1 @@
+//! Shape and type checks shared by all backends.

@@ -1,0 +1,409 @@
+//! A device that computes. [`Backend`] is a set of coarse operations with preallocated outputs; the doc of
+//! each method is its formula, and the CPU implementation is the semantics every other backend must match.
+//!
+//! Numerics every backend keeps (ARCHITECTURE.md, numerics contract): sums accumulate in f32; the order of
+//! every reduction is fixed per output element and does not depend on the number of rows in the call, on how
+//! rows are grouped into calls, or on threads. So a row's result has the same bits alone and in any batch.
+
+pub mod check;
+pub mod cpu;
+pub mod reference;
+mod tensor;
+
+use crate::error::Result;
+use crate::spec::{Activation, NormKind, Router};
+pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
+
+/// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, already dequantised, before a backend packs it.
+#[derive(Debug, Clone)]
+pub struct HostMatrix {
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Row-major elements, `n * k` of them.
+    pub data: HostData,
+}
+
+/// Elements of a [`HostMatrix`].
+#[derive(Debug, Clone)]
+pub enum HostData {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<half::bf16>),
+}
+
+/// A weight matrix `[n, k]` in the backend's own layout.
+pub struct Matrix {
+    /// Packed elements (padding included); the layout is the backend's affair.
+    pub data: Tensor,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+}
+
+/// The matrices of one gated MLP: `act(gate x, up x)` then `down`. One expert, a shared expert or a dense MLP.
+pub struct HostMlp {
+    /// `[intermediate, hidden]`
+    pub gate: HostMatrix,
+    /// `[intermediate, hidden]`
+    pub up: HostMatrix,
+    /// `[hidden, intermediate]`
+    pub down: HostMatrix,
+    /// Biases of gate, up (`intermediate` each) and down (`hidden`), where the model has them.
+    pub bias: Option<HostMlpBias>,
+}
+
+/// See [`HostMlp::bias`].
+pub struct HostMlpBias {
+    /// `[intermediate]`
+    pub gate: Vec<f32>,
+    /// `[intermediate]`
+    pub up: Vec<f32>,
+    /// `[hidden]`
+    pub down: Vec<f32>,
+}
+
+/// One gated MLP in the backend's own layout. All its memory is in `parts`, so that a copy of an expert moves
+/// to another rank of the same backend by copying the parts one by one.
+pub struct Mlp {
+    /// Packed tensors in an order known to the backend.
+    pub parts: Vec<Tensor>,
+    /// Width of input and output.
+    pub hidden: usize,
+    /// Width between the two matrices.
+    pub intermediate: usize,
+}
+
+/// `kv_b_proj` of one MLA layer in the backend's own layout, for the expanded and the absorbed form.
+pub struct MlaWeights {
+    /// Packed tensors in an order known to the backend.
+    pub parts: Vec<Tensor>,
+    /// Heads on this rank.
+    pub heads: usize,
+    /// Width of the latent.
+    pub latent: usize,
+    /// Width of a key head without rotary.
+    pub nope_dim: usize,
+    /// Width of a value head.
+    pub v_dim: usize,
+}
+
+/// Shape of one layer's KV cache on one rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvShape {
+    /// Keys and values per head.
+    Gqa {
+        /// KV heads on this rank.
+        kv_heads: usize,
+        /// Width of one head.
+        head_dim: usize,
+    },
+    /// One latent and one rotary key per token.
+    Mla {
+        /// Width of the latent.
+        latent: usize,
+        /// Width of the rotary key.
+        rope_dim: usize,
+    },
+}
+
+/// One layer's paged KV cache in the backend's own layout.
+pub struct KvCache {
+    /// Packed tensors in an order known to the backend.
+    pub parts: Vec<Tensor>,
+    /// What one token stores.
+    pub shape: KvShape,
+    /// Element type: the activation type of the run.
+    pub dtype: DType,
+    /// Tokens per block; a multiple of 16.
+    pub block_size: usize,
+    /// Blocks in the pool.
+    pub blocks: usize,
+}
+
+/// The rows of one sequence in a batch: a run of consecutive positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeqSpan {
+    /// First batch row.
+    pub row: u32,
+    /// Number of rows; at least 1.
+    pub rows: u32,
+    /// Position of the first row; everything before it is in the cache already.
+    pub position: u32,
+    /// Tokens of the prompt: rows at positions below it take MLA's expanded form, the others the absorbed one.
+    pub prompt_len: u32,
+    /// Where this sequence's blocks start in [`AttentionBatch::block_table`].
+    pub first_block: u32,
+}
+
+/// Which rows of a batch belong to which sequence, and where their KV lives.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionBatch<'a> {
+    /// Sequences in row order, covering all rows.
+    pub spans: &'a [SeqSpan],
+    /// Block numbers: position p of a span is in block `block_table[first_block + p / block_size]`.
+    pub block_table: &'a [u32],
+}
+
+impl AttentionBatch<'_> {
+    /// Rows of all spans.
+    pub fn rows(&self) -> usize {
+        self.spans.iter().map(|s| s.rows as usize).sum()
+    }
+}
+
+/// Arguments of [`Backend::attention_gqa`].
+pub struct GqaArgs<'a> {
+    /// Queries `[rows, heads * head_dim]`, rotated.
+    pub q: View<'a>,
+    /// Keys and values of all positions up to and including this batch's rows.
+    pub cache: &'a KvCache,
+    /// Rows and blocks.
+    pub batch: AttentionBatch<'a>,
+    /// Query heads on this rank; a multiple of the cache's KV heads.
+    pub heads: usize,
+    /// Scores are multiplied by this.
+    pub scale: f32,
+    /// Attend to the last `window` positions only, the row's own included.
+    pub window: Option<usize>,
+    /// `[1, heads]` f32: one more logit in each head's softmax, without a value.
+    pub sinks: Option<View<'a>>,
+}
+
+/// Arguments of [`Backend::attention_mla`].
+pub struct MlaArgs<'a> {
+    /// Queries `[rows, heads * (nope_dim + rope_dim)]`; the rotary part of each head is rotated.
+    pub q: View<'a>,
+    /// Latents and rotary keys of all positions up to and including this batch's rows.
+    pub cache: &'a KvCache,
+    /// `kv_b_proj` of this layer.
+    pub weights: &'a MlaWeights,
+    /// Rows and blocks.
+    pub batch: AttentionBatch<'a>,
+    /// Scores are multiplied by this.
+    pub scale: f32,
+}
+
+/// Arguments of [`Backend::rope`].
+pub struct RopeArgs<'a> {
+    /// `[positions, dim]` f32: `dim / 2` cosines, then `dim / 2` sines.
+    pub table: View<'a>,
+    /// Row of `table` for each row of the data.
+    pub rows: &'a [u32],
+    /// Heads per row.
+    pub heads: usize,
+    /// Elements from one head to the next.
+    pub head_stride: usize,
+    /// Where in a head the rotating part starts.
+    pub offset: usize,
+    /// Width of the rotating part.
+    pub dim: usize,
+    /// Pairs are (2i, 2i+1) rather than (i, i + dim/2).
+    pub interleaved: bool,
+}
+
+/// Arguments of [`Backend::norm`].
+#[derive(Clone, Copy)]
+pub struct NormArgs<'a> {
+    /// RMS or mean-and-variance.
+    pub kind: NormKind,
+    /// Added to the variance.
+    pub eps: f32,
+    /// `[1, width]` f32.
+    pub weight: View<'a>,
+    /// `[1, width]` f32, for [`NormKind::Layer`].
+    pub bias: Option<View<'a>>,
+    /// Columns of `x` that form one vector: `width` divides them, and each group of `width` is normed by itself.
+    pub width: usize,
+}
+
+/// Grouped rows for [`Backend::experts`].
+pub struct ExpertsArgs<'a> {
+    /// Activations `[rows, hidden]`, sorted by slot.
+    pub rows: View<'a>,
+    /// Rows `offsets[s]..offsets[s + 1]` belong to slot `s`; `slots.len() + 1` entries.
+    pub offsets: &'a [usize],
+    /// The slot table; an empty slot has no rows.
+    pub slots: &'a [Option<Mlp>],
+    /// What happens between the two matrices.
+    pub activation: Activation,
+}
+
+/// Arguments of [`Backend::combine`].
+pub struct CombineArgs<'a> {
+    /// Expert outputs `[_, hidden]`, in any order.
+    pub rows: View<'a>,
+    /// For token `t`, choice `j`, part `x`: which of `rows` holds it; index `(t * top_k + j) * parts + x`.
+    pub index: &'a [u32],
+    /// `[tokens, top_k]` f32.
+    pub weights: View<'a>,
+    /// Ranks that each computed a part of an expert's sum (the tensor split inside an expert); 1 without.
+    pub parts: usize,
+}
+
+/// A device that computes. Object-safe; one value per rank. See the module doc for what all methods keep.
+///
+/// Shapes are asserted (a wrong one is a bug above); `Err` means the device itself failed or is full.
+/// "activation type" is F32 or Bf16; every method that reads activations takes either, and writes `out` in the
+/// type of `out`, rounding to nearest even once, from f32.
+pub trait Backend: Send + Sync {
+    /// The memory space of all tensors made here.
+    fn device(&self) -> DeviceId;
+
+    /// One line for logs: device, instruction set, threads.
+    fn describe(&self) -> String;
+
+    // ---- memory
+
+    /// A zeroed tensor.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] when the device is full.
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
+
+    /// Copies host bytes (row-major, contiguous, little endian) into `dst`.
+    fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()>;
+
+    /// Copies `src` into host bytes, row-major and contiguous.
+    fn download(&self, src: View<'_>, dst: &mut [u8]) -> Result<()>;
+
+    /// `dst = src`, converted where the types differ (f32 -> bf16 rounds to nearest even).
+    fn copy_rows(&self, src: View<'_>, dst: ViewMut<'_>) -> Result<()>;
+
+    /// `dst[i] = src[index[i]]`; same type.
+    fn gather_rows(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()>;
+
+    // ---- weights
+
+    /// Packs a matrix into this backend's layout as `dtype`.
+    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix>;
+
+    /// Packs a gated MLP into this backend's layout as `dtype`; biases stay f32.
+    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp>;
+
+    /// Packs `kv_b_proj` `[heads * (nope_dim + v_dim), latent]` for both MLA forms.
+    fn pack_mla(
+        &self,
+        kv_b: &HostMatrix,
+        heads: usize,
+        nope_dim: usize,
+        v_dim: usize,
+        dtype: DType,
+    ) -> Result<MlaWeights>;
+
+    /// Bytes that [`Backend::pack_matrix`] will allocate for `[n, k]`: padding included.
+    fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize;
+
+    /// Bytes that [`Backend::pack_mlp`] will allocate.
+    fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize;
+
+    /// Bytes that [`Backend::pack_mla`] will allocate.
+    fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize;
+
+    // ---- dense
+
+    /// `out[i] = table[ids[i]] * scale`, out f32. `table` is `[vocab, hidden]` in F32 or Bf16.
+    fn embed(&self, table: View<'_>, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<()>;
+
+    /// RMS: `out = x * (1 / sqrt(mean(x^2) + eps)) * weight`; layer: `(x - mean) / sqrt(var + eps) * weight + bias`.
+    /// `x` is F32 or Bf16, computed in f32; `out` may be wider strided but has the shape of `x`.
+    fn norm(&self, x: View<'_>, args: NormArgs<'_>, out: ViewMut<'_>) -> Result<()>;
+
+    /// [`Backend::norm`] in place.
+    fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()>;
+
+    /// Partial sums of squares over each row of `x` into `out` `[rows, 1]` f32: the first half of an RMS norm whose
+    /// width is split over ranks.
+    fn square_sum(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()>;
+
+    /// The second half: `x[i] *= 1 / sqrt(sums[i] / width + eps) * weight`.
+    fn scale_by_square_sum(
+        &self,
+        sums: View<'_>,
+        width: usize,
+        eps: f32,
+        weight: View<'_>,
+        x: ViewMut<'_>,
+    ) -> Result<()>;
+
+    /// `out[i, j] = sum_k x[i, k] * w[j, k] (+ bias[j])`. `x` and `w` have the same type (F32 or Bf16); `bias` is
+    /// `[1, n]` f32, added after the sum.
+    fn linear(&self, x: View<'_>, w: &Matrix, bias: Option<View<'_>>, out: ViewMut<'_>) -> Result<()>;
+
+    /// Rotates pairs (a, b) of every head by the row's angles: `a' = a cos - b sin`, `b' = b cos + a sin`; an
+    /// interleaved layout stays interleaved.
+    fn rope(&self, x: ViewMut<'_>, args: RopeArgs<'_>) -> Result<()>;
+
+    /// `y += x * scale`, y f32.
+    fn add_scaled(&self, x: View<'_>, scale: f32, y: ViewMut<'_>) -> Result<()>;
+
+    /// `x = x * scale`, f32.
+    fn scale(&self, scale: f32, x: ViewMut<'_>) -> Result<()>;
+
+    /// `x = min(max(x, -limit), limit)`.
+    fn clamp(&self, limit: f32, x: ViewMut<'_>) -> Result<()>;
+
+    /// `x[i] *= sigmoid(gate[i, 0])`; gate f32 `[rows, 1]`, x f32.
+    fn sigmoid_gate(&self, gate: View<'_>, x: ViewMut<'_>) -> Result<()>;
+
+    // ---- attention
+
+    /// A zeroed cache for one layer.
+    fn alloc_kv(&self, shape: KvShape, dtype: DType, block_size: usize, blocks: usize) -> Result<KvCache>;
+
+    /// Bytes of one block of one layer.
+    fn kv_block_bytes(&self, shape: KvShape, dtype: DType, block_size: usize) -> usize;
+
+    /// Stores each row at its position. GQA: `k`, `v` are `[rows, kv_heads * head_dim]`, k rotated. MLA: `k` is the
+    /// rotated rotary key `[rows, rope_dim]`, `v` the normed latent `[rows, latent]`. Rounded to the cache's type.
+    fn kv_write(
+        &self,
+        k: View<'_>,
+        v: View<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()>;
+
+    /// Per row and head: softmax over positions `max(0, p - window + 1)..=p` of `q . k * scale` (and the sink), times
+    /// v. The maximum is subtracted; sums over positions run in ascending order in groups whose borders depend on
+    /// absolute positions only. `out` is `[rows, heads * head_dim]`.
+    fn attention_gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()>;
+
+    /// MLA. With latent c, rotary key r and `kv_b` split per head into `W_k [nope, latent]` and `W_v [v, latent]`:
+    /// * expanded (positions below `prompt_len`): k = (W_k c, r), v = W_v c, each rounded to the activation type, then as GQA;
+    /// * absorbed (the others): q' = W_k^T q_nope rounded to the activation type, scores `(q' . c + q_rope . r) * scale`,
+    ///   o = sum p c rounded, out = W_v o.
+    ///
+    /// The form belongs to the row, never to the batch. `out` is `[rows, heads * v_dim]`.
+    fn attention_mla(&self, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()>;
+
+    // ---- mixture of experts
+
+    /// Chooses experts. `logits` `[rows, experts]` f32, `bias` `[1, experts]` f32 with `router.choice_bias`; writes
+    /// `ids` I32 and `weights` F32, both `[rows, top_k]`, best first. Ties go to the lowest id.
+    ///
+    /// Softmax / Sigmoid: s = score(logits); c = s + bias; with groups, experts outside the `keep` best groups (ties: lowest
+    /// group) drop to 0 (`Max`) or -inf (`Top2Sum`); ids = top-k of c; w = s at ids, renormalised, times `scale`.
+    /// SoftmaxOverChosen: ids = top-k of logits; w = softmax over those k. SparseMixer: see ROUTERS in ARCHITECTURE.md.
+    fn route(
+        &self,
+        logits: View<'_>,
+        bias: Option<View<'_>>,
+        router: &Router,
+        ids: ViewMut<'_>,
+        weights: ViewMut<'_>,
+    ) -> Result<()>;
+
+    /// Every row through the MLP of its slot, as one operation: `out = down(act(gate x, up x))` with biases. The
+    /// product of the activation is rounded to the activation type before `down`. `rows` and weights have one type.
+    fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()>;
+
+    /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.
+    fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()>;
+
+    /// `out[t] = sum_j weights[t, j] * (sum_x rows[index(t, j, x)])`, j ascending, x ascending, out f32.
+    fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()>;
+}

@@ -1,0 +1,51 @@
+//! Ranks exchanging rows. [`Communicator`] speaks rows of activations and small host counts; `solo` is the
+//! world of one, `local` connects ranks that are threads of this process, over any backend.
+
+pub mod local;
+pub mod solo;
+
+use crate::backend::{View, ViewMut};
+use crate::error::Result;
+
+/// One rank's end of a group. All ranks of a group call the same methods in the same order; a rank that has no rows
+/// calls with zero rows. When a rank fails or leaves, the calls of the others return [`crate::Error::Peer`] instead
+/// of waiting for ever.
+pub trait Communicator: Send {
+    /// This rank's number in the group, `0..size`.
+    fn rank(&self) -> usize;
+
+    /// Ranks in the group.
+    fn size(&self) -> usize;
+
+    /// Replaces `x` (f32) by the sum over ranks, added in rank order: the same bits on every rank.
+    fn all_reduce_sum(&mut self, x: ViewMut<'_>) -> Result<()>;
+
+    /// Sums `input` `[sum(counts), cols]` (f32) over ranks in rank order and leaves rank r the rows
+    /// `counts[..r].sum()..counts[..=r].sum()` in `out`. `counts` has `size` entries and is equal on all ranks.
+    fn reduce_scatter_rows(&mut self, input: View<'_>, counts: &[usize], out: ViewMut<'_>) -> Result<()>;
+
+    /// Concatenates every rank's rows in rank order into `out` `[sum(counts), cols]`; bits are copied.
+    fn all_gather_rows(&mut self, own: View<'_>, counts: &[usize], out: ViewMut<'_>) -> Result<()>;
+
+    /// Concatenates every rank's numbers in rank order; `out.len() == own.len() * size`.
+    fn all_gather_counts(&mut self, own: &[u32], out: &mut [u32]) -> Result<()>;
+
+    /// `received[r]` becomes what rank r has in its `sent[this rank]`.
+    fn exchange_counts(&mut self, sent: &[u32], received: &mut [u32]) -> Result<()>;
+
+    /// Sends `sent[r]` consecutive rows of `rows` to each rank r, in rank order, and fills `out` with
+    /// `received[r]` rows of each rank r, in rank order. Bits are copied. Rows a rank sends to itself take the same way.
+    fn all_to_all_rows(
+        &mut self,
+        rows: View<'_>,
+        sent: &[usize],
+        out: ViewMut<'_>,
+        received: &[usize],
+    ) -> Result<()>;
+
+    /// Waits until every rank of the group is here.
+    fn barrier(&mut self) -> Result<()>;
+
+    /// Divides the group: ranks with equal `color` form a new one, ordered by their rank here. Collective.
+    fn split(&mut self, color: usize) -> Result<Box<dyn Communicator>>;
+}
