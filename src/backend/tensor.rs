@@ -105,6 +105,21 @@ impl Tensor {
         ViewMut { view: self.view(), borrow: PhantomData }
     }
 
+    /// The first `rows * cols` elements as a matrix of that shape: how a buffer serves rows of several widths.
+    ///
+    /// # Panics
+    /// When the tensor has fewer elements.
+    pub fn reshaped(&self, rows: usize, cols: usize) -> View<'_> {
+        let have = self.rows * self.cols;
+        assert!(rows * cols <= have, "{rows} x {cols} elements from a tensor of {have}");
+        View { rows, cols, stride: cols, ..self.view() }
+    }
+
+    /// [`Tensor::reshaped`], to write.
+    pub fn reshaped_mut(&mut self, rows: usize, cols: usize) -> ViewMut<'_> {
+        ViewMut { view: self.reshaped(rows, cols), borrow: PhantomData }
+    }
+
     /// The first `rows` rows, to read: how a buffer made for the largest batch serves a smaller one.
     pub fn head(&self, rows: usize) -> View<'_> {
         self.view().rows_range(0..rows)
