@@ -47,6 +47,15 @@ pub struct Routing {
     pub weights: Vec<f32>,
 }
 
+impl Routing {
+    /// Empties the record for `rows` rows from `first_row` on; layers are appended as they run.
+    pub fn clear(&mut self, first_row: usize, rows: usize, top_k: usize) {
+        (self.first_row, self.rows, self.top_k) = (first_row, rows, top_k);
+        self.ids.clear();
+        self.weights.clear();
+    }
+}
+
 /// What a token's bits depend on besides the tokens before it. It belongs to the token, never to the batch, so it is
 /// part of the prefix-cache key and survives recomputation after a preemption.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

@@ -1,1 +1,274 @@
-//! The only forward pass.
+//! The only forward pass: a decoder-only transformer whose families differ in data.
+//!
+//! Between sublayers each rank holds the residual of the rows it *owns* (f32). Tensor-parallel sublayers (attention,
+//! dense MLP) gather the rows of the group, compute partial sums of all rows, and reduce-scatter them back to owners;
+//! the MoE layer works on owned rows throughout.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use router_sim::placement::Placement;
+
+use crate::backend::{Backend, DType, KvCache, SeqSpan, Tensor};
+use crate::error::Result;
+use crate::layers::attention::{Attention, AttentionScratch, AttentionStep};
+use crate::layers::embedding::{Embedding, Head};
+use crate::layers::mlp::GatedMlp;
+use crate::layers::norm::Norm;
+use crate::layers::rope::RopeTable;
+use crate::layers::{Rank, RowBuffer, owned_range};
+use crate::model::{Batch, Model, Routing, StepOutput};
+use crate::moe::layer::{MoeLayer, MoeRows, MoeScratch};
+use crate::moe::load::{LoadCounters, Phase};
+
+/// A model on one rank: its share of the weights, its KV cache and its working space.
+pub struct Transformer {
+    pub(super) rank: Rank,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) final_norm: Norm,
+    pub(super) head: Head,
+    pub(super) rope: RopeTable,
+    pub(super) residual_scale: f32,
+    pub(super) top_k: usize,
+    /// Switched between steps by whoever moves experts.
+    pub(super) placement: Arc<Placement>,
+    pub(super) load: Arc<LoadCounters>,
+    pub(super) scratch: Scratch,
+}
+
+/// One layer's weights and cache.
+pub(super) struct DecoderLayer {
+    pub(super) input_norm: Norm,
+    pub(super) attention: Attention,
+    pub(super) cache: KvCache,
+    pub(super) post_attention_norm: Norm,
+    pub(super) ffn: FeedForward,
+}
+
+/// The second half of a layer.
+pub(super) enum FeedForward {
+    /// Tensor-parallel over the intermediate width.
+    Dense(GatedMlp),
+    /// Expert-parallel.
+    Moe(MoeLayer),
+}
+
+/// Working space of a step; nothing in it outlives the step.
+pub(super) struct Scratch {
+    pub(super) residual: RowBuffer,
+    /// Normed owned rows, exact and in the activation type.
+    pub(super) normed: RowBuffer,
+    pub(super) rounded: RowBuffer,
+    /// Rows of the whole group, as sublayer input and as partial sums.
+    pub(super) gathered: RowBuffer,
+    pub(super) partial: RowBuffer,
+    /// Sublayer output of owned rows.
+    pub(super) output: RowBuffer,
+    /// Rows whose logits are wanted.
+    pub(super) chosen: RowBuffer,
+    pub(super) attention: AttentionScratch,
+    pub(super) moe: MoeScratch,
+    pub(super) host: HostScratch,
+}
+
+/// Row bookkeeping of a step.
+#[derive(Default)]
+pub(super) struct HostScratch {
+    counts: Vec<usize>,
+    rope_rows: Vec<u32>,
+    phases: Vec<Phase>,
+    chosen: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Model for Transformer {
+    fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> Result<()> {
+        assert_eq!(batch.tokens.len(), batch.attention.rows(), "tokens and spans of a batch");
+        let rows = batch.tokens.len();
+        self.rank.owned_counts(rows, &mut self.scratch.host.counts);
+        let owned = owned_range(&self.scratch.host.counts, self.rank.tp.rank());
+        self.rope.rows_of(batch.attention.spans, &mut self.scratch.host.rope_rows);
+        phases_of(batch.attention.spans, owned.clone(), &mut self.scratch.host.phases);
+        out.routing.clear(owned.start, if batch.want_routing { owned.len() } else { 0 }, self.top_k);
+
+        let backend = self.rank.backend.clone();
+        if !owned.is_empty() {
+            let residual = self.scratch.residual.head_mut(owned.len());
+            self.embedding.forward(backend.as_ref(), &batch.tokens[owned.clone()], residual)?;
+        }
+        for layer in &mut self.layers {
+            let mut step = LayerStep {
+                rank: &mut self.rank,
+                rows,
+                owned: owned.len(),
+                residual_scale: self.residual_scale,
+                scratch: &mut self.scratch,
+            };
+            step.attend(layer, batch, &self.rope)?;
+            match &layer.ffn {
+                FeedForward::Dense(mlp) => step.dense(&layer.post_attention_norm, mlp)?,
+                FeedForward::Moe(moe) => {
+                    step.moe(&layer.post_attention_norm, moe, &self.placement, &self.load)?;
+                    if batch.want_routing {
+                        step.record(&mut out.routing)?;
+                    }
+                }
+            }
+        }
+        self.logits(batch.logit_rows, owned, out)
+    }
+}
+
+impl Transformer {
+    /// Norms the wanted owned rows and runs the head on them.
+    fn logits(&mut self, wanted: &[u32], owned: Range<usize>, out: &mut StepOutput) -> Result<()> {
+        let backend = self.rank.backend.as_ref();
+        let chosen = &mut self.scratch.host.chosen;
+        chosen.clear();
+        out.logit_rows.clear();
+        for &row in wanted.iter().filter(|&&row| owned.contains(&(row as usize))) {
+            out.logit_rows.push(row);
+            chosen.push(row - owned.start as u32);
+        }
+        let n = chosen.len();
+        if n == 0 {
+            return Ok(());
+        }
+        assert!(n <= out.logits.rows(), "{n} logit rows, room for {}", out.logits.rows());
+        let Scratch { residual, chosen: rows, rounded, .. } = &mut self.scratch;
+        backend.gather_rows(residual.head(owned.len()), chosen, rows.head_mut(n))?;
+        self.final_norm.forward(backend, rows.head(n), rounded.head_mut(n))?;
+        self.head.forward(backend, rounded.head(n), out.logits.head_mut(n))
+    }
+}
+
+/// One layer of one step.
+struct LayerStep<'a> {
+    rank: &'a mut Rank,
+    /// Rows of the group.
+    rows: usize,
+    /// Rows this rank owns.
+    owned: usize,
+    residual_scale: f32,
+    scratch: &'a mut Scratch,
+}
+
+impl LayerStep<'_> {
+    /// residual += attention(norm(residual)).
+    fn attend(&mut self, layer: &mut DecoderLayer, batch: &Batch<'_>, rope: &RopeTable) -> Result<()> {
+        self.norm(&layer.input_norm, false)?;
+        self.gather()?;
+        let Scratch { rounded, gathered, partial, attention, host, .. } = self.scratch;
+        if self.rows > 0 {
+            let x = if self.rank.tp.size() == 1 { rounded } else { gathered };
+            let step = AttentionStep { batch: batch.attention, rope, rope_rows: &host.rope_rows };
+            let out = partial.head_mut(self.rows);
+            layer.attention.forward(self.rank, step, x.head(self.rows), &mut layer.cache, attention, out)?;
+        }
+        self.scatter()
+    }
+
+    /// residual += mlp(norm(residual)), tensor-parallel.
+    fn dense(&mut self, norm: &Norm, mlp: &GatedMlp) -> Result<()> {
+        self.norm(norm, false)?;
+        self.gather()?;
+        let Scratch { rounded, gathered, partial, .. } = self.scratch;
+        if self.rows > 0 {
+            let x = if self.rank.tp.size() == 1 { rounded } else { gathered };
+            mlp.forward(self.rank.backend.as_ref(), x.head(self.rows), partial.head_mut(self.rows))?;
+        }
+        self.scatter()
+    }
+
+    /// residual += moe(norm(residual)), on owned rows. Called without rows too: other ranks may need this one.
+    fn moe(
+        &mut self,
+        norm: &Norm,
+        moe: &MoeLayer,
+        placement: &Placement,
+        load: &LoadCounters,
+    ) -> Result<()> {
+        self.norm(norm, true)?;
+        let n = self.owned;
+        let Scratch { residual, normed, rounded, output, moe: scratch, host, .. } = self.scratch;
+        let rows = MoeRows { exact: normed.head(n), rounded: rounded.head(n), phases: &host.phases };
+        moe.forward(self.rank, rows, placement, load, scratch, output.head_mut(n))?;
+        if n > 0 {
+            self.rank.backend.add_scaled(output.head(n), self.residual_scale, residual.head_mut(n))?;
+        }
+        Ok(())
+    }
+
+    /// Norms the owned rows into `rounded`, and exactly into `normed` when that is wanted too.
+    fn norm(&mut self, norm: &Norm, exact: bool) -> Result<()> {
+        let n = self.owned;
+        if n == 0 {
+            return Ok(());
+        }
+        let backend = self.rank.backend.as_ref();
+        let Scratch { residual, normed, rounded, .. } = &mut *self.scratch;
+        if !exact {
+            return norm.forward(backend, residual.head(n), rounded.head_mut(n));
+        }
+        norm.forward(backend, residual.head(n), normed.head_mut(n))?;
+        backend.copy_rows(normed.head(n), rounded.head_mut(n))
+    }
+
+    /// Brings the rows of the group together in `gathered`. A group of one reads `rounded` directly.
+    fn gather(&mut self) -> Result<()> {
+        if self.rank.tp.size() == 1 {
+            return Ok(());
+        }
+        let Scratch { rounded, gathered, host, .. } = &mut *self.scratch;
+        self.rank.tp.all_gather_rows(
+            rounded.head(self.owned),
+            &host.counts,
+            gathered.head_mut(self.rows),
+        )
+    }
+
+    /// Sums the group's partial rows and adds the owned ones to the residual.
+    fn scatter(&mut self) -> Result<()> {
+        let n = self.owned;
+        let Scratch { residual, partial, output, host, .. } = &mut *self.scratch;
+        let summed = if self.rank.tp.size() == 1 {
+            partial
+        } else {
+            let partial = partial.head(self.rows);
+            self.rank.tp.reduce_scatter_rows(partial, &host.counts, output.head_mut(n))?;
+            output
+        };
+        if n > 0 {
+            self.rank.backend.add_scaled(summed.head(n), self.residual_scale, residual.head_mut(n))?;
+        }
+        Ok(())
+    }
+
+    /// Appends the layer's choices to `routing`.
+    fn record(&mut self, routing: &mut Routing) -> Result<()> {
+        let Scratch { moe, host, .. } = &mut *self.scratch;
+        let routed = moe.routed();
+        routing.ids.extend(routed.ids().iter().map(|&id| id as u32));
+        host.weights.clear();
+        host.weights.resize(routed.ids().len(), 0.0);
+        if !host.weights.is_empty() {
+            self.rank.backend.download(routed.weights(), bytemuck::cast_slice_mut(&mut host.weights))?;
+        }
+        routing.weights.extend_from_slice(&host.weights);
+        Ok(())
+    }
+}
+
+/// Phases of the rows in `owned`.
+fn phases_of(spans: &[SeqSpan], owned: Range<usize>, phases: &mut Vec<Phase>) {
+    phases.clear();
+    for span in spans {
+        for i in 0..span.rows {
+            if owned.contains(&((span.row + i) as usize)) {
+                let generated = span.position + i >= span.prompt_len;
+                phases.push(if generated { Phase::Decode } else { Phase::Prefill });
+            }
+        }
+    }
+}

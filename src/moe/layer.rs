@@ -1,0 +1,207 @@
+//! One MoE layer: composes router, dispatch, experts and combine.
+
+use router_sim::placement::Placement;
+use router_sim::split::SplitPlan;
+
+use crate::backend::{Backend, CombineArgs, DType, ExpertsArgs, Mlp, View, ViewMut};
+use crate::error::Result;
+use crate::layers::linear::Linear;
+use crate::layers::mlp::GatedMlp;
+use crate::layers::{Rank, RowBuffer};
+use crate::moe::dispatch::{Dispatch, DispatchShape};
+use crate::moe::load::{LoadCounters, Phase};
+use crate::moe::router::{Routed, Router};
+use crate::spec::{Activation, Moe};
+
+/// Weights of one layer on one rank.
+pub struct MoeLayer {
+    /// Which MoE layer this is, counted from 0: its row in placements and counters.
+    pub index: usize,
+    /// Chooses experts.
+    pub router: Router,
+    /// The slot table of this rank.
+    pub slots: Vec<Option<Mlp>>,
+    /// What experts do between their matrices.
+    pub activation: Activation,
+    /// The expert that every token visits.
+    pub shared: Option<Shared>,
+}
+
+/// The shared expert, whole on every rank.
+pub struct Shared {
+    /// Its MLP.
+    pub mlp: GatedMlp,
+    /// `[1, hidden]` in f32: the output is multiplied by the sigmoid of its product with the row.
+    pub gate: Option<Linear>,
+}
+
+/// Buffers of one step, shared by all layers.
+pub struct MoeScratch {
+    routed: Routed,
+    counts: Vec<u32>,
+    world_counts: Vec<u32>,
+    split: SplitPlan,
+    dispatch: Dispatch,
+    send: RowBuffer,
+    arrived: RowBuffer,
+    grouped: RowBuffer,
+    computed: RowBuffer,
+    returned: RowBuffer,
+    shared: RowBuffer,
+    gate: RowBuffer,
+}
+
+impl MoeScratch {
+    /// Buffers for up to `rows` owned rows; those of received rows grow with the load they meet.
+    pub fn new(backend: &dyn Backend, dtype: DType, rows: usize, hidden: usize, moe: &Moe) -> Result<Self> {
+        let wire = |rows| RowBuffer::new(backend, dtype, rows, hidden);
+        Ok(MoeScratch {
+            routed: Routed::new(backend, rows, moe.experts, moe.top_k)?,
+            counts: Vec::new(),
+            world_counts: Vec::new(),
+            split: SplitPlan::default(),
+            dispatch: Dispatch::default(),
+            send: wire(rows * moe.top_k)?,
+            arrived: wire(rows * moe.top_k)?,
+            grouped: wire(rows * moe.top_k)?,
+            computed: wire(rows * moe.top_k)?,
+            returned: wire(rows * moe.top_k)?,
+            shared: RowBuffer::new(backend, DType::F32, rows, hidden)?,
+            gate: RowBuffer::new(backend, DType::F32, rows, 1)?,
+        })
+    }
+
+    /// Choices of the layer that ran last.
+    pub fn routed(&self) -> &Routed {
+        &self.routed
+    }
+}
+
+/// The owned rows of a step.
+#[derive(Clone, Copy)]
+pub struct MoeRows<'a> {
+    /// Normed rows in f32, for the router.
+    pub exact: View<'a>,
+    /// The same rows in the activation type, for the experts.
+    pub rounded: View<'a>,
+    /// Phase of each row, for the counters.
+    pub phases: &'a [Phase],
+}
+
+impl MoeLayer {
+    /// Writes the layer's output for the owned rows into `out` (f32). Collective over the world.
+    pub fn forward(
+        &self,
+        rank: &mut Rank,
+        rows: MoeRows<'_>,
+        placement: &Placement,
+        load: &LoadCounters,
+        scratch: &mut MoeScratch,
+        mut out: ViewMut<'_>,
+    ) -> Result<()> {
+        let backend = rank.backend.clone();
+        let backend = backend.as_ref();
+        self.router.forward(backend, rows.exact, &mut scratch.routed)?;
+        self.plan(rank, placement, scratch)?;
+        self.count(rows.phases, load, scratch);
+        self.exchange(rank, rows.rounded, scratch)?;
+        if rows.rounded.rows() == 0 {
+            return Ok(());
+        }
+        backend.combine(
+            CombineArgs {
+                rows: scratch.returned.head(scratch.dispatch.send_tokens.len()),
+                index: &scratch.dispatch.combine,
+                weights: scratch.routed.weights(),
+                parts: rank.expert_tp,
+            },
+            out.reborrow(),
+        )?;
+        self.add_shared(backend, rows, scratch, out)
+    }
+
+    /// Agrees with all ranks on who computes what.
+    fn plan(&self, rank: &mut Rank, placement: &Placement, scratch: &mut MoeScratch) -> Result<()> {
+        let world = rank.world.size();
+        let experts = placement.experts();
+        let top_k = scratch.routed.weights().cols();
+        scratch.counts.clear();
+        scratch.counts.resize(experts, 0);
+        for &id in scratch.routed.ids() {
+            scratch.counts[id as usize] += 1;
+        }
+        scratch.world_counts.resize(experts * world, 0);
+        rank.world.all_gather_counts(&scratch.counts, &mut scratch.world_counts)?;
+        scratch.split.rebuild(placement, self.index, &scratch.world_counts);
+        let shape = DispatchShape { world, rank: rank.world.rank(), expert_tp: rank.expert_tp, top_k };
+        scratch.dispatch.plan(shape, placement, &mut scratch.split, scratch.routed.ids());
+        Ok(())
+    }
+
+    /// Counts every choice once, at the row's owner.
+    fn count(&self, phases: &[Phase], load: &LoadCounters, scratch: &MoeScratch) {
+        let top_k = scratch.routed.weights().cols();
+        for (i, (&id, &rank)) in scratch.routed.ids().iter().zip(&scratch.dispatch.destinations).enumerate() {
+            load.count(phases[i / top_k], self.index, id as usize, rank as usize);
+        }
+    }
+
+    /// Ships rows to their experts, computes there, and ships results home into `scratch.returned`, in the order sent.
+    fn exchange(&self, rank: &mut Rank, x: View<'_>, scratch: &mut MoeScratch) -> Result<()> {
+        let MoeScratch { dispatch, send, arrived, grouped, computed, returned, .. } = scratch;
+        let Rank { backend, world, .. } = rank;
+        let backend = backend.as_ref();
+        let (out, here) = (dispatch.send_tokens.len(), dispatch.computed_rows());
+        grouped.reserve(backend, here)?;
+        returned.reserve(backend, out)?;
+        if world.size() == 1 {
+            // Nobody to ship to, and what would leave is already grouped by slot.
+            backend.gather_rows(x, &dispatch.send_tokens, grouped.head_mut(here))?;
+            return self.compute(backend, dispatch, grouped.head(here), returned.head_mut(here));
+        }
+        send.reserve(backend, out)?;
+        arrived.reserve(backend, here)?;
+        computed.reserve(backend, here)?;
+        backend.gather_rows(x, &dispatch.send_tokens, send.head_mut(out))?;
+        world.all_to_all_rows(
+            send.head(out),
+            &dispatch.sent,
+            arrived.head_mut(here),
+            &dispatch.received,
+        )?;
+        backend.gather_rows(arrived.head(here), &dispatch.group, grouped.head_mut(here))?;
+        self.compute(backend, dispatch, grouped.head(here), computed.head_mut(here))?;
+        backend.gather_rows(computed.head(here), &dispatch.ungroup, arrived.head_mut(here))?;
+        world.all_to_all_rows(arrived.head(here), &dispatch.received, returned.head_mut(out), &dispatch.sent)
+    }
+
+    /// Runs this rank's experts over the grouped rows.
+    fn compute(
+        &self,
+        backend: &dyn Backend,
+        dispatch: &Dispatch,
+        rows: View<'_>,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let (offsets, slots) = (dispatch.offsets.as_slice(), self.slots.as_slice());
+        backend.experts(ExpertsArgs { rows, offsets, slots, activation: self.activation }, out)
+    }
+
+    /// Adds the shared expert's output to `out`.
+    fn add_shared(
+        &self,
+        backend: &dyn Backend,
+        rows: MoeRows<'_>,
+        scratch: &mut MoeScratch,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let Some(shared) = &self.shared else { return Ok(()) };
+        let n = rows.rounded.rows();
+        shared.mlp.forward(backend, rows.rounded, scratch.shared.head_mut(n))?;
+        if let Some(gate) = &shared.gate {
+            gate.forward(backend, rows.exact, scratch.gate.head_mut(n))?;
+            backend.sigmoid_gate(scratch.gate.head(n), scratch.shared.head_mut(n))?;
+        }
+        backend.add_scaled(scratch.shared.head(n), 1.0, out)
+    }
+}
