@@ -1,1 +1,3 @@
 //! The CPU backend.
+
+pub(in crate::backend) mod memory;
