@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use router_sim::placement::Placement;
 
-use crate::backend::{Backend, DType, KvCache, SeqSpan, Tensor};
+use crate::backend::{KvCache, SeqSpan};
 use crate::error::Result;
 use crate::layers::attention::{Attention, AttentionScratch, AttentionStep};
 use crate::layers::embedding::{Embedding, Head};
@@ -124,20 +124,19 @@ impl Transformer {
     /// Norms the wanted owned rows and runs the head on them.
     fn logits(&mut self, wanted: &[u32], owned: Range<usize>, out: &mut StepOutput) -> Result<()> {
         let backend = self.rank.backend.as_ref();
-        let chosen = &mut self.scratch.host.chosen;
-        chosen.clear();
+        let Scratch { residual, chosen: rows, rounded, host, .. } = &mut self.scratch;
+        host.chosen.clear();
         out.logit_rows.clear();
         for &row in wanted.iter().filter(|&&row| owned.contains(&(row as usize))) {
             out.logit_rows.push(row);
-            chosen.push(row - owned.start as u32);
+            host.chosen.push(row - owned.start as u32);
         }
-        let n = chosen.len();
+        let n = host.chosen.len();
         if n == 0 {
             return Ok(());
         }
         assert!(n <= out.logits.rows(), "{n} logit rows, room for {}", out.logits.rows());
-        let Scratch { residual, chosen: rows, rounded, .. } = &mut self.scratch;
-        backend.gather_rows(residual.head(owned.len()), chosen, rows.head_mut(n))?;
+        backend.gather_rows(residual.head(owned.len()), &host.chosen, rows.head_mut(n))?;
         self.final_norm.forward(backend, rows.head(n), rounded.head_mut(n))?;
         self.head.forward(backend, rounded.head(n), out.logits.head_mut(n))
     }
