@@ -4,9 +4,7 @@
 //! Order contract. Rows leave sorted by (destination rank, slot, token, k). They arrive sorted by (source rank, slot,
 //! token, k) and are regrouped by (slot, source rank, token, k) for the experts. Results travel the same way back.
 
-use std::ops::Range;
-
-use router_sim::placement::Placement;
+use router_sim::placement::LayerPlacement;
 use router_sim::split::SplitPlan;
 
 /// The world as dispatch sees it.
@@ -47,35 +45,35 @@ pub struct Dispatch {
 }
 
 impl Dispatch {
-    /// Plans the dispatch of this rank's tokens (`ids` `[tokens * top_k]`) in MoE layer `layer` (counted from 0).
-    /// `split` has been rebuilt from the counts of all ranks.
+    /// Plans the dispatch of this rank's tokens (`ids` `[tokens * top_k]`) in one MoE layer. `split` has been rebuilt
+    /// from the counts of all ranks.
     pub fn plan(
         &mut self,
         shape: DispatchShape,
-        placement: &Placement,
+        layer: LayerPlacement<'_>,
         split: &mut SplitPlan,
         ids: &[i32],
     ) {
-        self.deal(shape, placement, split, ids);
-        self.place_sent(shape, placement);
-        self.place_received(shape, placement, split);
+        self.deal(shape, layer, split, ids);
+        self.place_sent(shape, layer);
+        self.place_received(shape, layer, split);
     }
 
     /// Gives every (token, k) its slot, in canonical order.
-    fn deal(&mut self, shape: DispatchShape, placement: &Placement, split: &mut SplitPlan, ids: &[i32]) {
-        let mut deal = split.deal(shape.rank);
+    fn deal(&mut self, shape: DispatchShape, layer: LayerPlacement<'_>, split: &mut SplitPlan, ids: &[i32]) {
+        split.deal(shape.rank);
         self.slots.clear();
-        self.slots.extend(ids.iter().map(|&expert| deal.next_slot(expert as usize) as u32));
-        let per_rank = placement.slots_per_rank() as u32;
+        self.slots.extend(ids.iter().map(|&expert| split.next_slot(expert as usize) as u32));
+        let per_rank = layer.slots_per_rank() as u32;
         self.destinations.clear();
         self.destinations.extend(self.slots.iter().map(|slot| slot / per_rank));
     }
 
     /// Sorts this rank's rows by (destination rank, slot, token, k).
-    fn place_sent(&mut self, shape: DispatchShape, placement: &Placement) {
+    fn place_sent(&mut self, shape: DispatchShape, layer: LayerPlacement<'_>) {
         let parts = shape.expert_tp;
-        let per_rank = placement.slots_per_rank();
-        let slots = placement.ranks() * per_rank;
+        let per_rank = layer.slots_per_rank();
+        let slots = layer.ranks() * per_rank;
         // cursors[slot * parts + x]: where the next row for that copy goes.
         self.cursors.clear();
         self.cursors.resize(slots * parts, 0);
@@ -109,13 +107,13 @@ impl Dispatch {
     }
 
     /// Groups the rows this rank receives by slot.
-    fn place_received(&mut self, shape: DispatchShape, placement: &Placement, split: &SplitPlan) {
-        let local = local_slots(shape, placement);
+    fn place_received(&mut self, shape: DispatchShape, layer: LayerPlacement<'_>, split: &SplitPlan) {
+        let rank = shape.rank / shape.expert_tp;
         self.offsets.clear();
         self.offsets.push(0);
         let mut total = 0;
-        for slot in local.clone() {
-            total += (0..shape.world).map(|source| split.quota(source, slot) as usize).sum::<usize>();
+        for slot in 0..layer.slots_per_rank() {
+            total += (0..shape.world).map(|s| split.quotas_to(s, rank)[slot] as usize).sum::<usize>();
             self.offsets.push(total);
         }
         self.group.clear();
@@ -124,13 +122,13 @@ impl Dispatch {
         self.received.clear();
         // cursors[s]: next grouped position of local slot s; sources come in rank order.
         self.cursors.clear();
-        self.cursors.extend_from_slice(&self.offsets[..local.len()]);
+        self.cursors.extend_from_slice(&self.offsets[..layer.slots_per_rank()]);
         for source in 0..shape.world {
             let start = self.ungroup.len();
-            for (s, slot) in local.clone().enumerate() {
-                for _ in 0..split.quota(source, slot) {
-                    let position = self.cursors[s];
-                    self.cursors[s] += 1;
+            for (slot, &quota) in split.quotas_to(source, rank).iter().enumerate() {
+                for _ in 0..quota {
+                    let position = self.cursors[slot];
+                    self.cursors[slot] += 1;
                     self.group[position] = self.ungroup.len() as u32;
                     self.ungroup.push(position as u32);
                 }
@@ -143,11 +141,4 @@ impl Dispatch {
     pub fn computed_rows(&self) -> usize {
         self.group.len()
     }
-}
-
-/// Global numbers of the slots on this rank.
-pub fn local_slots(shape: DispatchShape, placement: &Placement) -> Range<usize> {
-    let per_rank = placement.slots_per_rank();
-    let rank = shape.rank / shape.expert_tp;
-    rank * per_rank..(rank + 1) * per_rank
 }

@@ -132,9 +132,10 @@ impl MoeLayer {
         }
         scratch.world_counts.resize(experts * world, 0);
         rank.world.all_gather_counts(&scratch.counts, &mut scratch.world_counts)?;
-        scratch.split.rebuild(placement, self.index, &scratch.world_counts);
+        let layer = placement.layer(self.index);
+        scratch.split.rebuild(layer, &scratch.world_counts);
         let shape = DispatchShape { world, rank: rank.world.rank(), expert_tp: rank.expert_tp, top_k };
-        scratch.dispatch.plan(shape, placement, &mut scratch.split, scratch.routed.ids());
+        scratch.dispatch.plan(shape, layer, &mut scratch.split, scratch.routed.ids());
         Ok(())
     }
 
