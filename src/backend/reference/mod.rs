@@ -9,6 +9,8 @@ mod dense;
 mod host;
 mod moe;
 mod route;
+#[cfg(test)]
+mod tests;
 
 use super::cpu::memory;
 use super::{
