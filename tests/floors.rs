@@ -102,7 +102,8 @@ fn violations(relative: &str, text: &str) -> Vec<String> {
             report("cfg(feature) outside the three mod.rs files".to_owned());
         }
         let words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
-        if words.into_iter().any(|w| w == "unsafe") && !UNSAFE_PLACES.iter().any(|p| relative.starts_with(p)) {
+        if words.into_iter().any(|w| w == "unsafe") && !UNSAFE_PLACES.iter().any(|p| relative.starts_with(p))
+        {
             report("unsafe outside the places that may hold it".to_owned());
         }
     }

@@ -346,7 +346,7 @@ mod tests {
     /// Runs `body` on every rank of a world of `size`, each in its own thread, and returns the results in rank order.
     fn on_ranks<T: Send>(size: usize, body: impl Fn(&dyn Backend, &mut Local) -> T + Sync) -> Vec<T> {
         let backends: Vec<Arc<dyn Backend>> =
-            (0..size).map(|_| Arc::new(ReferenceBackend::new()) as Arc<dyn Backend>).collect();
+            (0..size).map(|_| Arc::new(ReferenceBackend) as Arc<dyn Backend>).collect();
         let world = Local::world(backends.clone());
         std::thread::scope(|scope| {
             let body = &body;
@@ -455,7 +455,7 @@ mod tests {
     #[test]
     fn a_leaving_rank_releases_the_others() {
         let backends: Vec<Arc<dyn Backend>> =
-            (0..3).map(|_| Arc::new(ReferenceBackend::new()) as Arc<dyn Backend>).collect();
+            (0..3).map(|_| Arc::new(ReferenceBackend) as Arc<dyn Backend>).collect();
         let mut world = Local::world(backends);
         let gone = world.pop().unwrap();
         std::thread::scope(|scope| {

@@ -115,13 +115,7 @@ impl MlaAttention {
         let (key, latent) = (down.cols_range(latent_end..rope_end), down.cols_range(q_down..latent_end));
         backend.kv_write(key, latent, step.batch, cache)?;
         backend.attention_mla(
-            MlaArgs {
-                q: q.as_view(),
-                cache,
-                weights: &self.kv_b,
-                batch: step.batch,
-                scale: self.scale,
-            },
+            MlaArgs { q: q.as_view(), cache, weights: &self.kv_b, batch: step.batch, scale: self.scale },
             scratch.attended.head_mut(rows),
         )?;
         self.out.forward(backend, scratch.attended.head(rows), out)

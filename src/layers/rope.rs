@@ -153,9 +153,10 @@ mod tests {
             short_mscale: 1.0,
             long_mscale: 1.0,
         };
-        let backend = crate::backend::reference::ReferenceBackend::new();
+        let backend = crate::backend::reference::ReferenceBackend;
         let table = RopeTable::new(&backend, &rope(scaling), 32).unwrap();
-        let span = |position, rows, prompt_len| SeqSpan { row: 0, rows, position, prompt_len, first_block: 0 };
+        let span =
+            |position, rows, prompt_len| SeqSpan { row: 0, rows, position, prompt_len, first_block: 0 };
         let mut rows = Vec::new();
         table.rows_of(&[span(6, 4, 4)], &mut rows);
         assert_eq!(rows, [6, 7, 8 + 32, 9 + 32], "generated tokens cross the border one by one");

@@ -181,13 +181,7 @@ impl LayerStep<'_> {
     }
 
     /// residual += moe(norm(residual)), on owned rows. Called without rows too: other ranks may need this one.
-    fn moe(
-        &mut self,
-        norm: &Norm,
-        moe: &MoeLayer,
-        placement: &Placement,
-        load: &LoadCounters,
-    ) -> Result<()> {
+    fn moe(&mut self, norm: &Norm, moe: &MoeLayer, placement: &Placement, load: &LoadCounters) -> Result<()> {
         self.norm(norm, true)?;
         let n = self.owned;
         let Scratch { residual, normed, rounded, output, moe: scratch, host, .. } = self.scratch;
@@ -220,11 +214,7 @@ impl LayerStep<'_> {
             return Ok(());
         }
         let Scratch { rounded, gathered, host, .. } = &mut *self.scratch;
-        self.rank.tp.all_gather_rows(
-            rounded.head(self.owned),
-            &host.counts,
-            gathered.head_mut(self.rows),
-        )
+        self.rank.tp.all_gather_rows(rounded.head(self.owned), &host.counts, gathered.head_mut(self.rows))
     }
 
     /// Sums the group's partial rows and adds the owned ones to the residual.

@@ -164,12 +164,7 @@ impl MoeLayer {
         arrived.reserve(backend, here)?;
         computed.reserve(backend, here)?;
         backend.gather_rows(x, &dispatch.send_tokens, send.head_mut(out))?;
-        world.all_to_all_rows(
-            send.head(out),
-            &dispatch.sent,
-            arrived.head_mut(here),
-            &dispatch.received,
-        )?;
+        world.all_to_all_rows(send.head(out), &dispatch.sent, arrived.head_mut(here), &dispatch.received)?;
         backend.gather_rows(arrived.head(here), &dispatch.group, grouped.head_mut(here))?;
         self.compute(backend, dispatch, grouped.head(here), computed.head_mut(here))?;
         backend.gather_rows(computed.head(here), &dispatch.ungroup, arrived.head_mut(here))?;
