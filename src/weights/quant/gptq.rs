@@ -1,0 +1,99 @@
+//! AutoGPTQ's v1 layout, 4 bits: `w[o, i] = (q - z) * s` with zero and scale of group `g_idx[i]`. Words hold 8 inputs
+//! of one output; zeros are stored as z - 1 (so z may be 16). With `desc_act` groups are not runs of inputs.
+
+use super::{Float, NIBBLES, word};
+use std::ops::Range;
+
+/// Outputs handled together, so that zeros and scales of all groups are unpacked once for each.
+const ROW_TILE: usize = 64;
+
+/// See the module.
+#[derive(Debug, Clone, Copy)]
+pub struct Gptq<'a> {
+    qweight: &'a [u8],
+    qzeros: &'a [u8],
+    scales: &'a [u8],
+    scale_type: Float,
+    g_idx: Option<&'a [u8]>,
+    shape: [usize; 2],
+    group: usize,
+}
+
+/// A `g_idx` entry that names no group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BadGroup {
+    /// Input at fault.
+    pub input: usize,
+    /// Its group as stored.
+    pub group: i32,
+    /// Groups there are.
+    pub groups: usize,
+}
+
+impl<'a> Gptq<'a> {
+    /// `qweight` I32 `[ceil(k / 8), n]`, `qzeros` I32 `[groups, ceil(n / 8)]`, `scales` `[groups, n]` and `g_idx` I32
+    /// `[k]`, where groups are `ceil(k / group)`. Without `g_idx` groups are runs of inputs.
+    ///
+    /// # Panics
+    /// When a length is not that of its shape, or the group is empty.
+    pub fn new(
+        [qweight, qzeros, scales]: [&'a [u8]; 3],
+        g_idx: Option<&'a [u8]>,
+        scale_type: Float,
+        shape @ [n, k]: [usize; 2],
+        group: usize,
+    ) -> Gptq<'a> {
+        assert!(group > 0, "GPTQ [{n}, {k}] in groups of {group}");
+        let groups = k.div_ceil(group);
+        assert_eq!(qweight.len(), k.div_ceil(NIBBLES) * n * 4, "GPTQ qweight of [{n}, {k}]");
+        assert_eq!(qzeros.len(), groups * n.div_ceil(NIBBLES) * 4, "GPTQ qzeros of [{n}, {k}]");
+        assert_eq!(scales.len(), groups * n * scale_type.bytes(), "GPTQ scales of [{n}, {k}]");
+        assert!(g_idx.is_none_or(|g_idx| g_idx.len() == k * 4), "GPTQ g_idx of [{n}, {k}]");
+        Gptq { qweight, qzeros, scales, scale_type, g_idx, shape, group }
+    }
+
+    /// The group of each of some inputs.
+    ///
+    /// # Errors
+    /// When `g_idx` names a group that is not there.
+    pub fn groups_of(&self, inputs: Range<usize>) -> Result<Vec<usize>, BadGroup> {
+        let groups = self.shape[1].div_ceil(self.group);
+        let group_of = |input| match self.g_idx {
+            None => Ok(input / self.group),
+            Some(g_idx) => {
+                let group = word(g_idx, input) as i32;
+                usize::try_from(group).ok().filter(|&g| g < groups).ok_or(BadGroup { input, group, groups })
+            }
+        };
+        inputs.map(group_of).collect()
+    }
+
+    /// Writes the block, row-major.
+    ///
+    /// # Errors
+    /// When `g_idx` names a group that is not there.
+    pub fn block(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) -> Result<(), BadGroup> {
+        let n = self.shape[0];
+        let group_of = self.groups_of(cols.clone())?;
+        let groups = self.shape[1].div_ceil(self.group);
+        let mut params = vec![(0.0f32, 0.0f32); groups * ROW_TILE];
+        for tile in rows.clone().step_by(ROW_TILE) {
+            let tile = tile..(tile + ROW_TILE).min(rows.end);
+            for (group, params) in params.chunks_exact_mut(ROW_TILE).enumerate() {
+                for (row, param) in tile.clone().zip(params) {
+                    let zeros = word(self.qzeros, group * n.div_ceil(NIBBLES) + row / NIBBLES);
+                    let zero = ((zeros >> (4 * (row % NIBBLES))) & 15) + 1;
+                    *param = (zero as f32, self.scale_type.get(self.scales, group * n + row));
+                }
+            }
+            for (c, input) in cols.clone().enumerate() {
+                let params = &params[group_of[c] * ROW_TILE..][..ROW_TILE];
+                for (row, &(zero, scale)) in tile.clone().zip(params) {
+                    let q = (word(self.qweight, input / NIBBLES * n + row) >> (4 * (input % NIBBLES))) & 15;
+                    out[(row - rows.start) * cols.len() + c] = (q as f32 - zero) * scale;
+                }
+            }
+        }
+        Ok(())
+    }
+}
