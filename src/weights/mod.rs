@@ -1,1 +1,3 @@
 //! Checkpoints in Hugging Face layout.
+
+pub mod names;
