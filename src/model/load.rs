@@ -315,8 +315,10 @@ impl Loader<'_> {
         let mut bias = Vec::new();
         let mut any_bias = false;
         for (role, range) in parts {
-            let inputs = self.reader.inputs(*role);
-            let part = self.reader.matrix(*role, layer, range.clone(), 0..inputs)?;
+            let Some(RoleShape::Matrix { k, .. }) = self.reader.shape(*role) else {
+                unreachable!("{role:?} is a matrix of this model")
+            };
+            let part = self.reader.matrix(*role, layer, range.clone(), 0..k)?;
             rows = Some(match rows {
                 None => part,
                 Some(above) => stack(above, part),
