@@ -4,8 +4,8 @@
 //! `apply_chat_template`. The environment here gives them the same variables, filters, functions, Python string
 //! methods and white-space rules; the extra bounds are on steps (fuel) and on depth.
 
-use super::pyjson;
 use super::strftime::strftime;
+use super::{pyjson, pymethods};
 use crate::error::Error;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value, context};
@@ -84,7 +84,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| e.to_string())?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(pymethods::unknown_method);
         environment.add_filter("tojson", pyjson::tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             let error = minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception");
@@ -173,4 +173,115 @@ fn without_generation_tags(source: &str) -> String {
         rest = after;
     }
     out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value as Json, json};
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn input(context: &Json) -> ChatInput {
+        let extra = context.as_object().unwrap().iter().map(|(name, value)| (name.clone(), from_json(value)));
+        ChatInput {
+            messages: context.get("messages").map(from_json).unwrap_or_default(),
+            add_generation_prompt: false,
+            tools: context.get("tools").map(from_json),
+            documents: None,
+            extra: extra.filter(|(name, _)| name != "messages" && name != "tools").collect(),
+            now: UNIX_EPOCH + Duration::from_secs(1_721_923_200),
+        }
+    }
+
+    fn render(template: &str, context: &Json) -> Result<String, ChatError> {
+        ChatTemplate::compile(template).unwrap().render(&input(context), &[("bos_token", "<s>".into())])
+    }
+
+    /// chat_cases.json holds what transformers 5.17 renders: `_compile_jinja_template(template).render(**context)`.
+    #[test]
+    fn templates_render_as_in_transformers() {
+        let cases: Vec<Json> = serde_json::from_str(include_str!("chat_cases.json")).unwrap();
+        let wrong = cases.iter().filter_map(|case| {
+            let expected = case["expected"].as_str().unwrap();
+            let template = case["template"].as_str().unwrap();
+            let got = ChatTemplate::compile(template)
+                .and_then(|t| t.render(&input(&case["context"]), &[]).map_err(|e| e.to_string()));
+            (got.as_deref() != Ok(expected))
+                .then(|| format!("{template:?}\n  expected {expected:?}\n  got {got:?}"))
+        });
+        let wrong: Vec<String> = wrong.collect();
+        assert!(wrong.is_empty(), "{} of {} templates:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    }
+
+    #[test]
+    fn raise_exception_is_the_templates_own_message() {
+        let refused = |message: &str| Err(ChatError::Refused(message.into()));
+        assert_eq!(
+            render("a{{ raise_exception('roles must alternate') }}", &json!({})),
+            refused("roles must alternate")
+        );
+        let in_macro =
+            "{% macro f() %}{% for i in [1] %}{{ raise_exception('no') }}{% endfor %}{% endmacro %}{{ f() }}";
+        assert_eq!(render(in_macro, &json!({})), refused("no"));
+        let error = Error::from(ChatError::Refused("no".into()));
+        assert!(
+            matches!(error, Error::Request { param: Some(p), message } if p == "messages" && message == "no")
+        );
+    }
+
+    #[test]
+    fn a_template_without_end_runs_out_of_fuel() {
+        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}";
+        assert_eq!(render(endless, &json!({})), Err(ChatError::OutOfFuel { limit: FUEL }));
+        let macros = "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}";
+        assert!(render(macros, &json!({})).is_err());
+    }
+
+    #[test]
+    fn a_long_chat_has_fuel_to_spare() {
+        let messages: Vec<Json> =
+            (0..10_000).map(|i| json!({"role": "user", "content": format!("{i}")})).collect();
+        let template =
+            "{% for m in messages %}{% if m.role == 'user' %}<{{ m.content | trim }}>{% endif %}{% endfor %}";
+        assert!(render(template, &json!({ "messages": messages })).unwrap().ends_with("<9999>"));
+    }
+
+    #[test]
+    fn failures_name_the_line_and_syntax_errors_are_found_at_load() {
+        let failed = render("\n{{ messages[0].content + 1 }}", &json!({"messages": [{"content": "x"}]}));
+        assert!(
+            matches!(&failed, Err(ChatError::Failed(why)) if why.contains("chat_template:2")),
+            "{failed:?}"
+        );
+        let broken = ChatTemplate::compile("{% for m in messages %}\n{% if %}").err().unwrap();
+        assert!(broken.contains("chat_template:2"), "{broken}");
+        assert!(ChatTemplate::compile("{% unknown_tag %}").is_err());
+    }
+
+    #[test]
+    fn dates_and_special_tokens_are_variables() {
+        let template = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ eos_token is defined }}";
+        assert_eq!(render(template, &json!({})).unwrap(), "<s>25 Jul 2024False");
+        assert!(render("{{ strftime_now('%Q') }}", &json!({})).is_err());
+    }
+
+    #[test]
+    fn further_variables_do_not_replace_the_conversation() {
+        let mut chat = input(&json!({"messages": ["m"]}));
+        chat.extra = vec![("messages".into(), Value::from("x")), ("bos_token".into(), Value::from("B"))];
+        let template = ChatTemplate::compile("{{ messages[0] }}{{ bos_token }}").unwrap();
+        assert_eq!(template.render(&chat, &[("bos_token", "<s>".into())]).unwrap(), "mB");
+    }
+
+    #[test]
+    fn json_that_python_would_refuse_is_an_error() {
+        for bad in ["{{ nothing|tojson }}", "{{ 1|tojson(nonsense=1) }}", "{{ 1|tojson(separators=[',']) }}"]
+        {
+            assert!(matches!(render(bad, &json!({})), Err(ChatError::Failed(_))), "{bad}");
+        }
+        let deep = "{% set ns = namespace(x=1) %}{% for i in range(1000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}";
+        assert!(
+            matches!(render(deep, &json!({})), Err(ChatError::Failed(why)) if why.contains("deeper than 200"))
+        );
+    }
 }

@@ -8,6 +8,7 @@ mod files;
 mod guard;
 mod pieces;
 mod pyjson;
+mod pymethods;
 mod special;
 mod stop;
 mod strftime;
