@@ -23,7 +23,7 @@ use crate::moe::load::LoadCounters;
 use crate::moe::router::Router;
 use crate::spec::{self, Activation, ModelSpec};
 use crate::weights::names::Role;
-use crate::weights::{MlpKind, WeightReader, shard};
+use crate::weights::{MlpKind, RoleShape, WeightReader, shard};
 
 /// How large the things a rank holds besides weights are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -192,8 +192,7 @@ impl Loader<'_> {
         let q_rows = shard::of_heads(own.clone(), shape.nope_dim + shape.rope_dim);
         let kv_rows = shard::of_heads(own.clone(), shape.nope_dim + shape.v_dim);
         let down = shape.latent + shape.rope_dim;
-        let lora_norm =
-            |role| Ok::<_, crate::Error>(Norm::rms(self.vector(role, layer)?, lora_norm_eps));
+        let lora_norm = |role| Ok::<_, crate::Error>(Norm::rms(self.vector(role, layer)?, lora_norm_eps));
         let (first, q_up) = match shape.q_lora {
             Some(rank) => {
                 let up = self.stacked(layer, &[(Role::QB, q_rows)])?;
@@ -206,13 +205,7 @@ impl Loader<'_> {
             down: self.stacked(layer, &[first, (Role::KvA, 0..down)])?,
             q_up,
             latent_norm: lora_norm(Role::KvANorm)?,
-            kv_b: self.backend.pack_mla(
-                &kv_b,
-                shape.heads,
-                shape.nope_dim,
-                shape.v_dim,
-                self.rank.dtype,
-            )?,
+            kv_b: self.backend.pack_mla(&kv_b, shape.heads, shape.nope_dim, shape.v_dim, self.rank.dtype)?,
             out: self.row_parallel(Role::O, layer, shard::of_heads(own, shape.v_dim))?,
             shape,
             scale,

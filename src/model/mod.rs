@@ -4,6 +4,7 @@
 pub mod families;
 pub mod load;
 pub mod transformer;
+pub mod world;
 
 use crate::backend::{AttentionBatch, Tensor};
 use crate::error::Result;

@@ -3,14 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Which half of serving a token belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// A prompt token.
-    Prefill,
-    /// A generated token.
-    Decode,
-}
+pub use router_sim::load::Phase;
 
 /// Tokens routed by one rank since it started. Written by that rank alone, read by anyone.
 pub struct LoadCounters {

@@ -1,0 +1,135 @@
+//! Loads a model on all ranks of this process, one thread each.
+
+use std::sync::Arc;
+use std::thread;
+
+use router_sim::placement::Placement;
+
+use crate::backend::{Backend, DType};
+use crate::comm::Communicator;
+use crate::comm::local::Local;
+use crate::comm::solo::Solo;
+use crate::error::Result;
+use crate::layers::Rank;
+use crate::model::StepOutput;
+use crate::model::load::{Sizes, load};
+use crate::model::transformer::Transformer;
+use crate::moe::load::LoadCounters;
+use crate::spec::ModelSpec;
+use crate::weights::WeightReader;
+
+/// How the world is divided. World rank = data-parallel rank * `tensor_parallel` + tensor-parallel rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Degrees {
+    /// Ranks that share a batch.
+    pub tensor_parallel: usize,
+    /// Groups with batches of their own.
+    pub data_parallel: usize,
+    /// Ranks that share each expert; divides the world.
+    pub expert_tp: usize,
+}
+
+impl Degrees {
+    /// One rank.
+    pub const SOLO: Degrees = Degrees { tensor_parallel: 1, data_parallel: 1, expert_tp: 1 };
+
+    /// Ranks in all.
+    pub fn world(&self) -> usize {
+        self.tensor_parallel * self.data_parallel
+    }
+
+    /// Ranks a placement knows: each holds whole experts, by itself or together with its part-mates.
+    pub fn expert_parallel(&self) -> usize {
+        self.world() / self.expert_tp
+    }
+}
+
+/// A loaded rank.
+pub struct LoadedRank {
+    /// The model with its share of the weights.
+    pub model: Transformer,
+    /// Where its steps put their results.
+    pub output: StepOutput,
+    /// Its device.
+    pub backend: Arc<dyn Backend>,
+    /// The data-parallel rank it belongs to.
+    pub dp_rank: usize,
+    /// What its router has counted.
+    pub load: Arc<LoadCounters>,
+}
+
+/// What all ranks have in common.
+#[derive(Clone)]
+pub struct WorldOptions {
+    /// Division of the world.
+    pub degrees: Degrees,
+    /// Type of activations, weights, KV cache and travelling rows.
+    pub dtype: DType,
+    /// Where experts live, on `degrees.expert_parallel()` ranks.
+    pub placement: Arc<Placement>,
+    /// Sizes of what is not weights.
+    pub sizes: Sizes,
+}
+
+/// Loads every rank in parallel, one backend each, and returns them in rank order.
+///
+/// # Errors
+/// Of the lowest rank that failed.
+///
+/// # Panics
+/// When the numbers of backends and ranks differ, or the placement is for another world.
+pub fn load_world(
+    reader: WeightReader<'_>,
+    spec: &ModelSpec,
+    backends: Vec<Arc<dyn Backend>>,
+    options: &WorldOptions,
+) -> Result<Vec<LoadedRank>> {
+    let degrees = options.degrees;
+    assert_eq!(backends.len(), degrees.world(), "one backend per rank");
+    assert_eq!(options.placement.ranks(), degrees.expert_parallel(), "ranks of the placement");
+    let results: Vec<Result<LoadedRank>> = thread::scope(|scope| {
+        let threads: Vec<_> = communicators(&backends)
+            .into_iter()
+            .zip(backends)
+            .map(|(world, backend)| scope.spawn(move || load_rank(reader, spec, world, backend, options)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    results.into_iter().collect()
+}
+
+fn communicators(backends: &[Arc<dyn Backend>]) -> Vec<Box<dyn Communicator>> {
+    match backends {
+        [only] => vec![Box::new(Solo::new(Arc::clone(only)))],
+        _ => Local::world(backends.to_vec()).into_iter().map(|rank| Box::new(rank) as _).collect(),
+    }
+}
+
+fn load_rank(
+    reader: WeightReader<'_>,
+    spec: &ModelSpec,
+    mut world: Box<dyn Communicator>,
+    backend: Arc<dyn Backend>,
+    options: &WorldOptions,
+) -> Result<LoadedRank> {
+    let dp_rank = world.rank() / options.degrees.tensor_parallel;
+    let tp = match options.degrees.tensor_parallel {
+        1 => Box::new(Solo::new(Arc::clone(&backend))) as Box<dyn Communicator>,
+        _ => world.split(dp_rank)?,
+    };
+    let rank = Rank {
+        backend: Arc::clone(&backend),
+        world,
+        tp,
+        expert_tp: options.degrees.expert_tp,
+        dtype: options.dtype,
+    };
+    let ranks = options.degrees.expert_parallel();
+    let counters = Arc::new(LoadCounters::new(options.placement.layers(), spec.moe.experts, ranks));
+    let placement = Arc::clone(&options.placement);
+    let (model, output) = load(reader, spec, rank, placement, Arc::clone(&counters), options.sizes)?;
+    Ok(LoadedRank { model, output, backend, dp_rank, load: counters })
+}
