@@ -85,6 +85,10 @@ impl TokenizerFiles<'_> {
     }
 }
 
+/// Ids at or above this are refused whatever the embedding says: a table of all ids is kept, and published
+/// vocabularies end below 2^19.
+const MAX_IDS: usize = 1 << 24;
+
 /// One more than the highest token id, which must fit the embedding; `None` after noting a problem.
 pub(super) fn check_vocabulary(
     tokenizer: &tokenizers::Tokenizer,
@@ -101,8 +105,9 @@ pub(super) fn check_vocabulary(
         );
         return None;
     };
-    if u64::from(highest) >= embedding_rows as u64 {
-        let expected = format!("token ids below the {embedding_rows} rows of the embedding");
+    if highest as usize >= embedding_rows.min(MAX_IDS) {
+        let expected =
+            format!("token ids below {MAX_IDS} and below the {embedding_rows} rows of the embedding");
         let found = format!("{} tokens up to id {highest} ({token:?})", tokenizer.get_vocab_size(true));
         problems.add("tokenizer.json", "model.vocab".to_string(), expected, found);
         return None;
@@ -116,14 +121,14 @@ fn default_template(config: &Object) -> Result<Option<&str>, String> {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(source)) => Ok(Some(source)),
         Some(Value::Array(list)) => {
-            let text =
-                |entry: &'_ Value, key: &str| entry.get(key).and_then(Value::as_str).map(str::to_string);
-            let names: Vec<String> = list.iter().filter_map(|entry| text(entry, "name")).collect();
             let default =
                 list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"));
-            match default.and_then(|entry| entry.get("template")).and_then(Value::as_str) {
+            match default.and_then(|entry| entry.get("template")?.as_str()) {
                 Some(source) => Ok(Some(source)),
-                None => Err(format!("a list of {} named {names:?}", list.len())),
+                None => {
+                    let names: Vec<_> = list.iter().filter_map(|entry| entry.get("name")?.as_str()).collect();
+                    Err(format!("{} templates named {names:?}", list.len()))
+                }
             }
         }
         Some(other) => Err(other.to_string().chars().take(80).collect()),

@@ -63,8 +63,13 @@ impl Tokenizer {
     /// adds what the post-processor adds (a BOS, for most checkpoints that want one). A rendered chat template brings
     /// its own special tokens: encode it with `add_special` false.
     ///
+    /// Time and memory are linear in the text: some microseconds and up to 180 bytes per character (10 million
+    /// characters of prose took 60 s and 1.7 GiB on one busy core). Bound the length first, and keep long texts off
+    /// threads that serve sockets.
+    ///
     /// # Errors
-    /// [`Error::Request`] when the text exhausts a limit of the regular-expression engine.
+    /// [`Error::Request`] when the text exhausts a limit of the regular-expression engine; a run of ten million
+    /// spaces does.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         match guarded(|| self.inner.encode_fast(text, add_special)) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),

@@ -260,3 +260,88 @@ fn byte_alphabet() -> HashMap<char, u8> {
     let moved = ('\u{100}'..).zip(hidden);
     visible.into_iter().map(|byte| (char::from(byte), byte)).chain(moved).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Detokenizer, Tokenizer, TokenizerFiles};
+    use serde_json::{Value, json};
+
+    /// A tokenizer of a few words with this decoder, ours and the library's.
+    fn with_decoder(decoder: Value) -> (crate::Result<Tokenizer>, tokenizers::Tokenizer) {
+        let words = ["▁", "▁▁", "▁a", "a▁b", "b", " ", "<0xE2>", "<0x82>", "<0xAC>", "<0xZZ>", "Ġ", "é", ""];
+        let vocab: serde_json::Map<String, Value> =
+            words.iter().enumerate().map(|(id, word)| (word.to_string(), json!(id * 2))).collect();
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "decoder": decoder,
+            "added_tokens": [{"id": 2, "content": "▁▁", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true}],
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "b"},
+        });
+        let bytes = json.to_string().into_bytes();
+        let files = TokenizerFiles { tokenizer_json: Some(&bytes), ..TokenizerFiles::default() };
+        (Tokenizer::from_parts(&files, 64), tokenizers::Tokenizer::from_bytes(&bytes).unwrap())
+    }
+
+    /// Every list of up to three ids, gaps in the vocabulary included, against the library. The byte tokens are those of
+    /// one character, so that no run of three holds both a good and a malformed one (see [`Detokenizer`]).
+    fn check(decoder: Value) {
+        let (ours, library) = with_decoder(decoder.clone());
+        let ours = ours.unwrap();
+        let n = ours.vocab_size() as u32 + 1;
+        for code in 0..n * n * n {
+            let list = [code % n, code / n % n, code / n / n];
+            for (ids, skip) in
+                [(&list[..], true), (&list[..], false), (&list[..2], true), (&list[..1], false)]
+            {
+                let expected = library.decode(ids, skip).unwrap();
+                let mut stream = Detokenizer::new(&ours, skip);
+                let text: String = ids.iter().map(|&id| stream.push(id)).collect();
+                assert_eq!(text + &stream.finish(), expected, "{ids:?} skip {skip} {decoder}");
+            }
+        }
+    }
+
+    #[test]
+    fn pipelines_equal_the_library() {
+        let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let regex = json!({"type": "Replace", "pattern": {"Regex": "[ab]"}, "content": "xy"});
+        let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+        let strip = |start: usize| json!({"type": "Strip", "content": " ", "start": start, "stop": 0});
+        let (bytes, fuse) = (json!({"type": "ByteFallback"}), json!({"type": "Fuse"}));
+        let sequence = |decoders: &[&Value]| json!({"type": "Sequence", "decoders": decoders});
+        check(Value::Null);
+        check(
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+        );
+        check(metaspace("always"));
+        check(metaspace("never"));
+        check(sequence(&[&replace, &bytes, &fuse, &strip(1)]));
+        check(sequence(&[&sequence(&[&replace, &regex]), &fuse, &strip(2)]));
+        check(sequence(&[&bytes, &fuse]));
+        check(sequence(&[&metaspace("first"), &bytes, &fuse]));
+    }
+
+    #[test]
+    fn pipelines_that_cannot_be_streamed_are_refused_by_name() {
+        let refused = |decoder: Value, found: &str| {
+            let message = with_decoder(decoder).0.err().expect("a refusal").to_string();
+            assert!(message.contains(found), "{message}");
+        };
+        let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+        let fuse = json!({"type": "Fuse"});
+        refused(
+            json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
+            "WordPiece as stage 1 of WordPiece",
+        );
+        refused(strip.clone(), "Strip as stage 1 of Strip");
+        refused(
+            json!({"type": "Sequence", "decoders": [fuse, strip, strip]}),
+            "Strip as stage 3 of Fuse, Strip, Strip",
+        );
+        refused(
+            json!({"type": "Sequence", "decoders": [fuse, {"type": "ByteFallback"}]}),
+            "ByteFallback as stage 2",
+        );
+    }
+}

@@ -1,7 +1,7 @@
 //! Incremental detokenisation: tokens in, complete characters out.
 
 use super::Tokenizer;
-use super::pieces::{Pieces, Rules};
+use super::pieces::Pieces;
 use std::str::from_utf8;
 use std::sync::Arc;
 
@@ -50,13 +50,12 @@ impl Detokenizer {
 
     /// [`Detokenizer::push`], appending to `text`.
     pub(super) fn push_to(&mut self, token: u32, text: &mut String) {
-        let pieces = Arc::clone(&self.pieces);
-        let Some(piece) = pieces.get(token).filter(|piece| !(self.skip_special && piece.special)) else {
+        let Some(piece) = self.pieces.get(token).filter(|piece| !(self.skip_special && piece.special)) else {
             return;
         };
+        let rules = &self.pieces.rules;
         let start = text.len();
         let at_start = std::mem::replace(&mut self.at_start, false);
-        let rules: &Rules = &pieces.rules;
         if rules.space_between && !at_start {
             text.push(' ');
         }
@@ -64,24 +63,27 @@ impl Detokenizer {
             self.unfinished.extend(piece.bytes, rules.lone_bytes(), text);
         } else {
             self.unfinished.give_up(rules.lone_bytes(), text);
-            let bytes = if at_start { pieces.first_bytes(token).unwrap_or(piece.bytes) } else { piece.bytes };
+            let first = at_start.then(|| self.pieces.first_bytes(token)).flatten();
+            let bytes = first.unwrap_or(piece.bytes);
             text.push_str(
                 from_utf8(bytes).expect("only pieces that join bytes may hold parts of characters"),
             );
         }
-        self.strip(start, text);
+        if let Some((content, _)) = rules.strip_start {
+            strip(content, &mut self.strip_left, start, text);
+        }
     }
+}
 
-    /// Removes from `text[start..]` what the decoder strips at the start of the whole text.
-    fn strip(&mut self, start: usize, text: &mut String) {
-        let Some((content, _)) = self.pieces.rules.strip_start else { return };
-        while self.strip_left > 0 && start < text.len() {
-            if !text[start..].starts_with(content) {
-                self.strip_left = 0;
-                return;
-            }
+/// Removes up to `left` times `content` from the front of `text[start..]`; `left` becomes 0 at the first other
+/// character.
+fn strip(content: char, left: &mut usize, start: usize, text: &mut String) {
+    while *left > 0 && start < text.len() {
+        if text[start..].starts_with(content) {
             text.remove(start);
-            self.strip_left -= 1;
+            *left -= 1;
+        } else {
+            *left = 0;
         }
     }
 }
@@ -141,4 +143,40 @@ fn replace(malformed: usize, lone: LoneBytes, text: &mut String) {
         LoneBytes::OneForEach => malformed,
     };
     text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, count));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn decode(pieces: &[&[u8]], lone: LoneBytes) -> String {
+        let mut unfinished = Unfinished::default();
+        let mut text = String::new();
+        for piece in pieces {
+            unfinished.extend(piece, lone, &mut text);
+            assert!(unfinished.bytes.len() <= 3, "{} bytes kept", unfinished.bytes.len());
+        }
+        unfinished.give_up(lone, &mut text);
+        text
+    }
+
+    #[test]
+    fn each_lone_byte_or_each_sequence() {
+        let bytes: [&[u8]; 3] = [b"a\xF0\x9F", b"\x99b\xE2", b"\x82"];
+        assert_eq!(decode(&bytes, LoneBytes::OneForAll), "a\u{FFFD}b\u{FFFD}");
+        assert_eq!(decode(&bytes, LoneBytes::OneForEach), "a\u{FFFD}\u{FFFD}\u{FFFD}b\u{FFFD}\u{FFFD}");
+        assert_eq!(decode(&[b"\xF0", b"\x9F", b"\x99", b"\x82!"], LoneBytes::OneForEach), "🙂!");
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_any_bytes_equals_the_lossy_whole(
+            bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0x7Fu8..0xA0, 0xE0u8..0xF5], 0..40),
+            size in 1usize..5,
+        ) {
+            let pieces: Vec<&[u8]> = bytes.chunks(size).collect();
+            prop_assert_eq!(decode(&pieces, LoneBytes::OneForAll), String::from_utf8_lossy(&bytes));
+        }
+    }
 }
