@@ -548,6 +548,8 @@ fn settings_the_engine_does_not_compute_are_refused_by_name() {
         &with("mixtral", dynamic),
         &["rope_scaling.type: expected one of default, linear, yarn, longrope, found dynamic"],
     );
+    let nested = json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}});
+    refused(&with("qwen2_moe", nested), &["rope_parameters.full_attention: expected no such key"]);
     refused(&with("mixtral", json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor: expected 1"]);
     refused(&with("deepseek_v3", json!({"topk_method": "greedy"})), &["topk_method: expected noaux_tc"]);
     refused(&with("deepseek_v3", json!({"scoring_func": "softmax"})), &["scoring_func: expected sigmoid"]);

@@ -1,5 +1,7 @@
 //! The command line.
 
+pub mod inspect;
+
 use std::process::ExitCode;
 
 /// Entry point of the binary.

@@ -95,6 +95,9 @@ struct Stretch<'a> {
 
 impl<'a> Stretch<'a> {
     fn read(keys: Keys<'a>, root: &Keys, shape: &'a RopeShape) -> Self {
+        // transformers 5 may nest one object per layer type; one embedding serves all layers here.
+        keys.absent("full_attention");
+        keys.absent("sliding_attention");
         // Phi keeps the original length beside the object too, and transformers prefers it there.
         let key = "original_max_position_embeddings";
         let inside = keys.size(key, shape.max_position, MAX_POSITIONS);

@@ -1,6 +1,10 @@
 //! What a model *is*: plain data, filled by `model/families` from config.json and read by everything above.
 //! Differences between families are values here, never an `if family ==` elsewhere.
 
+mod params;
+
+pub use params::{Parameters, Split};
+
 /// A whole decoder-only model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {

@@ -1,0 +1,102 @@
+//! `moeyard inspect`: what a model is and what one rank of a run would hold.
+
+use std::fmt::Write;
+
+use crate::config::Parallel;
+use crate::config::size::ByteSize;
+use crate::spec::{Attention, FeedForward, ModelSpec};
+
+/// What a report needs to know about a run besides the model.
+#[derive(Debug, Clone, Copy)]
+pub struct RunShape {
+    /// Parallel degrees.
+    pub parallel: Parallel,
+    /// Expert slots per rank and MoE layer.
+    pub slots_per_rank: usize,
+    /// Bytes of one weight and of one number in the KV cache.
+    pub bytes_per_number: u64,
+    /// Tokens per KV block.
+    pub block_size: usize,
+}
+
+/// The report: one `label: value` per line, bytes without the padding a backend may add.
+pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
+    let mut text = String::new();
+    let mut line = |label: &str, value: String| {
+        writeln!(text, "{:<20}{value}", format!("{label}:")).expect("a String takes all");
+    };
+    let all = spec.parameters();
+    line("family", spec.family.to_owned());
+    line("layers", layers(spec));
+    line("attention", attention(&spec.attention));
+    line("hidden size", spec.hidden_size.to_string());
+    line("vocabulary", spec.vocab_size.to_string());
+    line("context", format!("{} tokens", spec.max_position_embeddings));
+    line("experts", experts(spec));
+    line("total parameters", parameters(all.total()));
+    line("active parameters", format!("{} per token", parameters(spec.active_parameters())));
+
+    let Parallel { tp, dp, ep, expert_tp, world } = run.parallel;
+    line("ranks", format!("{world} (TP {tp}, DP {dp}, EP {ep}, tensor split inside an expert {expert_tp})"));
+    line("slots per rank", format!("{} per MoE layer", run.slots_per_rank));
+    let rank = spec.rank_parameters(run.parallel.split(run.slots_per_rank));
+    let bytes = |numbers: u64| ByteSize(numbers.saturating_mul(run.bytes_per_number)).to_string();
+    let kv_token = spec.kv_numbers_per_token(tp);
+    line("bytes per rank", bytes(rank.total()));
+    for (label, numbers) in [
+        ("  attention", rank.attention),
+        ("  experts", rank.experts),
+        ("  shared experts", rank.shared),
+        ("  dense MLPs", rank.dense),
+        ("  routers", rank.router),
+        ("  embedding", rank.embedding),
+        ("  head", rank.head),
+        ("  norms", rank.norms),
+    ] {
+        line(label, bytes(numbers));
+    }
+    line("KV per token", bytes(kv_token));
+    let block = bytes(kv_token.saturating_mul(run.block_size as u64));
+    line("KV per block", format!("{block} ({} tokens)", run.block_size));
+    text
+}
+
+fn layers(spec: &ModelSpec) -> String {
+    let moe = spec.moe_layers().len();
+    let all = spec.layers.len();
+    let dense = spec.layers.iter().find_map(|layer| match layer.ffn {
+        FeedForward::Dense { intermediate } => Some(intermediate),
+        FeedForward::Moe => None,
+    });
+    match dense {
+        Some(width) => format!("{all} ({moe} MoE, {} dense of width {width})", all - moe),
+        None => format!("{all} (all MoE)"),
+    }
+}
+
+fn attention(attention: &Attention) -> String {
+    match *attention {
+        Attention::Gqa { heads, kv_heads, head_dim, .. } => {
+            format!("{heads} heads, {kv_heads} KV heads, head width {head_dim}")
+        }
+        Attention::Mla { heads, kv_lora_rank, rope_dim, .. } => {
+            format!("{heads} latent heads, latent width {kv_lora_rank} + rotary {rope_dim}")
+        }
+    }
+}
+
+fn experts(spec: &ModelSpec) -> String {
+    let moe = &spec.moe;
+    let shared = moe.shared.map_or(String::new(), |s| format!(", a shared one of width {}", s.intermediate));
+    format!("{} of width {}, {} chosen per token{shared}", moe.experts, moe.intermediate, moe.top_k)
+}
+
+/// "46702792704 (46.7 B)"
+fn parameters(n: u64) -> String {
+    let short = match n {
+        0..1_000_000 => return n.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", n as f64 / 1e6),
+        _ => format!("{:.1} B", n as f64 / 1e9),
+    };
+    format!("{n} ({short})")
+}

@@ -1,0 +1,92 @@
+//! The TOML file of `--config`: the keys of [`RawOptions`] at its top level.
+
+use std::path::Path;
+
+use super::flags::RawOptions;
+use crate::error::{Error, Result};
+
+/// Reads the file.
+///
+/// # Errors
+/// [`Error::Io`] when it cannot be read; [`Error::Config`] naming the file, the line and the key otherwise, with the
+/// allowed keys for an unknown one.
+pub fn read(path: &Path) -> Result<RawOptions> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    parse(&text, &path.display().to_string())
+}
+
+/// Reads the text of a file called `name`.
+///
+/// # Errors
+/// See [`read`].
+pub fn parse(text: &str, name: &str) -> Result<RawOptions> {
+    toml::from_str(text).map_err(|error| {
+        let place = match error.span() {
+            Some(span) => format!("{name}:{}", line_of(text, span.start)),
+            None => name.to_owned(),
+        };
+        Error::config(place, error.message())
+    })
+}
+
+/// Number of the line, from 1, that holds a byte.
+fn line_of(text: &str, byte: usize) -> usize {
+    1 + text.bytes().take(byte).filter(|&b| b == b'\n').count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::flags::DeviceChoice;
+    use crate::config::size::ByteSize;
+
+    fn refused(text: &str) -> String {
+        parse(text, "yard.toml").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn keys_are_the_flags() {
+        let options = parse(
+            "device = \"cpu\"\nexpert-parallel-size = 4\nkv-cache-memory = \"1GiB\"\nno-prefix-caching = true\n",
+            "yard.toml",
+        );
+        let expected = RawOptions {
+            device: Some(DeviceChoice::Cpu),
+            expert_parallel_size: Some(4),
+            kv_cache_memory: Some(ByteSize(1 << 30)),
+            no_prefix_caching: Some(true),
+            ..RawOptions::default()
+        };
+        assert_eq!(options.unwrap(), expected);
+        assert_eq!(parse("kv-cache-memory = 4096", "").unwrap().kv_cache_memory, Some(ByteSize(4096)));
+        assert_eq!(parse("", "").unwrap(), RawOptions::default());
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_known_ones() {
+        for key in ["api-key", "rebalance", "rebalance-policy", "save-placement", "tensor_parallel_size"] {
+            let error = refused(&format!("port = 1\n{key} = \"x\"\n"));
+            assert!(error.starts_with("yard.toml:2: "), "{error}");
+            assert!(error.contains(&format!("unknown field `{key}`")), "{error}");
+            assert!(error.contains("`tensor-parallel-size`") && error.contains("`drain-timeout`"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bad_values_name_the_line() {
+        assert!(refused("\n\nport = \"eighty\"").contains("yard.toml:3: invalid type: string \"eighty\""));
+        assert!(refused("port = 99999").contains("99999"));
+        assert!(
+            refused("dtype = \"fp8\"")
+                .contains("unknown variant `fp8`, expected one of `auto`, `f32`, `bf16`")
+        );
+        assert!(refused("kv-cache-memory = \"lots\"").contains("expected bytes such as 4GiB"));
+        assert!(refused("port = ").starts_with("yard.toml:1: "));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = read(Path::new("no/such.toml")).unwrap_err().to_string();
+        assert!(error.starts_with("no/such.toml: "), "{error}");
+    }
+}

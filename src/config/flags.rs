@@ -1,0 +1,181 @@
+//! What the user wrote: one field per flag, each absent unless given. The same keys, in the same spelling, make a TOML
+//! file, so a setting is named, documented and parsed once.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use super::size::ByteSize;
+
+/// Options as written, on the command line or in the file of `--config`.
+#[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct RawOptions {
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, value_name = "ADDRESS")]
+    pub host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 8000]
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Name of the model in requests and answers [default: the folder's name]
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Device to compute on [default: auto]
+    #[arg(long, value_enum)]
+    pub device: Option<DeviceChoice>,
+    /// Type of weights and activations [default: auto, which is bf16]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeChoice>,
+    /// Compute threads per rank [default: cores / ranks]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Ranks that share the attention heads [default: 1]
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel_size: Option<usize>,
+    /// Groups of ranks with sequences of their own [default: what EP needs]
+    #[arg(long, value_name = "N")]
+    pub data_parallel_size: Option<usize>,
+    /// Ranks that share the experts [default: TP x DP]
+    #[arg(long, value_name = "N")]
+    pub expert_parallel_size: Option<usize>,
+    /// Stages of layers; only 1 for now
+    #[arg(long, value_name = "N")]
+    pub pipeline_parallel_size: Option<usize>,
+    /// Longest sequence in tokens, prompt and answer together [default: the model's, or what the KV cache holds]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<usize>,
+    /// Sequences in one step, per DP rank [default: 64]
+    #[arg(long, value_name = "N")]
+    pub max_num_seqs: Option<usize>,
+    /// Tokens in one step, per DP rank [default: 2048]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Prompt tokens of one sequence in one step [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub prefill_chunk_size: Option<usize>,
+    /// Tokens per KV block, a multiple of 16 [default: 32]
+    #[arg(long, value_name = "TOKENS")]
+    pub block_size: Option<usize>,
+    /// Memory for the KV cache, per rank, such as 4GiB [default: from free memory]
+    #[arg(long, value_name = "SIZE")]
+    pub kv_cache_memory: Option<ByteSize>,
+    /// Compute every prompt from its start
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    pub no_prefix_caching: Option<bool>,
+    /// Extra expert slots per layer, over all ranks [default: 0]
+    #[arg(long, value_name = "N")]
+    pub redundant_experts: Option<usize>,
+    /// Placement file (JSON) to start with
+    #[arg(long, value_name = "FILE")]
+    pub placement: Option<PathBuf>,
+    /// Record the routing of every step to this file
+    #[arg(long, value_name = "FILE")]
+    pub record_routing: Option<PathBuf>,
+    /// Look for NaN and infinity in the weights while loading
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    pub check_weights: Option<bool>,
+    /// Sampling defaults: auto (the checkpoint's generation_config.json), none, or a file [default: auto]
+    #[arg(long, value_name = "auto|none|FILE")]
+    pub generation_config: Option<String>,
+    /// Seconds that running requests may take to finish after a stop signal [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_timeout: Option<u64>,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// The best device this build can use.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DtypeChoice {
+    /// bf16, whatever the checkpoint stores.
+    Auto,
+    /// Single precision: what the golden outputs were made in.
+    F32,
+    /// bfloat16 with f32 sums.
+    Bf16,
+}
+
+impl RawOptions {
+    /// These options where given, else those of `file`.
+    pub fn or(self, file: RawOptions) -> RawOptions {
+        RawOptions {
+            host: self.host.or(file.host),
+            port: self.port.or(file.port),
+            served_model_name: self.served_model_name.or(file.served_model_name),
+            device: self.device.or(file.device),
+            dtype: self.dtype.or(file.dtype),
+            threads: self.threads.or(file.threads),
+            tensor_parallel_size: self.tensor_parallel_size.or(file.tensor_parallel_size),
+            data_parallel_size: self.data_parallel_size.or(file.data_parallel_size),
+            expert_parallel_size: self.expert_parallel_size.or(file.expert_parallel_size),
+            pipeline_parallel_size: self.pipeline_parallel_size.or(file.pipeline_parallel_size),
+            max_model_len: self.max_model_len.or(file.max_model_len),
+            max_num_seqs: self.max_num_seqs.or(file.max_num_seqs),
+            max_num_batched_tokens: self.max_num_batched_tokens.or(file.max_num_batched_tokens),
+            prefill_chunk_size: self.prefill_chunk_size.or(file.prefill_chunk_size),
+            block_size: self.block_size.or(file.block_size),
+            kv_cache_memory: self.kv_cache_memory.or(file.kv_cache_memory),
+            no_prefix_caching: self.no_prefix_caching.or(file.no_prefix_caching),
+            redundant_experts: self.redundant_experts.or(file.redundant_experts),
+            placement: self.placement.or(file.placement),
+            record_routing: self.record_routing.or(file.record_routing),
+            check_weights: self.check_weights.or(file.check_weights),
+            generation_config: self.generation_config.or(file.generation_config),
+            drain_timeout: self.drain_timeout.or(file.drain_timeout),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: RawOptions,
+    }
+
+    fn parse(line: &str) -> RawOptions {
+        Line::try_parse_from(format!("moeyard {line}").split_whitespace()).unwrap().options
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = RawOptions { port: Some(1), threads: Some(2), ..RawOptions::default() };
+        let merged = parse("--port 3 --no-prefix-caching --kv-cache-memory 2MiB --dtype f32").or(file);
+        let expected = RawOptions {
+            port: Some(3),
+            threads: Some(2),
+            no_prefix_caching: Some(true),
+            kv_cache_memory: Some(ByteSize(2 << 20)),
+            dtype: Some(DtypeChoice::F32),
+            ..RawOptions::default()
+        };
+        assert_eq!(merged, expected);
+        assert_eq!(parse(""), RawOptions::default());
+    }
+
+    #[test]
+    fn flags_of_other_versions_are_unknown() {
+        for flag in ["--api-key x", "--rebalance", "--rebalance-policy x", "--save-placement x"] {
+            let line = format!("moeyard {flag}");
+            let error = Line::try_parse_from(line.split_whitespace()).err().expect(flag).to_string();
+            assert!(error.contains("unexpected argument"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! From [`RawOptions`] and a model to the values the program runs on, each default filled in once, each limit checked.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::flags::{DeviceChoice, DtypeChoice, RawOptions};
+use super::parallel::Parallel;
+use super::size::ByteSize;
+use crate::backend::DType;
+use crate::error::{Error, Result};
+use crate::spec::ModelSpec;
+
+/// Everything the program runs on but what depends on free memory: see [`super::memory`] for that.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// The HTTP endpoint.
+    pub server: ServerOptions,
+    /// The weights.
+    pub model: ModelOptions,
+    /// The ranks.
+    pub parallel: Parallel,
+    /// The batches.
+    pub scheduler: SchedulerOptions,
+    /// The KV cache.
+    pub cache: CacheOptions,
+    /// The experts.
+    pub experts: ExpertOptions,
+}
+
+/// What the HTTP endpoint is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Name or address to listen on.
+    pub host: String,
+    /// Port; 0 is any free one.
+    pub port: u16,
+    /// Name of the model; `None` is the folder's.
+    pub served_model_name: Option<String>,
+    /// Where sampling defaults come from.
+    pub generation_config: GenerationConfig,
+    /// How long running requests may take to finish after a stop signal.
+    pub drain_timeout: Duration,
+}
+
+/// Where sampling defaults come from, before OpenAI's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GenerationConfig {
+    /// generation_config.json of the checkpoint, where it has one.
+    Checkpoint,
+    /// Nowhere.
+    None,
+    /// This file.
+    File(PathBuf),
+}
+
+/// How the model is loaded and computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Type of weights and activations.
+    pub dtype: DType,
+    /// Compute threads of each rank.
+    pub threads: usize,
+    /// Look for NaN and infinity while loading.
+    pub check_weights: bool,
+}
+
+/// Limits of a step, per DP rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerOptions {
+    /// Longest sequence the user wants to serve; `None` leaves it to model and memory.
+    pub max_model_len: Option<usize>,
+    /// Sequences in one step.
+    pub max_num_seqs: usize,
+    /// Rows in one step; at least `max_num_seqs`.
+    pub max_num_batched_tokens: usize,
+    /// Prompt rows of one sequence in one step; at most `max_num_batched_tokens`.
+    pub prefill_chunk_size: usize,
+}
+
+/// The paged KV cache of a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Bytes per rank; `None` takes them from free memory.
+    pub memory: Option<ByteSize>,
+    /// Reuse the blocks of equal prefixes.
+    pub prefix_caching: bool,
+}
+
+/// Where experts live, and what is recorded of their use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertOptions {
+    /// Slots per rank and MoE layer; a placement file has its own number.
+    pub slots_per_rank: usize,
+    /// Placement file to start with.
+    pub placement: Option<PathBuf>,
+    /// Routing trace to write.
+    pub record_routing: Option<PathBuf>,
+}
+
+const MAX_THREADS: usize = 1024;
+const MAX_SEQS: usize = 1 << 12;
+const MAX_BATCHED_TOKENS: usize = 1 << 20;
+const MAX_BLOCK_SIZE: usize = 1024;
+const MAX_DRAIN_SECONDS: u64 = 24 * 60 * 60;
+/// [`crate::backend::KvCache`] is laid out in groups of this many tokens.
+const BLOCK_STEP: usize = 16;
+
+impl Options {
+    /// Fills in every default for a model on a machine with `cores` cores.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the option, the limit and the value.
+    pub fn resolve(raw: RawOptions, spec: &ModelSpec, cores: usize) -> Result<Options> {
+        if raw.device == Some(DeviceChoice::Cuda) {
+            return Err(Error::config("device", "this build has no cuda: expected auto or cpu, found cuda"));
+        }
+        let parallel = Parallel::resolve(&raw, spec)?;
+        Ok(Options {
+            model: model(&raw, &parallel, cores)?,
+            scheduler: scheduler(&raw, spec)?,
+            cache: cache(&raw)?,
+            experts: experts(&raw, &parallel, spec)?,
+            server: server(raw)?,
+            parallel,
+        })
+    }
+}
+
+fn server(raw: RawOptions) -> Result<ServerOptions> {
+    let drain = within("drain-timeout", raw.drain_timeout, 30, 0, MAX_DRAIN_SECONDS)?;
+    Ok(ServerOptions {
+        host: raw.host.unwrap_or_else(|| "127.0.0.1".to_owned()),
+        port: raw.port.unwrap_or(8000),
+        served_model_name: raw.served_model_name,
+        generation_config: match raw.generation_config.as_deref() {
+            None | Some("auto") => GenerationConfig::Checkpoint,
+            Some("none") => GenerationConfig::None,
+            Some(path) => GenerationConfig::File(PathBuf::from(path)),
+        },
+        drain_timeout: Duration::from_secs(drain),
+    })
+}
+
+fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
+    let share = (cores / parallel.world).clamp(1, MAX_THREADS);
+    Ok(ModelOptions {
+        // Auto is bf16 for every checkpoint, F32 ones too: on a CPU the bytes of the weights are the time of a step,
+        // and who wants f32 says so.
+        dtype: match raw.dtype.unwrap_or(DtypeChoice::Auto) {
+            DtypeChoice::F32 => DType::F32,
+            DtypeChoice::Auto | DtypeChoice::Bf16 => DType::Bf16,
+        },
+        threads: within("threads", raw.threads, share, 1, MAX_THREADS)?,
+        check_weights: raw.check_weights.unwrap_or(false),
+    })
+}
+
+fn scheduler(raw: &RawOptions, spec: &ModelSpec) -> Result<SchedulerOptions> {
+    let positions = spec.max_position_embeddings;
+    let max_model_len =
+        raw.max_model_len.map(|n| within("max-model-len", Some(n), n, 1, positions)).transpose()?;
+    let seqs = within("max-num-seqs", raw.max_num_seqs, 64, 1, MAX_SEQS)?;
+    // A decode row of every running sequence must fit into one step.
+    let (key, given) = ("max-num-batched-tokens", raw.max_num_batched_tokens);
+    let batched = within(key, given, 2048.max(seqs), seqs, MAX_BATCHED_TOKENS)?;
+    let chunk = within("prefill-chunk-size", raw.prefill_chunk_size, 512.min(batched), 1, batched)?;
+    Ok(SchedulerOptions {
+        max_model_len,
+        max_num_seqs: seqs,
+        max_num_batched_tokens: batched,
+        prefill_chunk_size: chunk,
+    })
+}
+
+fn cache(raw: &RawOptions) -> Result<CacheOptions> {
+    let block_size = within("block-size", raw.block_size, 32, BLOCK_STEP, MAX_BLOCK_SIZE)?;
+    if !block_size.is_multiple_of(BLOCK_STEP) {
+        let why = format!("expected a multiple of {BLOCK_STEP}, found {block_size}");
+        return Err(Error::config("block-size", why));
+    }
+    let prefix_caching = !raw.no_prefix_caching.unwrap_or(false);
+    Ok(CacheOptions { block_size, memory: raw.kv_cache_memory, prefix_caching })
+}
+
+fn experts(raw: &RawOptions, parallel: &Parallel, spec: &ModelSpec) -> Result<ExpertOptions> {
+    let experts = spec.moe.experts;
+    if raw.placement.is_some() && raw.redundant_experts.is_some() {
+        let why = "a placement file has its own number of slots: give one of the two";
+        return Err(Error::config("placement with redundant-experts", why));
+    }
+    // Beyond one more copy of every expert on every rank, slots hold nothing that helps.
+    let redundant = within("redundant-experts", raw.redundant_experts, 0, 0, experts * parallel.ep)?;
+    Ok(ExpertOptions {
+        slots_per_rank: parallel.slots_per_rank(experts, redundant),
+        placement: raw.placement.clone(),
+        record_routing: raw.record_routing.clone(),
+    })
+}
+
+/// The value given, or the default; refused outside `min..=max`.
+fn within<T: PartialOrd + std::fmt::Display>(
+    key: &str,
+    given: Option<T>,
+    default: T,
+    min: T,
+    max: T,
+) -> Result<T> {
+    let value = given.unwrap_or(default);
+    if value >= min && value <= max {
+        return Ok(value);
+    }
+    Err(Error::config(key, format!("expected {min} to {max}, found {value}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::families;
+
+    /// 8 experts, 32768 positions.
+    fn spec() -> ModelSpec {
+        families::resolve(include_bytes!("../../tests/fixtures/mixtral/config.json")).unwrap().spec
+    }
+
+    fn resolve(raw: RawOptions) -> Result<Options> {
+        Options::resolve(raw, &spec(), 16)
+    }
+
+    fn refusal(raw: RawOptions) -> String {
+        resolve(raw).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_default() {
+        let expected = Options {
+            server: ServerOptions {
+                host: "127.0.0.1".to_owned(),
+                port: 8000,
+                served_model_name: None,
+                generation_config: GenerationConfig::Checkpoint,
+                drain_timeout: Duration::from_secs(30),
+            },
+            model: ModelOptions { dtype: DType::Bf16, threads: 16, check_weights: false },
+            parallel: Parallel::SINGLE,
+            scheduler: SchedulerOptions {
+                max_model_len: None,
+                max_num_seqs: 64,
+                max_num_batched_tokens: 2048,
+                prefill_chunk_size: 512,
+            },
+            cache: CacheOptions { block_size: 32, memory: None, prefix_caching: true },
+            experts: ExpertOptions { slots_per_rank: 8, placement: None, record_routing: None },
+        };
+        assert_eq!(resolve(RawOptions::default()).unwrap(), expected);
+    }
+
+    #[test]
+    fn values_given_are_taken() {
+        let options = resolve(RawOptions {
+            dtype: Some(DtypeChoice::F32),
+            device: Some(DeviceChoice::Cpu),
+            expert_parallel_size: Some(3),
+            redundant_experts: Some(2),
+            max_num_batched_tokens: Some(100),
+            no_prefix_caching: Some(true),
+            generation_config: Some("none".to_owned()),
+            ..RawOptions::default()
+        })
+        .unwrap();
+        assert_eq!(options.model, ModelOptions { dtype: DType::F32, threads: 5, check_weights: false });
+        assert_eq!(options.experts.slots_per_rank, 4);
+        assert_eq!(options.scheduler.prefill_chunk_size, 100);
+        assert!(!options.cache.prefix_caching);
+        assert_eq!(options.server.generation_config, GenerationConfig::None);
+    }
+
+    #[test]
+    fn there_is_at_least_one_thread_per_rank() {
+        let raw = RawOptions { expert_parallel_size: Some(8), ..RawOptions::default() };
+        assert_eq!(Options::resolve(raw, &spec(), 2).unwrap().model.threads, 1);
+    }
+
+    #[test]
+    fn limits_are_named_with_the_value() {
+        let none = RawOptions::default;
+        for (raw, message) in [
+            (
+                RawOptions { max_model_len: Some(32769), ..none() },
+                "max-model-len: expected 1 to 32768, found 32769",
+            ),
+            (RawOptions { threads: Some(0), ..none() }, "threads: expected 1 to 1024, found 0"),
+            (RawOptions { block_size: Some(8), ..none() }, "block-size: expected 16 to 1024, found 8"),
+            (
+                RawOptions { block_size: Some(40), ..none() },
+                "block-size: expected a multiple of 16, found 40",
+            ),
+            (
+                RawOptions { max_num_seqs: Some(300), max_num_batched_tokens: Some(299), ..none() },
+                "max-num-batched-tokens: expected 300 to 1048576, found 299",
+            ),
+            (
+                RawOptions { prefill_chunk_size: Some(4096), ..none() },
+                "prefill-chunk-size: expected 1 to 2048, found 4096",
+            ),
+            (
+                RawOptions { redundant_experts: Some(9), ..none() },
+                "redundant-experts: expected 0 to 8, found 9",
+            ),
+            (
+                RawOptions { drain_timeout: Some(86401), ..none() },
+                "drain-timeout: expected 0 to 86400, found 86401",
+            ),
+            (
+                RawOptions { device: Some(DeviceChoice::Cuda), ..none() },
+                "device: this build has no cuda: expected auto or cpu, found cuda",
+            ),
+        ] {
+            assert_eq!(refusal(raw), message);
+        }
+        let both = RawOptions { placement: Some("p.json".into()), redundant_experts: Some(1), ..none() };
+        assert!(refusal(both).contains("give one of the two"));
+    }
+}
