@@ -1,1 +1,244 @@
-//! rank
+//! One rank: an OS thread that runs the model on every plan and samples the logit rows it owns.
+
+use super::Hooks;
+use super::options::EngineOptions;
+use super::plan::{RowResult, StepPlan};
+use super::sampler::Sampler;
+use crate::backend::{Backend, DType};
+use crate::error::{Error, Result};
+use crate::model::{Model, Routing, StepOutput};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+
+/// One rank as the engine takes it over. The ranks of one tensor-parallel group have the same `dp_rank`; together they
+/// own every row of its sub-plan exactly once.
+pub struct RankSetup {
+    /// This rank's shard, with its communicators and KV cache inside.
+    pub model: Box<dyn Model>,
+    /// Reads the logits.
+    pub backend: Arc<dyn Backend>,
+    /// Reused by every step; `logits` is `[at least max_logit_rows, vocab_size]` f32.
+    pub output: StepOutput,
+    /// Which sub-plan this rank computes, from 0 without gaps.
+    pub dp_rank: usize,
+}
+
+/// Watches every step on every rank, from that rank's own thread, which waits meanwhile: implementations copy what
+/// they need and return.
+pub trait StepObserver: Send + Sync {
+    /// Asked before each step: must the model fill [`StepOutput::routing`]?
+    fn wants_routing(&self) -> bool {
+        true
+    }
+
+    /// The step is computed. `rank` is the index of the [`RankSetup`]; `output` describes the rows it owns of
+    /// `plan.sub_plans[dp_rank]`.
+    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput);
+}
+
+/// Refuses setups that do not fit together or not the options.
+pub(super) fn check_setups(ranks: &[RankSetup], options: &EngineOptions) -> Result<()> {
+    let dp_size = dp_size(ranks);
+    for dp_rank in 0..dp_size.max(1) {
+        if !ranks.iter().any(|rank| rank.dp_rank == dp_rank) {
+            return Err(Error::config(
+                "--data-parallel-size",
+                format!("no rank computes sub-plan {dp_rank} of {}", dp_size.max(1)),
+            ));
+        }
+    }
+    for (index, rank) in ranks.iter().enumerate() {
+        let logits = &rank.output.logits;
+        let fits = logits.dtype() == DType::F32
+            && logits.cols() == options.vocab_size
+            && logits.rows() >= options.max_logit_rows;
+        if !fits {
+            return Err(Error::config(
+                "max_logit_rows",
+                format!(
+                    "rank {index} has room for [{}, {}] {:?} logits, [{}, {}] F32 are needed",
+                    logits.rows(),
+                    logits.cols(),
+                    logits.dtype(),
+                    options.max_logit_rows,
+                    options.vocab_size
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// DP ranks among these ranks.
+pub(super) fn dp_size(ranks: &[RankSetup]) -> usize {
+    ranks.iter().map(|rank| rank.dp_rank + 1).max().unwrap_or(0)
+}
+
+/// What one rank hands back; its buffers travel to the rank and back.
+#[derive(Default)]
+pub(super) struct RankReport {
+    /// Results of the logit rows it owns.
+    pub rows: Vec<RowResult>,
+    /// Expert choices of its rows, where captured.
+    pub routing: Option<Routing>,
+}
+
+/// Why a rank can no longer go on.
+pub(super) struct RankFailure {
+    pub why: String,
+    /// It only saw another rank fail.
+    pub from_peer: bool,
+}
+
+/// A rank's answer to one plan.
+pub(super) type RankAnswer = std::result::Result<RankReport, RankFailure>;
+
+/// One step for one rank.
+struct Work {
+    plan: Arc<StepPlan>,
+    report: RankReport,
+}
+
+/// The rank threads as the engine thread sees them.
+pub(super) struct Ranks {
+    dp_ranks: Vec<usize>,
+    work: Vec<SyncSender<Work>>,
+    answers: Receiver<(usize, RankAnswer)>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Ranks {
+    /// Starts one thread per setup.
+    pub fn start(setups: Vec<RankSetup>, hooks: &Hooks) -> Self {
+        let (sender, answers) = channel();
+        let dp_ranks = setups.iter().map(|setup| setup.dp_rank).collect();
+        let mut work = Vec::new();
+        let mut threads = Vec::new();
+        for (index, setup) in setups.into_iter().enumerate() {
+            let (work_sender, work_receiver) = sync_channel(1);
+            let vocab_size = setup.output.logits.cols();
+            let rank = Rank {
+                index,
+                setup,
+                observer: hooks.steps.clone(),
+                sampler: Sampler::default(),
+                row: vec![0.0; vocab_size],
+            };
+            let answers = sender.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("rank-{index}"))
+                .spawn(move || rank.run(work_receiver, answers))
+                .expect("the system refuses one more thread");
+            work.push(work_sender);
+            threads.push(thread);
+        }
+        Ranks { dp_ranks, work, answers, threads }
+    }
+
+    /// Ranks.
+    pub fn len(&self) -> usize {
+        self.work.len()
+    }
+
+    /// The sub-plan that a rank computes.
+    pub fn dp_rank(&self, rank: usize) -> usize {
+        self.dp_ranks[rank]
+    }
+
+    /// Gives one rank its work. A rank that has died answers by its failure, not here.
+    pub fn send(&self, rank: usize, plan: Arc<StepPlan>, report: RankReport) {
+        // The channel has room: a rank gets new work only after its answer.
+        let _ = self.work[rank].send(Work { plan, report });
+    }
+
+    /// Answers in the order they come.
+    pub fn answers(&self) -> &Receiver<(usize, RankAnswer)> {
+        &self.answers
+    }
+
+    /// Ends the threads: all of them are idle now.
+    pub fn join(self) {
+        drop(self.work);
+        for thread in self.threads {
+            // A panic inside was caught and answered.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The state of one rank thread.
+struct Rank {
+    index: usize,
+    setup: RankSetup,
+    observer: Option<Arc<dyn StepObserver>>,
+    sampler: Sampler,
+    /// One logit row in host memory; `[vocab]`.
+    row: Vec<f32>,
+}
+
+impl Rank {
+    fn run(mut self, work: Receiver<Work>, answers: Sender<(usize, RankAnswer)>) {
+        let index = self.index;
+        for Work { plan, mut report } in work {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.step(&plan, &mut report)));
+            // The engine thread writes the next plan into the same memory as soon as it has all answers.
+            drop(plan);
+            let failure = match outcome {
+                Ok(Ok(())) => {
+                    if answers.send((index, Ok(report))).is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Ok(Err(error)) => {
+                    RankFailure { from_peer: matches!(error, Error::Peer { .. }), why: error.to_string() }
+                }
+                Err(panic) => RankFailure { from_peer: false, why: panic_text(panic.as_ref()) },
+            };
+            // The model goes first: with it goes this rank's end of the communicator, which frees the others.
+            drop(self);
+            let _ = answers.send((index, Err(failure)));
+            return;
+        }
+    }
+
+    fn step(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        let RankSetup { model, output, dp_rank, .. } = &mut self.setup;
+        let sub = &plan.sub_plans[*dp_rank];
+        let observed = self.observer.as_ref().is_some_and(|observer| observer.wants_routing());
+        model.forward(&sub.batch(sub.capture_routing || observed), output)?;
+
+        report.routing = sub.capture_routing.then(|| output.routing.clone());
+        self.sample(plan, report)?;
+        if let Some(observer) = &self.observer {
+            observer.on_step(plan, self.index, self.setup.dp_rank, &self.setup.output);
+        }
+        Ok(())
+    }
+
+    /// Does the jobs of the logit rows that this rank owns.
+    fn sample(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        let RankSetup { backend, output, dp_rank, .. } = &self.setup;
+        let sub = &plan.sub_plans[*dp_rank];
+        report.rows.clear();
+        for (i, row) in output.logit_rows.iter().enumerate() {
+            let job = sub.logit_rows.binary_search(row);
+            let job =
+                job.unwrap_or_else(|_| panic!("rank {} returned logits of row {row} unasked", self.index));
+            let logits = output.logits.view().rows_range(i..i + 1);
+            backend.download(logits, bytemuck::cast_slice_mut(&mut self.row))?;
+            report.rows.push(self.sampler.run(job as u32, &sub.jobs[job], &self.row));
+        }
+        Ok(())
+    }
+}
+
+/// What a panic said.
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("(no message)"))
+}

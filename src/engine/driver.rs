@@ -1,0 +1,327 @@
+//! The engine thread: collects requests, plans, lets the ranks work, and reports.
+
+use super::handle::{Command, EngineHandle, Shared, Submission, lock};
+use super::options::EngineOptions;
+use super::plan::{Phase, StepPlan, SubResults};
+use super::rank::{RankFailure, RankReport, RankSetup, Ranks, dp_size, panic_text};
+use super::request::{Event, FinishReason, Finished, Request};
+use super::scheduler::{Scheduler, Update};
+use super::stats::{RequestTiming, StepTiming, TimingObserver};
+use super::{Hooks, RequestId};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// How long the engine listens for the cause after the first rank reported a failure: the others see only a peer
+/// that is gone.
+const FAILURE_GRACE: Duration = Duration::from_millis(500);
+
+/// Starts all threads. The setups and options have been checked.
+pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks) -> EngineHandle {
+    let dp_ranks = dp_size(&setups);
+    let ranks = Ranks::start(setups, &hooks);
+    // The pools are empty before the first step.
+    let mut stats = super::EngineStats::default();
+    stats.kv.free = options.kv_blocks * dp_ranks;
+    let shared = Arc::new(Shared::new(options, stats));
+    let (commands, received) = channel();
+    let for_thread = Arc::clone(&shared);
+    let thread = std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || run(for_thread, ranks, dp_ranks, received, hooks.timing))
+        .expect("the system refuses one more thread");
+    EngineHandle::new(shared, commands, thread)
+}
+
+/// The body of the engine thread. Whatever happens inside, every request gets its end and the handle learns of it.
+fn run(
+    shared: Arc<Shared>,
+    ranks: Ranks,
+    dp_ranks: usize,
+    commands: Receiver<Command>,
+    timing: Option<Arc<dyn TimingObserver>>,
+) {
+    let callers = Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing };
+    let mut driver = Driver {
+        scheduler: Scheduler::new(shared.options.clone(), dp_ranks),
+        plan: Arc::new(StepPlan::default()),
+        reports: (0..ranks.len()).map(|_| RankReport::default()).collect(),
+        results: (0..dp_ranks).map(|_| SubResults::default()).collect(),
+        updates: Vec::new(),
+        deadline: None,
+        ranks,
+        commands,
+        callers,
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| driver.serve()));
+    let failure = match outcome {
+        Ok(Ok(())) => None,
+        Ok(Err(why)) => Some(why),
+        Err(panic) => Some(format!("the engine {}", panic_text(panic.as_ref()))),
+    };
+    shared.open.store(false, Ordering::Release);
+    let Driver { mut callers, ranks, commands, .. } = driver;
+    if let Some(why) = failure {
+        tracing::error!("the engine stops: {why}");
+        *lock(&shared.failure) = Some(why.clone());
+        shared.alive.store(false, Ordering::Release);
+        callers.fail_all(&why);
+        // Ranks may be stuck in a device call: their threads are left alone and end when they can.
+    } else {
+        shared.alive.store(false, Ordering::Release);
+        ranks.join();
+    }
+    // Requests that came too late: dropping their channels ends their streams.
+    drop(commands);
+}
+
+/// The state of the engine thread.
+struct Driver {
+    scheduler: Scheduler,
+    callers: Callers,
+    ranks: Ranks,
+    commands: Receiver<Command>,
+    /// Reused: all ranks have given it back before it is written again.
+    plan: Arc<StepPlan>,
+    /// Reused: one per rank, on its way there and back.
+    reports: Vec<RankReport>,
+    /// Reused: one per DP rank.
+    results: Vec<SubResults>,
+    /// Reused.
+    updates: Vec<(RequestId, Update)>,
+    /// When a shutdown aborts what is left.
+    deadline: Option<Instant>,
+}
+
+impl Driver {
+    /// Serves until a shutdown ends or everyone has left. `Err` when a rank failed.
+    fn serve(&mut self) -> Result<(), String> {
+        loop {
+            let everyone_left = !self.take_commands();
+            let expired = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if everyone_left || expired {
+                self.scheduler.end_all(&FinishReason::Aborted);
+            }
+            if self.scheduler.is_idle() {
+                self.report();
+                if everyone_left || self.deadline.is_some() {
+                    return Ok(());
+                }
+                continue;
+            }
+            self.step()?;
+            self.report();
+        }
+    }
+
+    /// Takes all commands there are; waits for one when there is nothing to compute. `false` when no handle and no
+    /// stream is left.
+    fn take_commands(&mut self) -> bool {
+        if self.scheduler.is_idle() && self.deadline.is_none() {
+            match self.commands.recv() {
+                Ok(command) => self.take(command),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => {
+                self.scheduler.add(submission.id, Arc::clone(&submission.request));
+                self.callers.add(submission);
+            }
+            Command::Abort(id) => self.scheduler.abort(id),
+            Command::Shutdown(deadline) => {
+                self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
+            }
+        }
+    }
+
+    /// Plans and computes one step.
+    fn step(&mut self) -> Result<(), String> {
+        let plan = Arc::get_mut(&mut self.plan).expect("every rank has given the last plan back");
+        self.scheduler.plan(plan);
+        let started = Instant::now();
+        for (rank, report) in self.reports.drain(..).enumerate() {
+            self.ranks.send(rank, Arc::clone(&self.plan), report);
+        }
+        self.collect()?;
+        if let Some(timing) = &self.callers.timing {
+            timing.on_step(&StepTiming {
+                duration: started.elapsed(),
+                prefill_rows: self.plan.rows_in(Phase::Prefill),
+                decode_rows: self.plan.rows_in(Phase::Decode),
+            });
+        }
+        self.scheduler.finish_step(&self.plan, &mut self.results);
+        Ok(())
+    }
+
+    /// Waits for every rank and puts their results together.
+    fn collect(&mut self) -> Result<(), String> {
+        self.results.iter_mut().for_each(SubResults::clear);
+        self.reports.resize_with(self.ranks.len(), RankReport::default);
+        for _ in 0..self.ranks.len() {
+            // The ranks' threads hold the other end until they have answered.
+            let (rank, answer) = self.ranks.answers().recv().map_err(|_| "all ranks are gone".to_string())?;
+            let mut report = answer.map_err(|failure| self.cause(rank, failure))?;
+            let results = &mut self.results[self.ranks.dp_rank(rank)];
+            results.rows.append(&mut report.rows);
+            results.routing.extend(report.routing.take());
+            self.reports[rank] = report;
+        }
+        for (results, sub) in self.results.iter_mut().zip(&self.plan.sub_plans) {
+            results.settle(sub)?;
+        }
+        Ok(())
+    }
+
+    /// What went wrong first, as far as the ranks say so within a short time.
+    fn cause(&self, rank: usize, failure: RankFailure) -> String {
+        let mut found = (rank, failure);
+        let until = Instant::now() + FAILURE_GRACE;
+        while found.1.from_peer {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.ranks.answers().recv_timeout(left) {
+                Ok((rank, Err(failure))) => found = (rank, failure),
+                Ok((_, Ok(_))) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        format!("rank {} failed: {}", found.0, found.1.why)
+    }
+
+    /// Publishes the numbers, then tells the callers: who sees the end of a request sees it counted.
+    fn report(&mut self) {
+        *lock(&self.callers.shared.stats) = self.scheduler.stats();
+        self.scheduler.take_updates(&mut self.updates);
+        for (id, update) in self.updates.drain(..) {
+            self.callers.tell(id, update);
+        }
+    }
+}
+
+/// Everyone who waits for events.
+struct Callers {
+    live: HashMap<RequestId, Caller>,
+    shared: Arc<Shared>,
+    timing: Option<Arc<dyn TimingObserver>>,
+}
+
+/// One request as its caller sees it.
+struct Caller {
+    events: mpsc::Sender<Event>,
+    request: Arc<Request>,
+    submitted: Instant,
+    admitted: Option<Instant>,
+    first_token: Option<Instant>,
+    latest_token: Option<Instant>,
+    tokens: usize,
+}
+
+impl Callers {
+    fn add(&mut self, submission: Submission) {
+        let Submission { id, request, events, submitted } = submission;
+        let caller = Caller {
+            events,
+            request,
+            submitted,
+            admitted: None,
+            first_token: None,
+            latest_token: None,
+            tokens: 0,
+        };
+        self.live.insert(id, caller);
+    }
+
+    fn tell(&mut self, id: RequestId, update: Update) {
+        match update {
+            Update::Admitted => {
+                if let Some(caller) = self.live.get_mut(&id) {
+                    caller.admitted = Some(Instant::now());
+                    self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+                }
+            }
+            Update::Event(Event::Finished(finished)) => self.finish(id, finished),
+            Update::Event(event) => {
+                if let Some(caller) = self.live.get_mut(&id) {
+                    caller.note_token(self.timing.as_deref());
+                    caller.send(event);
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, id: RequestId, finished: Finished) {
+        let Some(caller) = self.live.remove(&id) else { return };
+        if caller.admitted.is_none() {
+            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(timing) = &self.timing {
+            timing.on_finish(&caller.timing(&finished.reason));
+        }
+        caller.send(Event::Finished(finished));
+    }
+
+    /// Ends every request with an error, after the scheduler's state is lost.
+    fn fail_all(&mut self, why: &str) {
+        let reason = FinishReason::Error(why.to_string());
+        {
+            let mut stats = lock(&self.shared.stats);
+            stats.running = 0;
+            stats.waiting = 0;
+            self.live.values().for_each(|_| stats.outcomes.count(&reason));
+        }
+        let ids: Vec<RequestId> = self.live.keys().copied().collect();
+        for id in ids {
+            self.finish(id, Finished { reason: reason.clone(), cached_tokens: 0, captured: None });
+        }
+    }
+}
+
+impl Caller {
+    fn note_token(&mut self, timing: Option<&dyn TimingObserver>) {
+        let now = Instant::now();
+        if let Some(timing) = timing {
+            match self.latest_token {
+                None => timing.on_first_token(now - self.submitted),
+                Some(latest) => timing.on_next_token(now - latest),
+            }
+        }
+        self.first_token.get_or_insert(now);
+        self.latest_token = Some(now);
+        self.tokens += 1;
+    }
+
+    /// The queue has room for all events of a request, so the only failure is a caller that has left.
+    fn send(&self, event: Event) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.events.try_send(event) {
+            panic!("more than {} events of one request", self.events.max_capacity());
+        }
+    }
+
+    fn timing(&self, reason: &FinishReason) -> RequestTiming {
+        let now = Instant::now();
+        RequestTiming {
+            queue: self.admitted.map(|admitted| admitted - self.submitted),
+            prefill: self.admitted.zip(self.first_token).map(|(admitted, first)| first - admitted),
+            decode: self.first_token.map(|first| now - first),
+            total: now - self.submitted,
+            prompt_tokens: self.request.prompt.len(),
+            generated_tokens: self.tokens,
+            reason: reason.clone(),
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! The engine from outside: [`EngineHandle`] takes requests, [`RequestStream`] hands out what they report.
+//!
+//! Back-pressure: the queue of a request's events has room for all it can ever report (`max_tokens` and the end), so
+//! the engine never waits for a reader and a slow one costs only what was admitted with its request. A caller that
+//! wants to give up on a reader drops the stream.
+
+use super::RequestId;
+use super::options::EngineOptions;
+use super::request::{Event, FinishReason, Finished, Request};
+use super::stats::EngineStats;
+use crate::error::{Error, Result};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc as sync_mpsc};
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// What the engine thread is told.
+pub(super) enum Command {
+    /// One more request.
+    Submit(Submission),
+    /// Its caller left.
+    Abort(RequestId),
+    /// Finish what is there until then, abort the rest, and end.
+    Shutdown(Instant),
+}
+
+/// A validated request on its way to the scheduler.
+pub(super) struct Submission {
+    pub id: RequestId,
+    pub request: Arc<Request>,
+    pub events: mpsc::Sender<Event>,
+    pub submitted: Instant,
+}
+
+/// What handles and the engine thread share.
+pub(super) struct Shared {
+    pub options: EngineOptions,
+    /// No rank failed and the engine thread runs.
+    pub alive: AtomicBool,
+    /// New requests are taken.
+    pub open: AtomicBool,
+    /// Requests submitted and not yet admitted for the first time.
+    pub waiting: AtomicUsize,
+    pub rejected: AtomicU64,
+    /// A std lock: held for a copy of plain numbers, never across an await.
+    pub stats: Mutex<EngineStats>,
+    /// Why the engine died, once it has.
+    pub failure: Mutex<Option<String>>,
+    next_id: AtomicU64,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Shared {
+    pub(super) fn new(options: EngineOptions, stats: EngineStats) -> Self {
+        Shared {
+            options,
+            alive: AtomicBool::new(true),
+            open: AtomicBool::new(true),
+            waiting: AtomicUsize::new(0),
+            rejected: AtomicU64::new(0),
+            stats: Mutex::new(stats),
+            failure: Mutex::new(None),
+            next_id: AtomicU64::new(0),
+            thread: Mutex::new(None),
+        }
+    }
+
+    /// Why no more requests are taken.
+    fn stopped(&self) -> Error {
+        let failure = lock(&self.failure).clone();
+        Error::Stopped(failure.unwrap_or_else(|| "it is shutting down".into()))
+    }
+}
+
+/// Locks plain data; a panic of another holder leaves it as valid as before.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A running engine. Clones are handles to the same engine.
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+    commands: sync_mpsc::Sender<Command>,
+}
+
+impl EngineHandle {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        commands: sync_mpsc::Sender<Command>,
+        thread: JoinHandle<()>,
+    ) -> Self {
+        *lock(&shared.thread) = Some(thread);
+        EngineHandle { shared, commands }
+    }
+
+    /// Queues a request and returns the stream of its events. Never waits.
+    ///
+    /// # Errors
+    /// * [`Error::Request`] when it can never run: ids outside the vocabulary, longer than the context or than the KV
+    ///   pool, sampling parameters out of range. Each names the parameter, the limit and the value.
+    /// * [`Error::Busy`] when the queue is full.
+    /// * [`Error::Stopped`] when the engine has failed or is shutting down.
+    pub fn submit(&self, request: Request) -> Result<RequestStream> {
+        let rejected = |error: Error| {
+            self.shared.rejected.fetch_add(1, Ordering::Relaxed);
+            error
+        };
+        validate(&request, &self.shared.options).map_err(rejected)?;
+        if !self.shared.open.load(Ordering::Acquire) {
+            return Err(rejected(self.shared.stopped()));
+        }
+        self.take_place().map_err(rejected)?;
+
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let (events, received) = mpsc::channel(request.max_tokens + 1);
+        let submission = Submission { id, request: Arc::new(request), events, submitted: Instant::now() };
+        if self.commands.send(Command::Submit(submission)).is_err() {
+            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            return Err(rejected(self.shared.stopped()));
+        }
+        Ok(RequestStream { id, events: received, handle: self.clone(), ended: false })
+    }
+
+    /// Counts one more waiting request, unless the queue is full.
+    fn take_place(&self) -> Result<()> {
+        let limit = self.shared.options.max_waiting;
+        let place = self
+            .shared
+            .waiting
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1));
+        match place {
+            Ok(_) => Ok(()),
+            Err(waiting) => Err(Error::Busy {
+                message: format!("{waiting} requests are waiting, and no more than {limit} may"),
+                retry_after_s: 1,
+            }),
+        }
+    }
+
+    /// Gauges and counters after the latest step: one short lock, no waiting for the engine.
+    pub fn stats(&self) -> EngineStats {
+        let mut stats = *lock(&self.shared.stats);
+        stats.outcomes.rejected = self.shared.rejected.load(Ordering::Relaxed);
+        // Those the scheduler has not seen yet wait too.
+        stats.waiting = stats.waiting.max(self.shared.waiting.load(Ordering::Relaxed));
+        stats
+    }
+
+    /// What the engine runs with.
+    pub fn options(&self) -> &EngineOptions {
+        &self.shared.options
+    }
+
+    /// All ranks work; false after a failure and after the end of a shutdown.
+    pub fn is_alive(&self) -> bool {
+        self.shared.alive.load(Ordering::Acquire)
+    }
+
+    /// New requests are taken; false from the first moment of a shutdown on.
+    pub fn is_open(&self) -> bool {
+        self.is_alive() && self.shared.open.load(Ordering::Acquire)
+    }
+
+    /// Takes no more requests, lets those there finish for up to `drain`, aborts the rest, and waits for the engine's
+    /// threads. Blocks: call it from a blocking context. A later call with a shorter time hastens the end.
+    pub fn shutdown(&self, drain: Duration) {
+        self.shared.open.store(false, Ordering::Release);
+        let now = Instant::now();
+        let deadline = now.checked_add(drain).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
+        // An engine that has ended already no longer listens, which is as good.
+        let _ = self.commands.send(Command::Shutdown(deadline));
+        let thread = lock(&self.shared.thread).take();
+        if let Some(thread) = thread {
+            // Its panic was caught and reported to every request.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The events of one request: tokens, then exactly one [`Event::Finished`], then nothing. Dropping it aborts the
+/// request and frees its KV blocks before the next step.
+pub struct RequestStream {
+    id: RequestId,
+    events: mpsc::Receiver<Event>,
+    handle: EngineHandle,
+    ended: bool,
+}
+
+impl RequestStream {
+    /// The request's number, as in plans and traces.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// The next event; `None` after the end.
+    pub async fn next(&mut self) -> Option<Event> {
+        std::future::poll_fn(|context| self.poll_event(context)).await
+    }
+
+    /// The next event, for callers outside async code.
+    ///
+    /// # Panics
+    /// Inside an async context, where it would block a socket thread.
+    pub fn blocking_next(&mut self) -> Option<Event> {
+        if self.ended {
+            return None;
+        }
+        let event = self.events.blocking_recv();
+        Some(self.checked(event))
+    }
+
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        self.events.poll_recv(context).map(|event| Some(self.checked(event)))
+    }
+
+    /// Notes the end, and makes one up when the engine vanished without saying so.
+    fn checked(&mut self, event: Option<Event>) -> Event {
+        let event = event.unwrap_or_else(|| {
+            let reason = FinishReason::Error(self.handle.shared.stopped().to_string());
+            Event::Finished(Finished { reason, cached_tokens: 0, captured: None })
+        });
+        self.ended = matches!(event, Event::Finished(_));
+        event
+    }
+}
+
+impl tokio_stream::Stream for RequestStream {
+    type Item = Event;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.get_mut().poll_event(context)
+    }
+}
+
+impl Drop for RequestStream {
+    fn drop(&mut self) {
+        if !self.ended {
+            // A stopped engine has nothing to abort.
+            let _ = self.handle.commands.send(Command::Abort(self.id));
+        }
+    }
+}
+
+/// Refuses what could never run.
+fn validate(request: &Request, options: &EngineOptions) -> Result<()> {
+    let prompt = request.prompt.len();
+    if prompt == 0 {
+        return Err(Error::request("prompt", "the prompt is empty; it needs at least 1 token"));
+    }
+    if let Some((at, id)) = first_outside(&request.prompt, options.vocab_size) {
+        return Err(Error::request(
+            "prompt",
+            format!("token {at} of the prompt is {id}, but ids are below {}", options.vocab_size),
+        ));
+    }
+    let total = prompt.saturating_add(request.max_tokens);
+    if total > options.max_model_len {
+        let param = if prompt > options.max_model_len { "prompt" } else { "max_tokens" };
+        return Err(Error::request(
+            param,
+            format!(
+                "This model's maximum context length is {} tokens. However, you requested {total} tokens ({prompt} in \
+                 the prompt, {} to generate). Please reduce the length of either.",
+                options.max_model_len, request.max_tokens
+            ),
+        ));
+    }
+    // The last generated token is reported, never stored.
+    let stored = prompt + request.max_tokens.saturating_sub(1);
+    if stored > options.kv_tokens() {
+        return Err(Error::request(
+            "max_tokens",
+            format!(
+                "{prompt} prompt tokens and {} to generate need room for {stored}, but the KV cache holds {} ({} blocks \
+                 of {})",
+                request.max_tokens,
+                options.kv_tokens(),
+                options.kv_blocks,
+                options.block_size
+            ),
+        ));
+    }
+    validate_sampling(request, options)
+}
+
+fn validate_sampling(request: &Request, options: &EngineOptions) -> Result<()> {
+    let sampling = &request.sampling;
+    if !(sampling.temperature >= 0.0 && sampling.temperature.is_finite()) {
+        return Err(Error::request(
+            "temperature",
+            format!("temperature is {}, but must be 0 or more", sampling.temperature),
+        ));
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        return Err(Error::request(
+            "top_p",
+            format!("top_p is {}, but must be above 0 and at most 1", sampling.top_p),
+        ));
+    }
+    if let Some(n) = request.logprobs.filter(|&n| n > options.vocab_size) {
+        return Err(Error::request(
+            "logprobs",
+            format!("{n} log-probabilities are asked for, but the vocabulary has {}", options.vocab_size),
+        ));
+    }
+    Ok(())
+}
+
+/// The first id that is no token: its place and value.
+fn first_outside(ids: &[u32], vocab_size: usize) -> Option<(usize, u32)> {
+    ids.iter().copied().enumerate().find(|&(_, id)| id as usize >= vocab_size)
+}
