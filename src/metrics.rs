@@ -30,8 +30,8 @@ pub struct Family {
 
 /// Seconds until the first token: vLLM's buckets, so that its dashboards read ours.
 const FIRST_TOKEN_SECONDS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 /// Seconds between two tokens: vLLM's buckets, with three more for small models.
 const INTER_TOKEN_SECONDS: &[f64] = &[
@@ -40,16 +40,14 @@ const INTER_TOKEN_SECONDS: &[f64] = &[
 ];
 /// Seconds of a whole request: vLLM's buckets.
 const REQUEST_SECONDS: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
 ];
 /// Tokens of a request: 1-2-5.
-const REQUEST_TOKENS: &[f64] = &[
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5,
-];
+const REQUEST_TOKENS: &[f64] =
+    &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5];
 /// Seconds of one step.
-const STEP_SECONDS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const STEP_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 /// Tokens of one step.
 const STEP_TOKENS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
@@ -286,7 +284,11 @@ mod tests {
             assert!(name.starts_with("moeyard_"), "{name}: prefix");
             let snake = |s: &str| s.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
             assert!(snake(name) && !name.contains("__"), "{name}: snake case");
-            assert_eq!(name.ends_with("_total"), family.kind == Kind::Counter, "{name}: _total is for counters");
+            assert_eq!(
+                name.ends_with("_total"),
+                family.kind == Kind::Counter,
+                "{name}: _total is for counters"
+            );
             for reserved in ["_sum", "_count", "_bucket"] {
                 assert!(!name.ends_with(reserved), "{name}: {reserved} belongs to histograms");
             }
@@ -295,7 +297,10 @@ mod tests {
             }
             assert!(family.help.ends_with('.') && family.help.len() < 200, "{name}: help {:?}", family.help);
             for label in family.labels {
-                assert!(snake(label) && !["le", "quantile", "user", "request"].contains(label), "{name}: {label}");
+                assert!(
+                    snake(label) && !["le", "quantile", "user", "request"].contains(label),
+                    "{name}: {label}"
+                );
             }
             if let Kind::Histogram(bounds) = family.kind {
                 assert!(bounds.is_sorted_by(|a, b| a < b) && bounds[0] > 0.0, "{name}: {bounds:?}");
@@ -318,8 +323,7 @@ mod tests {
         assert_eq!(load.layer_experts(0), [11, 22, 33]);
         assert_eq!(load.layer_ranks(Phase::Prefill, 1), [4, 11]);
         assert_eq!(load.rank_total(0, Phase::Decode), 70);
-        let by_rank: u64 =
-            (0..2).flat_map(|r| Phase::ALL.map(|p| load.rank_total(r, p))).sum();
+        let by_rank: u64 = (0..2).flat_map(|r| Phase::ALL.map(|p| load.rank_total(r, p))).sum();
         let by_layer: u64 = (0..2).flat_map(|l| load.layer_experts(l)).sum();
         assert_eq!(by_rank, by_layer);
     }

@@ -15,7 +15,8 @@ use super::options::ServerOptions;
 /// 408 beyond the time limit, 400 when the client breaks off.
 pub async fn read_json(request: Request, options: &ServerOptions) -> Result<Bytes, ApiError> {
     check_content_type(&request)?;
-    let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    let announced =
+        request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > options.max_body_bytes) {
         return Err(ApiError::body_too_large(options.max_body_bytes));
     }
@@ -23,7 +24,9 @@ pub async fn read_json(request: Request, options: &ServerOptions) -> Result<Byte
     match tokio::time::timeout(options.body_read_timeout, body).await {
         Err(_) => Err(ApiError::body_timeout(options.body_read_timeout)),
         Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(options.max_body_bytes)),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(ApiError::body_too_large(options.max_body_bytes))
+        }
         Ok(Err(_)) => Err(ApiError::bad_request("The request body ended before its announced length.")),
     }
 }
@@ -34,5 +37,9 @@ fn check_content_type(request: &Request) -> Result<(), ApiError> {
     let text = String::from_utf8_lossy(value.as_bytes());
     let mime = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let subtype_is_json = mime.starts_with("application/") && mime.ends_with("+json");
-    if mime == "application/json" || subtype_is_json { Ok(()) } else { Err(ApiError::unsupported_media_type(&text)) }
+    if mime == "application/json" || subtype_is_json {
+        Ok(())
+    } else {
+        Err(ApiError::unsupported_media_type(&text))
+    }
 }

@@ -24,7 +24,10 @@ impl<'a> Fields<'a> {
     /// The fields of the object `body`; duplicates are refused.
     pub fn parse(body: &'a [u8]) -> Result<Self, ApiError> {
         let object: Object<'a> = serde_json::from_slice(body).map_err(|error| {
-            ApiError::bad_request(format!("The request body is no valid JSON object: {}", clip(&error.to_string())))
+            ApiError::bad_request(format!(
+                "The request body is no valid JSON object: {}",
+                clip(&error.to_string())
+            ))
         })?;
         Ok(Fields { prefix: String::new(), entries: object.entries })
     }
@@ -84,7 +87,8 @@ impl<'a> Fields<'a> {
             let Some(raw) = self.raw(field.name) else { continue };
             if !field.neutral.is(raw) {
                 let path = self.path(field.name);
-                let message = format!("`{path}` is not supported yet: {}, got {}.", field.neutral.rule(), clip(raw));
+                let message =
+                    format!("`{path}` is not supported yet: {}, got {}.", field.neutral.rule(), clip(raw));
                 return Err(ApiError::bad_param(path, message));
             }
         }
@@ -183,7 +187,10 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
                 let mut entries: Vec<(String, &'de RawValue)> = Vec::new();
                 while let Some((key, value)) = map.next_entry::<String, &'de RawValue>()? {
                     if entries.iter().any(|(seen, _)| *seen == key) {
-                        return Err(A::Error::custom(format_args!("the field `{}` occurs twice", clip(&key))));
+                        return Err(A::Error::custom(format_args!(
+                            "the field `{}` occurs twice",
+                            clip(&key)
+                        )));
                     }
                     if entries.len() == MAX_FIELDS {
                         return Err(A::Error::custom(format_args!("more than {MAX_FIELDS} fields")));
@@ -239,7 +246,9 @@ mod tests {
             "`t` must be between 0 and 2, got 3.5."
         );
         assert_eq!(message(f.integer("i", 1, i64::MAX)), "`i` must be an integer of at least 1, got 0.");
-        assert!(message(f.integer("f", 1, 4)).starts_with("`f` must be an integer between 1 and 4: invalid type"));
+        assert!(
+            message(f.integer("f", 1, 4)).starts_with("`f` must be an integer between 1 and 4: invalid type")
+        );
         assert!(f.boolean("b").unwrap_err().message.starts_with("`b` must be true or false: invalid type"));
         assert!(f.number("big", "finite", |_| true).unwrap_err().message.contains("out of range"));
         let mut inner = f.object("o").unwrap().unwrap();

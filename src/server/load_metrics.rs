@@ -85,7 +85,8 @@ impl LoadMetrics {
 impl LayerMetrics {
     fn new(registry: &Registry, layer: usize, experts: usize) -> Self {
         let id = layer.to_string();
-        let expert = |expert: usize| registry.counter(&family::EXPERT_TOKENS_TOTAL, &[&id, &expert.to_string()]);
+        let expert =
+            |expert: usize| registry.counter(&family::EXPERT_TOKENS_TOTAL, &[&id, &expert.to_string()]);
         LayerMetrics {
             tokens: registry.counter(&family::LAYER_EXPERT_TOKENS_TOTAL, &[&id]),
             experts: (0..experts).map(expert).collect(),
@@ -95,5 +96,57 @@ impl LayerMetrics {
             entropy: registry.gauge(&family::LAYER_ROUTING_ENTROPY_RATIO, &[&id]),
             hottest: registry.gauge(&family::LAYER_HOTTEST_EXPERT, &[&id]),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The value of a series on the page.
+    fn value(registry: &Registry, series: &str) -> Option<f64> {
+        let page = registry.render();
+        let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series))?;
+        line.rsplit_once(' ')?.1.parse().ok()
+    }
+
+    #[test]
+    fn gauges_speak_of_the_last_window_and_counters_of_all_time() {
+        let registry = Registry::new().unwrap();
+        let mut load = LoadSnapshot::zeros(vec![3], 2, 2);
+        load.ranks[0].counts = vec![100, 0, 0, 0];
+        let mut metrics = LoadMetrics::new(&registry, load.clone());
+        let imbalance = r#"moeyard_layer_imbalance_ratio{layer="3",phase="prefill"}"#;
+        assert_eq!(value(&registry, imbalance), Some(0.0), "what came before the start is no window");
+
+        load.ranks[0].counts[0] += 30;
+        load.ranks[1].counts[1] += 10;
+        metrics.count(load.clone());
+        assert_eq!(value(&registry, imbalance), Some(0.0), "the window is still open");
+        metrics.close_window(load.clone());
+        for (series, expected) in [
+            (imbalance, 0.5),
+            (r#"moeyard_layer_imbalance_ratio{layer="3",phase="decode"}"#, 0.0),
+            (r#"moeyard_layer_max_expert_share_ratio{layer="3"}"#, 0.75),
+            (r#"moeyard_layer_hottest_expert{layer="3"}"#, 0.0),
+            (r#"moeyard_layer_expert_tokens_total{layer="3"}"#, 140.0),
+            (r#"moeyard_rank_expert_tokens_total{rank="0",phase="prefill"}"#, 130.0),
+            (r#"moeyard_expert_tokens_total{layer="3",expert="1"}"#, 10.0),
+        ] {
+            assert_eq!(value(&registry, series), Some(expected), "{series}");
+        }
+
+        metrics.close_window(load);
+        assert_eq!(value(&registry, imbalance), Some(0.0), "an idle window raises no alarm");
+    }
+
+    #[test]
+    fn experts_have_no_series_of_their_own_where_there_are_many() {
+        let registry = Registry::new().unwrap();
+        LoadMetrics::new(&registry, LoadSnapshot::zeros((3..61).collect(), 256, 8));
+        let page = registry.render();
+        assert!(!page.contains("moeyard_expert_tokens_total"));
+        let series = page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count();
+        assert_eq!(series, 8 * 2 + 58 * (1 + 2 + 3));
     }
 }

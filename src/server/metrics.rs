@@ -128,7 +128,7 @@ impl Metrics {
         };
         for (route, codes) in EXPECTED_RESPONSES {
             for code in *codes {
-                registry.counter(&family::HTTP_RESPONSES_TOTAL, &[route, &code.to_string()]);
+                registry.counter(&family::HTTP_RESPONSES_TOTAL, &[route, &code.to_string()]).absolute(0);
             }
         }
         let load = source.as_ref().map(|source| Mutex::new(LoadMetrics::new(&registry, source.snapshot())));
@@ -152,7 +152,7 @@ impl Metrics {
     pub fn render(&self, engine: &EngineStats) -> String {
         self.registry.copy(engine);
         self.with_load(LoadMetrics::count);
-        self.registry.handle.render()
+        self.registry.render()
     }
 
     /// Folds the samples of histograms, which otherwise pile up between two pages.
@@ -228,14 +228,16 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    fn new() -> Result<Self> {
-        let refused = |family: &Family, why: &dyn std::fmt::Display| Error::config(family.name, why.to_string());
+    pub(super) fn new() -> Result<Self> {
+        let refused =
+            |family: &Family, why: &dyn std::fmt::Display| Error::config(family.name, why.to_string());
         let mut builder = PrometheusBuilder::new();
         for family in FAMILIES {
             // Without buckets the exporter would render a summary.
             if let Kind::Histogram(bounds) = family.kind {
                 let matcher = Matcher::Full(family.name.into());
-                builder = builder.set_buckets_for_metric(matcher, bounds).map_err(|why| refused(family, &why))?;
+                builder =
+                    builder.set_buckets_for_metric(matcher, bounds).map_err(|why| refused(family, &why))?;
             }
         }
         let recorder = builder.build_recorder();
@@ -248,6 +250,11 @@ impl Registry {
             }
         }
         Ok(Registry { handle: recorder.handle(), recorder })
+    }
+
+    /// The page as it stands.
+    pub(super) fn render(&self) -> String {
+        self.handle.render()
     }
 
     /// The counter of `family` with these label values.
@@ -277,7 +284,9 @@ impl Registry {
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
         one(&family::PARALLEL_INFO, &[&tp, &dp, &ep]);
         for (rank, memory) in info.memory.iter().enumerate() {
-            for (kind, bytes) in [("weights", memory.weights), ("kv", memory.kv), ("workspace", memory.workspace)] {
+            for (kind, bytes) in
+                [("weights", memory.weights), ("kv", memory.kv), ("workspace", memory.workspace)]
+            {
                 self.gauge(&family::MEMORY_BYTES, &[&rank.to_string(), kind]).set(bytes as f64);
             }
         }
@@ -311,7 +320,13 @@ impl Registry {
 static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
 fn key(family: &Family, values: &[&str]) -> Key {
-    assert_eq!(family.labels.len(), values.len(), "{}: labels {:?}, values {values:?}", family.name, family.labels);
+    assert_eq!(
+        family.labels.len(),
+        values.len(),
+        "{}: labels {:?}, values {values:?}",
+        family.name,
+        family.labels
+    );
     let labels = family.labels.iter().zip(values).map(|(name, value)| Label::new(*name, (*value).to_owned()));
     Key::from_parts(family.name, labels.collect::<Vec<_>>())
 }

@@ -163,7 +163,9 @@ fn prompts(fields: &mut Fields<'_>) -> Result<Prompts, ApiError> {
         return Err(ApiError::bad_param("prompt", message));
     }
     match empty {
-        Some(at) => Err(ApiError::bad_param("prompt", format!("`prompt` must not be empty, but prompt {at} is."))),
+        Some(at) => {
+            Err(ApiError::bad_param("prompt", format!("`prompt` must not be empty, but prompt {at} is.")))
+        }
         None => Ok(prompts),
     }
 }

@@ -57,7 +57,11 @@ fn card<'a>(state: &'a AppState, id: &'a str) -> ModelCard<'a> {
 
 /// Whether the engine runs; a server that drains is still healthy.
 async fn health(State(state): State<Arc<AppState>>) -> Result<StatusCode, ApiError> {
-    if state.engine.is_alive() { Ok(StatusCode::OK) } else { Err(ApiError::unavailable("The engine has stopped.")) }
+    if state.engine.is_alive() {
+        Ok(StatusCode::OK)
+    } else {
+        Err(ApiError::unavailable("The engine has stopped."))
+    }
 }
 
 async fn version() -> Json<Version> {
@@ -80,7 +84,8 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    ApiError::internal(&format_args!("panic: {}", text.as_deref().unwrap_or("of unknown kind"))).into_response()
+    ApiError::internal(&format_args!("panic: {}", text.as_deref().unwrap_or("of unknown kind")))
+        .into_response()
 }
 
 async fn count_response(

@@ -36,7 +36,11 @@ pub struct Sequences {
 
 impl Sequences {
     /// Submits one sequence per prompt. When one is refused, none runs.
-    pub fn start(state: &AppState, prompts: Vec<Vec<u32>>, asked: &CompletionRequest) -> Result<Self, ApiError> {
+    pub fn start(
+        state: &AppState,
+        prompts: Vec<Vec<u32>>,
+        asked: &CompletionRequest,
+    ) -> Result<Self, ApiError> {
         let rules = Rules {
             stop: &asked.stop,
             stop_token_ids: &asked.stop_token_ids,
@@ -49,7 +53,8 @@ impl Sequences {
         for (index, prompt) in prompts.into_iter().enumerate() {
             let transcript = Transcript::new(Arc::clone(&state.tokenizer), rules)?;
             let request = engine_request(prompt, asked, rules, state.engine.options().max_model_len);
-            let stream = state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
+            let stream =
+                state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
             readers.push(Reader {
                 index,
                 stream,
@@ -101,7 +106,12 @@ impl Sequences {
     }
 }
 
-fn engine_request(prompt: Vec<u32>, asked: &CompletionRequest, rules: Rules<'_>, max_model_len: usize) -> Request {
+fn engine_request(
+    prompt: Vec<u32>,
+    asked: &CompletionRequest,
+    rules: Rules<'_>,
+    max_model_len: usize,
+) -> Request {
     // A default that was not asked for bends to what the context leaves; a full context is refused by the engine.
     let room = max_model_len.saturating_sub(prompt.len()).max(1);
     Request {
@@ -141,7 +151,9 @@ impl Reader {
                 Ok(piece) => piece.end.as_ref().map(|end| Outcome::of(end.finish_reason)),
                 Err(_) => Some(Outcome::Error),
             };
-            if piece.as_ref().is_ok_and(|piece| piece.end.is_none() && piece.text.is_empty() && piece.logprobs.is_none())
+            if piece
+                .as_ref()
+                .is_ok_and(|piece| piece.end.is_none() && piece.text.is_empty() && piece.logprobs.is_none())
             {
                 continue;
             }

@@ -78,7 +78,9 @@ impl Shutdown {
     fn next_stage(&self) {
         match self.stage() {
             Stage::Serving => {
-                tracing::info!("shutting down once running requests have ended; signal again to end them now");
+                tracing::info!(
+                    "shutting down once running requests have ended; signal again to end them now"
+                );
                 self.advance(Stage::Draining);
             }
             Stage::Draining | Stage::Aborting => self.advance(Stage::Aborting),

@@ -33,7 +33,9 @@ pub fn response(source: impl Source, options: &ServerOptions) -> Response {
     let keep_alive = KeepAlive::new().interval(options.sse_keep_alive).text("keep-alive");
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
     // nginx would gather the events of seconds otherwise.
-    response.headers_mut().insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
+        .headers_mut()
+        .insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response
 }
 

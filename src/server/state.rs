@@ -98,7 +98,11 @@ impl AppState {
 
     /// Token ids of all prompts. Long texts are encoded on a blocking thread, a few at a time, so that they hold up
     /// neither sockets nor each other's memory.
-    pub(super) async fn tokenize(&self, prompts: Prompts, add_special: bool) -> Result<Vec<Vec<u32>>, ApiError> {
+    pub(super) async fn tokenize(
+        &self,
+        prompts: Prompts,
+        add_special: bool,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
         let texts = match prompts {
             Prompts::Tokens(lists) => return Ok(lists),
             Prompts::Texts(texts) => texts,

@@ -94,7 +94,9 @@ impl Transcript {
         match finished.reason {
             FinishReason::Stop => Ok(self.finish("stop", finished.cached_tokens)),
             FinishReason::Length => Ok(self.finish("length", finished.cached_tokens)),
-            FinishReason::Aborted => Err(ApiError::unavailable("The request was aborted: the engine is stopping.")),
+            FinishReason::Aborted => {
+                Err(ApiError::unavailable("The request was aborted: the engine is stopping."))
+            }
             FinishReason::Error(why) => Err(ApiError::internal(&why)),
         }
     }
@@ -112,7 +114,8 @@ impl Transcript {
     fn emit(&mut self, text: &str) -> Piece {
         self.chars += text.chars().count();
         let scan = self.stops.push(text);
-        let end = scan.stop.map(|which| self.end("stop", Some(StopReason::Text(self.stop[which].clone())), 0));
+        let end =
+            scan.stop.map(|which| self.end("stop", Some(StopReason::Text(self.stop[which].clone())), 0));
         Piece { text: scan.text, logprobs: None, end }
     }
 
@@ -171,4 +174,139 @@ impl Transcript {
 /// JSON has no infinity; vLLM's floor stands for "never".
 fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::request::Finished;
+    use crate::tokenizer::TokenizerFiles;
+
+    const EOS: u32 = 1;
+
+    fn tokenizer() -> Arc<Tokenizer> {
+        let files = TokenizerFiles {
+            checkpoint: "demo-mixtral",
+            tokenizer_json: Some(include_bytes!("../../models/demo-mixtral/tokenizer.json")),
+            tokenizer_config: Some(include_bytes!("../../models/demo-mixtral/tokenizer_config.json")),
+            ..TokenizerFiles::default()
+        };
+        Arc::new(Tokenizer::from_parts(&files, 4096).unwrap())
+    }
+
+    fn event(token: u32) -> Event {
+        let top = vec![(token, -0.5), (token + 1, -1.0), (token + 2, f32::NEG_INFINITY)];
+        Event::Token(TokenEvent { token, logprob: Some(-0.5), top })
+    }
+
+    fn finished(reason: FinishReason) -> Event {
+        Event::Finished(Finished { reason, cached_tokens: 3, captured: None })
+    }
+
+    /// Feeds tokens and a reason; the joined text and the end.
+    fn run(rules: Rules<'_>, tokens: &[u32], reason: FinishReason) -> (String, End) {
+        let mut transcript = Transcript::new(tokenizer(), rules).unwrap();
+        let mut text = String::new();
+        let events = tokens.iter().map(|&token| event(token)).chain([finished(reason)]);
+        for event in events {
+            let piece = transcript.take(event).unwrap();
+            text.push_str(&piece.text);
+            if let Some(end) = piece.end {
+                return (text, end);
+            }
+        }
+        panic!("no end");
+    }
+
+    fn rules<'a>(stop: &'a [String], stop_token_ids: &'a [u32]) -> Rules<'a> {
+        Rules { stop, stop_token_ids, eos_token_ids: &[EOS], logprobs: None }
+    }
+
+    #[test]
+    fn ends_have_their_reasons() {
+        let tokenizer = tokenizer();
+        let tokens = tokenizer.encode("one two three four", false).unwrap();
+        let with = |last: u32| [&tokens[..], &[last]].concat();
+        let stop = ["three".to_string(), "wo thr".to_string()];
+        let whole = "one two three four";
+        let text = |reason: &str| StopReason::Text(reason.into());
+        for (stop, ids, tokens, reason, expected, finish, stop_reason, cached) in [
+            (&[][..], &[][..], tokens.clone(), FinishReason::Length, whole, "length", None, 3),
+            (&[], &[], with(EOS), FinishReason::Stop, whole, "stop", None, 3),
+            (&[], &[70], with(70), FinishReason::Stop, whole, "stop", Some(StopReason::Token(70)), 3),
+            (&[], &[EOS], with(EOS), FinishReason::Stop, whole, "stop", None, 3),
+            (
+                &stop[..1],
+                &[],
+                tokens.clone(),
+                FinishReason::Length,
+                "one two ",
+                "stop",
+                Some(text("three")),
+                0,
+            ),
+            (&stop[..], &[], tokens.clone(), FinishReason::Length, "one t", "stop", Some(text("wo thr")), 0),
+        ] {
+            let (said, end) = run(rules(stop, ids), &tokens, reason);
+            assert_eq!(said.trim_start(), expected);
+            assert_eq!((end.finish_reason, &end.stop_reason), (finish, &stop_reason), "{stop:?} {ids:?}");
+            assert_eq!(end.cached_tokens, cached);
+        }
+    }
+
+    #[test]
+    fn half_a_stop_string_is_held_back_and_handed_out_at_the_end() {
+        let tokens = tokenizer().encode("one two three", false).unwrap();
+        let (text, end) = run(rules(&["three four".into()], &[]), &tokens, FinishReason::Length);
+        assert_eq!(text.trim_start(), "one two three");
+        assert_eq!(end.finish_reason, "length");
+    }
+
+    #[test]
+    fn a_stop_string_of_replacement_characters_may_only_appear_at_the_end() {
+        let tokenizer = tokenizer();
+        let half = tokenizer.encode("\u{1F9ED}", false).unwrap()[0];
+        assert!(std::str::from_utf8(tokenizer.token_bytes(half)).is_err(), "a half character");
+        let (text, end) = run(rules(&["\u{FFFD}".into()], &[]), &[half], FinishReason::Length);
+        assert_eq!(text.trim_start(), "");
+        assert_eq!((end.finish_reason, end.cached_tokens), ("stop", 3));
+    }
+
+    #[test]
+    fn logprobs_name_tokens_and_have_no_infinity() {
+        let tokenizer = tokenizer();
+        let tokens = tokenizer.encode("a \u{1F9ED} b", false).unwrap();
+        let rules = Rules { logprobs: Some(2), ..rules(&[], &[]) };
+        let mut transcript = Transcript::new(Arc::clone(&tokenizer), rules).unwrap();
+        let mut all = Logprobs::default();
+        let mut offsets = Vec::new();
+        let mut chars = 0;
+        for &token in &tokens {
+            offsets.push(chars);
+            let piece = transcript.take(event(token)).unwrap();
+            chars += piece.text.chars().count();
+            all.append(piece.logprobs.unwrap());
+        }
+        assert_eq!(all.text_offset, offsets);
+        for (name, &token) in all.tokens.iter().zip(&tokens) {
+            match std::str::from_utf8(tokenizer.token_bytes(token)) {
+                Ok(text) => assert_eq!(name, text),
+                Err(_) => assert!(name.starts_with("bytes:\\x"), "{name}"),
+            }
+        }
+        for (top, name) in all.top_logprobs.iter().zip(&all.tokens) {
+            assert_eq!(top.0[0], (name.clone(), -0.5));
+            assert!(top.0.len() <= 3 && top.0.iter().all(|(_, logprob)| logprob.is_finite()));
+        }
+        assert!(serde_json::to_string(&all).is_ok());
+    }
+
+    #[test]
+    fn failures_become_errors_without_their_inner_text() {
+        let take = |reason| Transcript::new(tokenizer(), rules(&[], &[])).unwrap().take(finished(reason));
+        let error = take(FinishReason::Error("rank 3: address 0x7f".into())).unwrap_err();
+        assert_eq!(error.status.as_u16(), 500);
+        assert!(!error.message.contains("rank"), "{}", error.message);
+        assert_eq!(take(FinishReason::Aborted).unwrap_err().status.as_u16(), 503);
+    }
 }
