@@ -1,0 +1,155 @@
+//! Sockets: accepting, hyper's limits, and a graceful end.
+
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use super::routes;
+use super::shutdown::Stage;
+use super::state::AppState;
+use crate::error::{Error, Result};
+
+/// Pause after a failed accept: the usual cause is the limit on open files, and only time helps.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// After aborting, connections may take this long to send their last bytes.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How often histograms are folded and the engine's pulse is felt.
+const TICK: Duration = Duration::from_secs(1);
+/// hyper accepts no smaller buffer.
+const HYPER_MIN_BUFFER: usize = 8192;
+
+/// Opens the listening socket.
+///
+/// # Errors
+/// [`Error::Io`] naming the address: in use, not permitted, not of this machine.
+pub async fn bind(host: &str, port: u16) -> Result<TcpListener> {
+    TcpListener::bind((host, port)).await.map_err(|source| Error::io(format!("{host}:{port}"), source))
+}
+
+/// Serves until a shutdown: takes connections, and once the shutdown begins lets running requests finish for up to
+/// [`super::ServerOptions::drain_timeout`], then aborts them. The engine is left to the caller.
+///
+/// # Errors
+/// [`Error::Stopped`] when the engine died.
+pub async fn serve(listener: TcpListener, state: AppState) -> Result<()> {
+    let state = Arc::new(state);
+    let mut background = JoinSet::new();
+    background.spawn(keep_house(Arc::clone(&state)));
+    let server = Server { router: routes::router(Arc::clone(&state)), state };
+    let graceful = GracefulShutdown::new();
+    let outcome = tokio::select! {
+        never = server.accept_all(&listener, &graceful) => match never {},
+        () = server.state.shutdown.reached(Stage::Draining) => Ok(()),
+        () = engine_death(&server.state) => Err(Error::Stopped("see the log for the reason".into())),
+    };
+    server.state.shutdown.advance(Stage::Draining);
+    server.drain(&listener, graceful).await;
+    outcome
+}
+
+struct Server {
+    state: Arc<AppState>,
+    router: Router,
+}
+
+impl Server {
+    async fn accept_all(&self, listener: &TcpListener, graceful: &GracefulShutdown) -> Infallible {
+        loop {
+            let connection = self.connection(accept(listener).await, true);
+            tokio::spawn(finish(graceful.watch(connection)));
+        }
+    }
+
+    /// Lets the watched connections end. New ones are answered meanwhile (health checks see the drain, clients their
+    /// 503), one request each, but nobody waits for them.
+    async fn drain(&self, listener: &TcpListener, graceful: GracefulShutdown) {
+        let shutdown = &self.state.shutdown;
+        let mut ended = pin!(graceful.shutdown());
+        let refuse_others = async {
+            loop {
+                tokio::spawn(finish(self.connection(accept(listener).await, false)));
+            }
+        };
+        tokio::select! {
+            () = &mut ended => return,
+            () = sleep(self.state.options.drain_timeout) => {}
+            () = shutdown.reached(Stage::Aborting) => {}
+            () = refuse_others => {}
+        }
+        shutdown.advance(Stage::Aborting);
+        if timeout(LAST_WORDS, ended).await.is_err() {
+            tracing::warn!("connections were still open at the end of the shutdown");
+        }
+    }
+
+    fn connection(&self, socket: TcpStream, keep_alive: bool) -> Connection {
+        let options = &self.state.options;
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(options.header_read_timeout)
+            .max_headers(options.max_headers)
+            .max_buf_size(options.max_header_bytes.max(HYPER_MIN_BUFFER))
+            .keep_alive(keep_alive)
+            .serve_connection(TokioIo::new(socket), TowerToHyperService::new(self.router.clone()))
+    }
+}
+
+type Connection = http1::Connection<TokioIo<TcpStream>, TowerToHyperService<Router>>;
+
+/// The next connection, whatever it takes.
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => {
+                // Tokens are small and must not wait for more of them. Failing to say so only costs latency.
+                let _ = socket.set_nodelay(true);
+                return socket;
+            }
+            Err(error) => {
+                tracing::warn!("accepting a connection failed: {error}");
+                sleep(ACCEPT_BACKOFF).await;
+            }
+        }
+    }
+}
+
+/// A connection's end. Errors are the client's doing (it left, or sent no HTTP) and have been answered where possible.
+async fn finish(connection: impl Future<Output = hyper::Result<()>>) {
+    if let Err(error) = connection.await {
+        tracing::debug!("connection ended: {error}");
+    }
+}
+
+/// Returns some time after the engine has died: clients get their errors first.
+async fn engine_death(state: &AppState) {
+    let mut ticks = interval(TICK);
+    while state.engine.is_alive() {
+        ticks.tick().await;
+    }
+    sleep(state.options.dead_engine_grace).await;
+}
+
+/// Folds histogram samples and closes load windows on time, whether or not anybody reads the metrics.
+async fn keep_house(state: Arc<AppState>) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut window_began = Instant::now();
+    loop {
+        ticks.tick().await;
+        state.metrics.run_upkeep();
+        if window_began.elapsed() >= state.options.load_window {
+            window_began = Instant::now();
+            state.metrics.close_load_window();
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Expert load as metrics: counters since start, and gauges about the last window.
+
+use metrics::{Counter, Gauge};
+
+use super::metrics::Registry;
+use crate::metrics::{
+    self as family, LoadSnapshot, Phase, entropy_ratio, hottest, imbalance_ratio, max_share_ratio,
+};
+
+/// One series per expert up to this many of them over all layers; a page must stay readable.
+const MAX_EXPERT_SERIES: usize = 512;
+
+/// Handles of all load families; the labels are known from the first snapshot.
+pub(super) struct LoadMetrics {
+    /// `[rank][phase]`
+    ranks: Vec<[Counter; 2]>,
+    layers: Vec<LayerMetrics>,
+    window_began: LoadSnapshot,
+}
+
+struct LayerMetrics {
+    tokens: Counter,
+    /// `[expert]`, or nothing where there are too many.
+    experts: Vec<Counter>,
+    /// `[phase]`
+    imbalance: [Gauge; 2],
+    max_share: Gauge,
+    entropy: Gauge,
+    hottest: Gauge,
+}
+
+impl LoadMetrics {
+    pub(super) fn new(registry: &Registry, now: LoadSnapshot) -> Self {
+        let rank = |rank: usize| {
+            Phase::ALL.map(|phase| {
+                registry.counter(&family::RANK_EXPERT_TOKENS_TOTAL, &[&rank.to_string(), phase.label()])
+            })
+        };
+        let detail = now.layer_ids.len() * now.experts <= MAX_EXPERT_SERIES;
+        let experts = if detail { now.experts } else { 0 };
+        let mut metrics = LoadMetrics {
+            ranks: (0..now.ranks.len()).map(rank).collect(),
+            layers: now.layer_ids.iter().map(|&id| LayerMetrics::new(registry, id, experts)).collect(),
+            window_began: now.clone(),
+        };
+        metrics.count(now.clone());
+        metrics.close_window(now);
+        metrics
+    }
+
+    /// Brings the counters up to `now`.
+    pub(super) fn count(&mut self, now: LoadSnapshot) {
+        for (rank, phases) in self.ranks.iter().enumerate() {
+            for phase in Phase::ALL {
+                phases[phase as usize].absolute(now.rank_total(rank, phase));
+            }
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            let experts = now.layer_experts(index);
+            layer.tokens.absolute(experts.iter().sum());
+            for (counter, tokens) in layer.experts.iter().zip(experts) {
+                counter.absolute(tokens);
+            }
+        }
+    }
+
+    /// Sets the gauges from what came since the last window and begins a new one. A window without tokens counts as
+    /// balanced, so that an idle server raises no alarm.
+    pub(super) fn close_window(&mut self, now: LoadSnapshot) {
+        let window = now.since(&self.window_began);
+        for (index, layer) in self.layers.iter().enumerate() {
+            for phase in Phase::ALL {
+                let ranks = window.layer_ranks(phase, index);
+                layer.imbalance[phase as usize].set(imbalance_ratio(&ranks));
+            }
+            let experts = window.layer_experts(index);
+            layer.max_share.set(max_share_ratio(&experts));
+            layer.entropy.set(entropy_ratio(&experts));
+            layer.hottest.set(hottest(&experts) as f64);
+        }
+        self.window_began = now;
+    }
+}
+
+impl LayerMetrics {
+    fn new(registry: &Registry, layer: usize, experts: usize) -> Self {
+        let id = layer.to_string();
+        let expert =
+            |expert: usize| registry.counter(&family::EXPERT_TOKENS_TOTAL, &[&id, &expert.to_string()]);
+        LayerMetrics {
+            tokens: registry.counter(&family::LAYER_EXPERT_TOKENS_TOTAL, &[&id]),
+            experts: (0..experts).map(expert).collect(),
+            imbalance: Phase::ALL
+                .map(|phase| registry.gauge(&family::LAYER_IMBALANCE_RATIO, &[&id, phase.label()])),
+            max_share: registry.gauge(&family::LAYER_MAX_EXPERT_SHARE_RATIO, &[&id]),
+            entropy: registry.gauge(&family::LAYER_ROUTING_ENTROPY_RATIO, &[&id]),
+            hottest: registry.gauge(&family::LAYER_HOTTEST_EXPERT, &[&id]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The value of a series on the page.
+    fn value(registry: &Registry, series: &str) -> Option<f64> {
+        let page = registry.render();
+        let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series))?;
+        line.rsplit_once(' ')?.1.parse().ok()
+    }
+
+    #[test]
+    fn gauges_speak_of_the_last_window_and_counters_of_all_time() {
+        let registry = Registry::new().unwrap();
+        let mut load = LoadSnapshot::zeros(vec![3], 2, 2);
+        load.ranks[0].counts = vec![100, 0, 0, 0];
+        let mut metrics = LoadMetrics::new(&registry, load.clone());
+        let imbalance = r#"moeyard_layer_imbalance_ratio{layer="3",phase="prefill"}"#;
+        assert_eq!(value(&registry, imbalance), Some(0.0), "what came before the start is no window");
+
+        load.ranks[0].counts[0] += 30;
+        load.ranks[1].counts[1] += 10;
+        metrics.count(load.clone());
+        assert_eq!(value(&registry, imbalance), Some(0.0), "the window is still open");
+        metrics.close_window(load.clone());
+        for (series, expected) in [
+            (imbalance, 0.5),
+            (r#"moeyard_layer_imbalance_ratio{layer="3",phase="decode"}"#, 0.0),
+            (r#"moeyard_layer_max_expert_share_ratio{layer="3"}"#, 0.75),
+            (r#"moeyard_layer_hottest_expert{layer="3"}"#, 0.0),
+            (r#"moeyard_layer_expert_tokens_total{layer="3"}"#, 140.0),
+            (r#"moeyard_rank_expert_tokens_total{rank="0",phase="prefill"}"#, 130.0),
+            (r#"moeyard_expert_tokens_total{layer="3",expert="1"}"#, 10.0),
+        ] {
+            assert_eq!(value(&registry, series), Some(expected), "{series}");
+        }
+
+        metrics.close_window(load);
+        assert_eq!(value(&registry, imbalance), Some(0.0), "an idle window raises no alarm");
+    }
+
+    #[test]
+    fn experts_have_no_series_of_their_own_where_there_are_many() {
+        let registry = Registry::new().unwrap();
+        LoadMetrics::new(&registry, LoadSnapshot::zeros((3..61).collect(), 256, 8));
+        let page = registry.render();
+        assert!(!page.contains("moeyard_expert_tokens_total"));
+        let series = page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count();
+        assert_eq!(series, 8 * 2 + 58 * (1 + 2 + 3));
+    }
+}

@@ -1,0 +1,178 @@
+//! What a bad request gets: a status, OpenAI's error object, the field to blame.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Server, greedy};
+
+#[test]
+fn refusals_name_their_field() {
+    let server = Server::start();
+    let over: Vec<u32> = vec![5; 600];
+    for (fields, status, param) in [
+        (json!({"prompt": ""}), 400, "prompt"),
+        (json!({"prompt": [4096]}), 400, "prompt"),
+        (json!({"prompt": [-1]}), 400, "prompt"),
+        (json!({"prompt": over}), 400, "max_tokens"),
+        (json!({"prompt": "x", "max_tokens": 513}), 400, "max_tokens"),
+        (json!({"prompt": "x", "max_tokens": 4_000_000_000u32}), 400, "max_tokens"),
+        (json!({"prompt": "x", "temperature": 3}), 400, "temperature"),
+        (json!({"prompt": "x", "n": 4}), 400, "n"),
+        (json!({"prompt": "x", "echo": true}), 400, "echo"),
+        (json!({"prompt": "x", "logit_bias": {"1": 1}}), 400, "logit_bias"),
+        (json!({"prompt": "x", "stop": ""}), 400, "stop"),
+        (json!({"prompt": "x", "stream_options": {"include_usage": true}}), 400, "stream_options"),
+        (json!({"prompt": "x", "surprise": 1}), 400, "surprise"),
+        (json!({"prompt": "x", "model": "gpt-4"}), 404, "model"),
+    ] {
+        for stream in [false, true] {
+            let mut request = greedy(fields.clone());
+            if stream && param != "stream_options" {
+                request["stream"] = json!(true);
+            }
+            let response = server.client().post("/v1/completions", &request);
+            assert_eq!(response.status, status, "{fields}: {}", response.body);
+            assert_eq!(response.error()["param"], param, "{fields}: {}", response.body);
+        }
+    }
+    assert_eq!(server.stats().running, 0);
+    let server_side = server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#);
+    assert_eq!(server_side, 28.0);
+}
+
+#[test]
+fn the_context_phrase_is_the_one_clients_look_for() {
+    let server = Server::start();
+    let long_text = "word ".repeat(1_000_000);
+    for request in [
+        json!({"prompt": "x", "max_tokens": 600}),
+        json!({"prompt": vec![7; 600]}),
+        json!({"prompt": "word ".repeat(2000)}),
+        json!({"prompt": long_text}),
+    ] {
+        let error = server.complete(request).error();
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.starts_with("This model's maximum context length is 512 tokens. However, "),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn bodies_that_are_no_json_object_are_refused_quickly() {
+    let server = Server::start();
+    let deep = format!(r#"{{"prompt": {}"x"{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let long_key = format!(r#"{{"prompt": "x", "{}": 1}}"#, "k".repeat(1_000_000));
+    let many_stops = format!(r#"{{"prompt": "x", "stop": [{}"y"]}}"#, r#""y","#.repeat(1_000_000));
+    let many_fields: String = (0..200_000).map(|i| format!(r#""f{i}": 1, "#)).collect();
+    let many_fields = format!(r#"{{{many_fields}"prompt": "x"}}"#);
+    for body in [
+        "",
+        "null",
+        "[]",
+        "{\"prompt\": ",
+        "{\"prompt\": \"x\"} {}",
+        "{\"prompt\": \"x\", \"prompt\": \"y\"}",
+        "{\"prompt\": \"x\", \"temperature\": NaN}",
+        deep.as_str(),
+        long_key.as_str(),
+        many_stops.as_str(),
+        many_fields.as_str(),
+    ] {
+        let head: String = body.chars().take(40).collect();
+        let headers = [("Content-Type", "application/json")];
+        let response = server.client().request("POST", "/v1/completions", &headers, body.as_bytes());
+        assert_eq!(response.status, 400, "{head}: {}", response.body);
+        assert_eq!(response.error()["type"], "BadRequestError");
+        assert!(response.body.len() < 4000, "{head}: answered with {} bytes", response.body.len());
+    }
+    let response = server.client().request(
+        "POST",
+        "/v1/completions",
+        &[("Content-Type", "application/json")],
+        b"{\"a\": \"\xff\"}",
+    );
+    assert_eq!(response.status, 400);
+}
+
+#[test]
+fn other_content_types_are_refused() {
+    let server = Server::start();
+    let body = json!({"prompt": "x", "max_tokens": 1}).to_string();
+    let status = |content_type: &str| {
+        let headers = [("Content-Type", content_type)];
+        server.client().request("POST", "/v1/completions", &headers, body.as_bytes()).status
+    };
+    assert_eq!(status("application/json; charset=utf-8"), 200);
+    assert_eq!(status("Application/JSON"), 200);
+    assert_eq!(status("text/plain"), 415);
+    assert_eq!(status("application/x-www-form-urlencoded"), 415);
+    assert_eq!(server.client().request("POST", "/v1/completions", &[], body.as_bytes()).status, 200);
+}
+
+#[test]
+fn unknown_routes_and_methods_answer_in_the_same_shape() {
+    let server = Server::start();
+    for (method, path, status, kind) in [
+        ("GET", "/", 404, "NotFoundError"),
+        ("POST", "/v1/embeddings", 404, "NotFoundError"),
+        ("GET", "/v1/models/none", 404, "NotFoundError"),
+        ("GET", "/v1/completions", 405, "MethodNotAllowed"),
+        ("DELETE", "/v1/models", 405, "MethodNotAllowed"),
+        ("POST", "/metrics", 405, "MethodNotAllowed"),
+    ] {
+        let response = server.client().request(method, path, &[], b"");
+        assert_eq!(response.status, status, "{method} {path}");
+        assert_eq!(response.error()["type"], kind, "{method} {path}");
+        if status == 405 {
+            assert!(response.header("allow").is_some(), "{method} {path}: {:?}", response.headers);
+        }
+    }
+}
+
+#[test]
+fn a_full_queue_is_429_with_a_time_to_retry() {
+    let mut config = crate::harness::Config::default();
+    config.engine.max_num_seqs = 1;
+    config.engine.max_waiting = 1;
+    config.pause = std::time::Duration::from_millis(20);
+    let server = Server::with(config);
+    let long = greedy(json!({"prompt": [9], "max_tokens": 400, "stream": true}));
+    let mut running = server.client();
+    running.send_json("/v1/completions", &long);
+    crate::harness::eventually("the first runs", || server.stats().running == 1);
+    let mut waiting = server.client();
+    waiting.send_json("/v1/completions", &long);
+    crate::harness::eventually("the second waits", || server.stats().waiting == 1);
+
+    let refused = server.complete(json!({"prompt": "x", "stream": true}));
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    assert_eq!(refused.error()["type"], "RateLimitError");
+    assert!(refused.header("retry-after").unwrap().parse::<u32>().unwrap() >= 1);
+    assert_eq!(server.metric(r#"moeyard_admission_rejections_total{reason="queue_full"}"#), 1.0);
+
+    // A list of prompts is taken as a whole or not at all.
+    drop(waiting);
+    crate::harness::eventually("the second left", || server.stats().waiting == 0);
+    assert_eq!(server.complete(json!({"prompt": ["a", "b", "c"]})).status, 429);
+    crate::harness::eventually("none of the three waits", || server.stats().waiting == 0);
+}
+
+#[test]
+fn a_failed_sequence_is_a_500_or_an_error_chunk_and_others_go_on() {
+    let mut config = crate::harness::Config::default();
+    // The token after which logits turn NaN is in one prompt only.
+    config.fault = moeyard::engine::scripted::Fault::NanAfter(4000);
+    let server = Server::with(config);
+    let failed = server.complete(json!({"prompt": [4000]}));
+    assert_eq!(failed.status, 500);
+    let error = failed.error();
+    assert!(!error["message"].as_str().unwrap().contains("NaN"), "{error}");
+
+    let failed = server.complete(json!({"prompt": [4000], "stream": true}));
+    assert_eq!(failed.status, 200);
+    let chunks: Vec<Value> = failed.chunks();
+    assert_eq!(chunks.last().unwrap()["error"]["code"], 500, "{}", failed.body);
+
+    assert_eq!(server.complete(json!({"prompt": [41], "max_tokens": 3})).status, 200);
+}

@@ -1,0 +1,208 @@
+//! A server over the scripted model, on a port of its own.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use moeyard::backend::reference::ReferenceBackend;
+use moeyard::engine::scripted::{Fault, Script, ScriptedModel};
+use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup};
+use moeyard::metrics::LoadSource;
+use moeyard::model::FormRules;
+use moeyard::server::{
+    AppState, Info, Metrics, SamplingDefaults, ServerOptions, Setup, Shutdown, Stage, serve,
+};
+use moeyard::tokenizer::{Tokenizer, TokenizerFiles};
+use serde_json::{Value, json};
+
+use crate::client::{Client, Response};
+
+/// EOS of the demo checkpoint whose tokenizer is used.
+pub const EOS: u32 = 1;
+
+/// What a test may want to differ.
+pub struct Config {
+    pub options: ServerOptions,
+    pub engine: EngineOptions,
+    pub pause: Duration,
+    pub fault: Fault,
+    pub load: Option<Arc<dyn LoadSource>>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let engine = EngineOptions {
+            vocab_size: 4096,
+            max_model_len: 512,
+            block_size: 16,
+            kv_blocks: 256,
+            max_num_seqs: 16,
+            max_num_batched_tokens: 64,
+            prefill_chunk_size: 32,
+            max_logit_rows: 16,
+            prefix_caching: true,
+            form_rules: FormRules::default(),
+            max_waiting: 64,
+        };
+        Config {
+            options: ServerOptions::default(),
+            engine,
+            pause: Duration::ZERO,
+            fault: Fault::None,
+            load: None,
+        }
+    }
+}
+
+/// A running server; ends when dropped.
+pub struct Server {
+    pub address: SocketAddr,
+    pub shutdown: Shutdown,
+    pub tokenizer: Arc<Tokenizer>,
+    pub script: Script,
+    engine: EngineHandle,
+    serving: Option<JoinHandle<moeyard::Result<()>>>,
+}
+
+impl Server {
+    pub fn start() -> Server {
+        Server::with(Config::default())
+    }
+
+    pub fn with(config: Config) -> Server {
+        let tokenizer = Arc::new(tokenizer());
+        let metrics = Arc::new(Metrics::new(&info(), config.load).expect("metrics"));
+        let mut script =
+            Script::new(config.engine.vocab_size, config.engine.block_size, config.engine.kv_blocks);
+        script.pause = config.pause;
+        script.fault = config.fault;
+        let engine = start_engine(&script, config.engine, Arc::clone(&metrics));
+        let shutdown = Shutdown::default();
+        let state = AppState::new(Setup {
+            engine: engine.clone(),
+            tokenizer: Arc::clone(&tokenizer),
+            served_names: vec!["demo".into(), "org/alias".into()],
+            eos_token_ids: vec![EOS],
+            sampling_defaults: SamplingDefaults { temperature: 0.8, top_p: 0.95, top_k: 0 },
+            metrics,
+            options: config.options,
+            shutdown: shutdown.clone(),
+        });
+        let (address, serving) = spawn(state);
+        Server { address, shutdown, tokenizer, script, engine, serving: Some(serving) }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.address)
+    }
+
+    /// Greedy completion of a prompt, with more fields.
+    pub fn complete(&self, fields: Value) -> Response {
+        self.client().post("/v1/completions", &greedy(fields))
+    }
+
+    /// What the scripted model continues `prompt` with, by definition.
+    pub fn expected_tokens(&self, prompt: &str, tokens: usize) -> Vec<u32> {
+        self.script.greedy(&self.tokenizer.encode(prompt, true).unwrap(), tokens)
+    }
+
+    /// The text of [`Self::expected_tokens`].
+    pub fn expected_text(&self, prompt: &str, tokens: usize) -> String {
+        self.tokenizer.decode(&self.expected_tokens(prompt, tokens), true)
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.engine.stats()
+    }
+
+    /// The value of a series on the metrics page, as `name{labels}`.
+    pub fn metric(&self, series: &str) -> f64 {
+        let page = self.client().get("/metrics").body;
+        let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series));
+        let line = line.unwrap_or_else(|| panic!("{series} is not in\n{page}"));
+        line.rsplit_once(' ').unwrap().1.parse().unwrap()
+    }
+
+    /// Waits for the server to end by itself.
+    pub fn ended(&mut self) -> moeyard::Result<()> {
+        self.serving.take().expect("not yet joined").join().expect("the server panicked")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown.advance(Stage::Aborting);
+        if let Some(serving) = self.serving.take() {
+            let _ = serving.join();
+        }
+        self.engine.shutdown(Duration::ZERO);
+    }
+}
+
+/// `fields` as a request that samples greedily and does not stop at EOS, unless it says otherwise.
+pub fn greedy(fields: Value) -> Value {
+    let mut request = json!({"model": "demo", "temperature": 0, "ignore_eos": true});
+    for (name, value) in fields.as_object().unwrap() {
+        request[name] = value.clone();
+    }
+    request
+}
+
+/// Waits until `condition` holds, and fails when it does not in a few seconds.
+pub fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn spawn(state: AppState) -> (SocketAddr, JoinHandle<moeyard::Result<()>>) {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = std::thread::spawn(move || {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async { serve(tokio::net::TcpListener::from_std(listener).unwrap(), state).await })
+    });
+    (address, serving)
+}
+
+fn start_engine(script: &Script, options: EngineOptions, metrics: Arc<Metrics>) -> EngineHandle {
+    let backend = Arc::new(ReferenceBackend);
+    let output = ScriptedModel::output(script, backend.as_ref(), options.max_logit_rows).unwrap();
+    let model = Box::new(ScriptedModel::new(script.clone(), backend.clone()));
+    let hooks = Hooks { timing: Some(metrics), ..Hooks::default() };
+    Engine::start(vec![RankSetup { model, backend, output, dp_rank: 0 }], options, hooks).expect("engine")
+}
+
+fn tokenizer() -> Tokenizer {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-mixtral");
+    let read = |name| std::fs::read(folder.join(name)).expect(name);
+    let (tokenizer, config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    let files = TokenizerFiles {
+        checkpoint: "demo-mixtral",
+        tokenizer_json: Some(&tokenizer),
+        tokenizer_config: Some(&config),
+        ..TokenizerFiles::default()
+    };
+    Tokenizer::from_parts(&files, 4096).expect("tokenizer")
+}
+
+fn info() -> Info {
+    Info {
+        backend: "cpu".into(),
+        model: "demo".into(),
+        dtype: "f32".into(),
+        layers: 2,
+        experts: 8,
+        top_k: 2,
+        tp: 1,
+        dp: 1,
+        ep: 1,
+        memory: vec![moeyard::server::RankMemory { weights: 3 << 20, kv: 1 << 20, workspace: 1 << 10 }],
+    }
+}

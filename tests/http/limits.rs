@@ -1,0 +1,119 @@
+//! Clients that send too much, too slowly, or never stop.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::client::Client;
+use crate::harness::{Config, Server};
+
+fn impatient() -> Config {
+    let mut config = Config::default();
+    config.options.header_read_timeout = Duration::from_millis(300);
+    config.options.body_read_timeout = Duration::from_millis(300);
+    config.options.max_body_bytes = 100_000;
+    config
+}
+
+#[test]
+fn an_announced_body_over_the_limit_is_413_before_it_is_sent() {
+    let server = Server::with(impatient());
+    let mut client = server.client();
+    client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n");
+    let response = client.response();
+    assert_eq!(response.status, 413);
+    assert!(response.error()["message"].as_str().unwrap().contains("100000"));
+    assert_eq!(response.header("connection"), Some("close"));
+}
+
+#[test]
+fn a_chunked_body_is_counted_while_it_comes() {
+    let server = Server::with(impatient());
+    let mut client = server.client();
+    client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let chunk = format!("{:x}\r\n{}\r\n", 20_000, "x".repeat(20_000));
+    for _ in 0..6 {
+        client.raw(chunk.as_bytes());
+    }
+    assert_eq!(client.response().status, 413);
+}
+
+#[test]
+fn a_body_of_the_full_size_is_read() {
+    let server = Server::with(impatient());
+    let mut body = json!({"prompt": "x", "max_tokens": 1, "user": ""}).to_string();
+    let padding = 100_000 - body.len();
+    body.insert_str(body.len() - 2, &"u".repeat(padding));
+    let response = server.client().request(
+        "POST",
+        "/v1/completions",
+        &[("Content-Type", "application/json")],
+        body.as_bytes(),
+    );
+    assert_eq!(response.status, 200, "{}", response.body);
+}
+
+#[test]
+fn a_body_that_does_not_come_is_408() {
+    let server = Server::with(impatient());
+    let mut client = server.client();
+    client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{");
+    let response = client.response();
+    assert_eq!(response.status, 408);
+    assert_eq!(response.error()["type"], "RequestTimeout");
+}
+
+#[test]
+fn half_sent_headers_are_cut_off_and_hold_up_nobody() {
+    let server = Server::with(impatient());
+    let mut half: Vec<Client> = (0..100).map(|_| server.client()).collect();
+    for client in &mut half {
+        client.raw(b"GET /health HTTP/1.1\r\nHost: ");
+    }
+    let asked = Instant::now();
+    assert_eq!(server.client().get("/health").status, 200);
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    for mut client in half {
+        client.until_closed();
+    }
+    assert_eq!(server.client().get("/health").status, 200);
+}
+
+#[test]
+fn too_many_or_too_large_headers_are_431() {
+    let server = Server::start();
+    let mut client = server.client();
+    client.raw(b"GET /health HTTP/1.1\r\nHost: t\r\n");
+    client.raw("X-Many: 1\r\n".repeat(150).as_bytes());
+    client.raw(b"\r\n");
+    assert_eq!(client.head().status, 431);
+
+    let mut client = server.client();
+    client.raw(b"GET /health HTTP/1.1\r\nHost: t\r\nX-Large: ");
+    client.raw("x".repeat(80 << 10).as_bytes());
+    client.raw(b"\r\n\r\n");
+    assert_eq!(client.head().status, 431);
+}
+
+#[test]
+fn contradicting_lengths_are_refused() {
+    let server = Server::start();
+    for lengths in
+        ["Content-Length: 5\r\nContent-Length: 6\r\n", "Content-Length: -1\r\n", "Content-Length: x\r\n"]
+    {
+        let mut client = server.client();
+        client.raw(format!("POST /v1/completions HTTP/1.1\r\nHost: t\r\n{lengths}\r\n{{}}").as_bytes());
+        assert_eq!(client.head().status, 400, "{lengths}");
+    }
+}
+
+#[test]
+fn a_connection_carries_many_requests() {
+    let server = Server::start();
+    let mut client = server.client();
+    for _ in 0..3 {
+        assert_eq!(client.get("/health").status, 200);
+        assert_eq!(client.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2})).status, 200);
+        assert_eq!(client.post("/v1/completions", &json!({"prompt": "x", "n": 2})).status, 400);
+    }
+}

@@ -1,0 +1,12 @@
+//! The HTTP surface as a client meets it: a real server on a real socket, an engine with the scripted model.
+
+mod client;
+mod harness;
+
+mod completions;
+mod disconnects;
+mod errors;
+mod limits;
+mod metrics;
+mod routes;
+mod shutdown;

@@ -1,0 +1,92 @@
+//! How a server ends.
+
+use std::time::{Duration, Instant};
+
+use moeyard::engine::scripted::Fault;
+use moeyard::server::Stage;
+use serde_json::{Value, json};
+
+use crate::harness::{Config, Server, eventually, greedy};
+
+fn slow() -> Config {
+    Config { pause: Duration::from_millis(5), ..Config::default() }
+}
+
+fn long_stream() -> Value {
+    greedy(json!({"prompt": "x", "max_tokens": 100, "stream": true}))
+}
+
+#[test]
+fn an_idle_server_ends_at_once_and_open_connections_do_not_hold_it() {
+    let mut server = Server::start();
+    let mut idle = server.client();
+    assert_eq!(idle.get("/health").status, 200);
+    let asked = Instant::now();
+    server.shutdown.advance(Stage::Draining);
+    server.ended().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn running_requests_finish_and_new_ones_are_told() {
+    let mut server = Server::with(slow());
+    let mut running = server.client();
+    running.send_json("/v1/completions", &long_stream());
+    eventually("it runs", || server.stats().running == 1);
+    server.shutdown.advance(Stage::Draining);
+
+    let refused = server.complete(json!({"prompt": "x"}));
+    assert_eq!(refused.status, 503);
+    assert_eq!(refused.error()["type"], "ServiceUnavailable");
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(server.client().get("/health").status, 200);
+
+    let response = running.response();
+    assert_eq!(response.chunks().last().unwrap()["choices"][0]["finish_reason"], "length");
+    server.ended().unwrap();
+}
+
+#[test]
+fn after_the_drain_time_streams_end_with_an_error() {
+    let mut config = slow();
+    config.options.drain_timeout = Duration::from_millis(100);
+    let mut server = Server::with(config);
+    let mut running = server.client();
+    running.send_json("/v1/completions", &greedy(json!({"prompt": "x", "max_tokens": 500, "stream": true})));
+    eventually("it runs", || server.stats().running == 1);
+    server.shutdown.advance(Stage::Draining);
+    let response = running.response();
+    assert_eq!(response.chunks().last().unwrap()["error"]["code"], 503, "{}", response.body);
+    server.ended().unwrap();
+    eventually("it was aborted", || server.stats().running == 0);
+}
+
+#[test]
+fn a_second_signal_does_not_wait() {
+    let mut server = Server::with(slow());
+    let mut running = server.client();
+    running.send_json("/v1/completions", &greedy(json!({"prompt": "x", "max_tokens": 500})));
+    eventually("it runs", || server.stats().running == 1);
+    server.shutdown.advance(Stage::Draining);
+    let asked = Instant::now();
+    server.shutdown.advance(Stage::Aborting);
+    assert_eq!(running.response().status, 503);
+    server.ended().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn a_dead_engine_is_reported_everywhere_and_ends_the_server() {
+    for fault in [Fault::PanicAt(10), Fault::ErrorAt(10)] {
+        let mut config = slow();
+        config.fault = fault;
+        config.options.dead_engine_grace = Duration::from_secs(1);
+        let mut server = Server::with(config);
+        let response = server.client().post("/v1/completions", &long_stream());
+        assert_eq!(response.chunks().last().unwrap()["error"]["code"], 500, "{}", response.body);
+        let health = server.client().get("/health");
+        assert_eq!((health.status, health.error()["type"].as_str()), (503, Some("ServiceUnavailable")));
+        assert_eq!(server.complete(json!({"prompt": "x"})).status, 503);
+        assert!(server.ended().is_err());
+    }
+}
