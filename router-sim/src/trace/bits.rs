@@ -1,6 +1,7 @@
 //! Expert ids packed to the bits they need, lowest bit first.
 
-use std::iter;
+/// Ids that are packed together: 8 of `width` bits are `width` whole bytes, at most 16.
+const GROUP: usize = 8;
 
 /// Bits of one id: ceil(log2 `experts`), at least 1 so that every id takes space.
 pub fn width(experts: usize) -> u32 {
@@ -17,38 +18,32 @@ pub fn packed_len(n: usize, width: u32) -> usize {
 /// # Panics
 /// On an id that is not: the router chose an expert that does not exist.
 pub fn pack(out: &mut Vec<u8>, ids: &[u32], experts: usize) {
+    let wrong = ids.iter().find(|id| **id as usize >= experts);
+    assert!(wrong.is_none(), "expert {wrong:?} of {experts}");
     let width = width(experts);
-    let (mut pending, mut filled) = (0u64, 0);
-    for &id in ids {
-        assert!((id as usize) < experts, "expert {id} of {experts}");
-        pending |= u64::from(id) << filled;
-        filled += width;
-        if filled >= 32 {
-            out.extend_from_slice(&(pending as u32).to_le_bytes());
-            pending >>= 32;
-            filled -= 32;
-        }
+    let start = out.len();
+    out.resize(start + packed_len(ids.len(), width), 0);
+    for (group, bytes) in ids.chunks(GROUP).zip(out[start..].chunks_mut(width as usize)) {
+        let bits = group.iter().rev().fold(0u128, |bits, id| (bits << width) | u128::from(*id));
+        bytes.copy_from_slice(&bits.to_le_bytes()[..bytes.len()]);
     }
-    let rest = filled.div_ceil(8) as usize;
-    out.extend_from_slice(&pending.to_le_bytes()[..rest]);
 }
 
 /// The `n` ids in `bytes`, which are [`packed_len`] long; the offending id when one is not below `experts`.
-pub fn unpack(bytes: &[u8], n: usize, experts: usize) -> Result<Vec<u16>, u64> {
+pub fn unpack(bytes: &[u8], n: usize, experts: usize) -> Result<Vec<u16>, u16> {
     let width = width(experts);
-    let (mut pending, mut filled) = (0u64, 0);
-    let mut bytes = bytes.iter();
-    let next = || {
-        while filled < width {
-            pending |= u64::from(*bytes.next().expect("packed_len bytes")) << filled;
-            filled += 8;
-        }
-        let id = pending & ((1 << width) - 1);
-        pending >>= width;
-        filled -= width;
-        if id < experts as u64 { Ok(id as u16) } else { Err(id) }
-    };
-    iter::repeat_with(next).take(n).collect()
+    let mut ids = Vec::with_capacity(n);
+    for bytes in bytes.chunks(width as usize) {
+        let mut word = [0; 16];
+        word[..bytes.len()].copy_from_slice(bytes);
+        let bits = u128::from_le_bytes(word);
+        let group = GROUP.min(n - ids.len()) as u32;
+        ids.extend((0..group).map(|i| (bits >> (i * width)) as u16 & (u16::MAX >> (16 - width))));
+    }
+    match ids.iter().find(|id| usize::from(**id) >= experts) {
+        Some(id) => Err(*id),
+        None => Ok(ids),
+    }
 }
 
 #[cfg(test)]

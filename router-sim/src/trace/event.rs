@@ -15,7 +15,7 @@ pub enum Event {
     /// Another placement came into force.
     Switch(Switch),
     /// The rebalancer decided.
-    Decision(Decision),
+    Decision(Box<Decision>),
     /// Weights arrived in their new slots.
     Moves(Moves),
 }
@@ -156,7 +156,7 @@ impl Event {
             }),
             tag::DECISION => take_json(payload)
                 .and_then(|fields: DecisionFields| fields.check(header))
-                .map(Event::Decision),
+                .map(|decision| Event::Decision(Box::new(decision))),
             tag::MOVES => take_json(payload).map(Event::Moves),
             _ => return None,
         })

@@ -1,8 +1,8 @@
 //! The record of one step: which rows ran on which rank, and the experts of each.
 
+use super::bits;
 use super::header::{TraceHeader, WeightFormat};
 use super::varint::{self, Cursor};
-use super::{bits, varint::zigzag};
 use crate::load::{LoadWindow, Phase};
 
 const DECODE: u8 = 1;
@@ -178,15 +178,11 @@ fn put_rows(out: &mut Vec<u8>, rows: &[RowInfo]) {
     let (mut request, mut due_position) = (0u64, None);
     for row in rows {
         let continues = row.request == request && due_position == Some(row.position);
-        out.push(
-            match row.phase {
-                Phase::Prefill => 0,
-                Phase::Decode => DECODE,
-            } | if row.recomputed { RECOMPUTED } else { 0 }
-                | if continues { CONTINUES } else { 0 },
-        );
+        let flags =
+            [(row.phase == Phase::Decode, DECODE), (row.recomputed, RECOMPUTED), (continues, CONTINUES)];
+        out.push(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum());
         if !continues {
-            varint::put(out, zigzag(row.request.wrapping_sub(request) as i64));
+            varint::put(out, varint::zigzag(row.request.wrapping_sub(request) as i64));
             varint::put(out, row.position);
         }
         (request, due_position) = (row.request, row.position.checked_add(1));

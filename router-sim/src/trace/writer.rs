@@ -31,10 +31,13 @@ pub struct TraceWriter {
     path: PathBuf,
     header: TraceHeader,
     queue: SyncSender<Message>,
-    /// Empty buffers; none left means that [`QUEUE_RECORDS`] records are under way.
+    /// Empty buffers that the thread gave back.
     free: Receiver<Vec<u8>>,
     /// A buffer that was taken and not sent.
     spare: Option<Vec<u8>>,
+    /// Buffers made so far, only when none is free: [`QUEUE_RECORDS`] of them and none free means that as many records
+    /// are under way.
+    buffers: usize,
     /// The thread's last word.
     done: Receiver<io::Result<()>>,
     counters: Arc<TraceCounters>,
@@ -55,12 +58,12 @@ pub struct TraceCounters {
 }
 
 impl TraceCounters {
-    /// Records written; header, gaps and end included.
+    /// Steps and events written.
     pub fn written_records(&self) -> u64 {
         self.written_records.load(Relaxed)
     }
 
-    /// Bytes written.
+    /// Bytes written, the header's and those of gaps included.
     pub fn written_bytes(&self) -> u64 {
         self.written_bytes.load(Relaxed)
     }
@@ -111,9 +114,6 @@ impl TraceWriter {
         // One place more than there are buffers: the end record always finds room.
         let (queue, messages) = mpsc::sync_channel(QUEUE_RECORDS + 1);
         let (give_back, free) = mpsc::sync_channel(QUEUE_RECORDS);
-        for _ in 0..QUEUE_RECORDS {
-            give_back.try_send(Vec::new()).expect("as many places as buffers");
-        }
         let (last_word, done) = mpsc::sync_channel(1);
         let counters = Arc::new(TraceCounters::default());
         let thread_counters = Arc::clone(&counters);
@@ -137,6 +137,7 @@ impl TraceWriter {
             queue,
             free,
             spare: None,
+            buffers: 0,
             done,
             counters,
             gap: None,
@@ -199,10 +200,16 @@ impl TraceWriter {
 
     /// An empty buffer, when another record may be under way.
     fn buffer(&mut self) -> Option<Vec<u8>> {
-        match self.counters.queued_bytes.load(Relaxed) {
-            bytes if bytes > QUEUE_BYTES => None,
-            _ => self.spare.take().or_else(|| self.free.try_recv().ok()),
+        if self.counters.queued_bytes.load(Relaxed) > QUEUE_BYTES {
+            return None;
         }
+        if let Some(buffer) = self.spare.take().or_else(|| self.free.try_recv().ok()) {
+            return Some(buffer);
+        }
+        (self.buffers < QUEUE_RECORDS).then(|| {
+            self.buffers += 1;
+            Vec::new()
+        })
     }
 
     /// Hands a record to the thread; false when it is lost.
@@ -255,10 +262,12 @@ fn write_all<W: Write>(
 ) -> io::Result<()> {
     let mut sink = open()?;
     let mut out = preamble;
-    let (mut records, mut ended) = (1, false);
+    let (mut in_hand, mut ended) = (0, false);
     loop {
-        sink.write_all(&out)?;
-        counters.written_records.fetch_add(records, Relaxed);
+        sink.write_all(&out).inspect_err(|_| {
+            counters.lost_records.fetch_add(in_hand, Relaxed);
+        })?;
+        counters.written_records.fetch_add(in_hand, Relaxed);
         counters.written_bytes.fetch_add(out.len() as u64, Relaxed);
         if ended {
             return sink.flush();
@@ -266,7 +275,6 @@ fn write_all<W: Write>(
         out.clear();
         let message = messages.recv().expect("a writer sends its end record before it goes");
         let (Message::Record { gap, .. } | Message::End { gap, .. }) = &message;
-        records = 1 + u64::from(gap.is_some());
         if let Some(gap) = gap {
             put_json_frame(&mut out, tag::GAP, gap);
         }
@@ -274,10 +282,11 @@ fn write_all<W: Write>(
             Message::Record { tag, payload, .. } => {
                 put_frame(&mut out, tag, &payload);
                 recycle(payload, give_back, counters);
+                in_hand = 1;
             }
             Message::End { end, .. } => {
                 put_json_frame(&mut out, tag::END, &end);
-                ended = true;
+                (in_hand, ended) = (0, true);
             }
         }
     }
