@@ -2,6 +2,7 @@
 //! pass; [`families`] turn a config.json into a [`crate::spec::ModelSpec`]; [`load`] fills a rank's weights.
 
 pub mod families;
+pub mod footprint;
 pub mod load;
 pub mod transformer;
 pub mod world;

@@ -56,3 +56,11 @@ fn add_range(counters: &[AtomicU64], start: usize, totals: &mut [u64]) {
         *total += counter.load(Ordering::Relaxed);
     }
 }
+
+/// The counters of all ranks, as the metrics page reads them.
+pub struct WorldLoad {
+    /// Absolute indices of the MoE layers.
+    pub layer_ids: Vec<usize>,
+    /// One per rank of the world.
+    pub counters: Vec<std::sync::Arc<LoadCounters>>,
+}
