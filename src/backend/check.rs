@@ -261,6 +261,15 @@ pub fn kv_write(k: &View<'_>, v: &View<'_>, spans: &AttentionBatch<'_>, cache: &
     shape("kv_write k", k, rows, k_cols);
     shape("kv_write v", v, rows, v_cols);
     batch(spans, rows, cache);
+    for s in spans.spans {
+        // Rows are stored by several threads: a block that came twice would be written by two.
+        let first = s.position as usize / cache.block_size;
+        let end = (s.position as usize + s.rows as usize).div_ceil(cache.block_size);
+        let written = &spans.block_table[s.first_block as usize..][first..end];
+        for (i, block) in written.iter().enumerate() {
+            assert!(!written[..i].contains(block), "kv_write: block {block} twice in {s:?}");
+        }
+    }
 }
 
 /// [`super::Backend::attention_gqa`]. Returns (KV heads, head dimension).

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::backend::cpu::memory::{self, Element};
+use crate::backend::cpu::memory::{Element, Rows, RowsMut};
 use crate::backend::{DType, HostData, HostMatrix, View, ViewMut};
 
 /// A contiguous row-major matrix.
@@ -81,17 +81,16 @@ pub(super) fn rounded(x: f32, dtype: DType) -> f32 {
 
 /// The elements of a view in row-major order, without the gaps between rows.
 fn elements<'a, T: Element>(view: View<'a>) -> impl Iterator<Item = T> + 'a {
-    let data = memory::slice::<T>(view);
-    (0..view.rows()).flat_map(move |i| data[i * view.stride()..][..view.cols()].iter().copied())
+    let rows = Rows::<T>::new(view);
+    (0..view.rows()).flat_map(move |i| rows.row(i).iter().copied())
 }
 
 /// Stores row-major elements into a view.
 fn fill<T: Element>(view: ViewMut<'_>, values: impl Iterator<Item = T>) {
-    let (rows, cols, stride) = (view.rows(), view.cols(), view.stride());
-    let data = memory::slice_mut::<T>(view);
+    let mut rows = RowsMut::<T>::new(view);
     let mut values = values;
-    for i in 0..rows {
-        for x in &mut data[i * stride..][..cols] {
+    for i in 0..rows.rows() {
+        for x in rows.row_mut(i) {
             *x = values.next().expect("as many values as elements");
         }
     }

@@ -44,7 +44,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
-        memory::alloc(dtype, rows, cols)
+        memory::tensor(dtype, rows, cols)
     }
 
     fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()> {

@@ -45,7 +45,7 @@ fn route(router: &Router, logits: &[f32], bias: Option<&[f32]>, top_k: usize) ->
     let mut weights = zeros(1, top_k);
     B.route(logits.view(), bias.as_ref().map(|b| b.view()), router, ids.view_mut(), weights.view_mut())
         .unwrap();
-    let ids = memory::slice::<i32>(ids.view()).iter().map(|&e| e as usize);
+    let ids = memory::Rows::<i32>::new(ids.view()).all().iter().map(|&e| e as usize);
     ids.zip(Host::read(weights.view()).data).collect()
 }
 
