@@ -322,3 +322,6 @@ impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Named<'_, T> {
             .map_err(|error| D::Error::custom(format!("tensor {:?}: {error}", self.0)))
     }
 }
+
+#[cfg(test)]
+mod tests;

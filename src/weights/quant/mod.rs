@@ -22,3 +22,6 @@ fn word(bytes: &[u8], i: usize) -> u32 {
     let at = i * 4;
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
+
+#[cfg(test)]
+mod tests;
