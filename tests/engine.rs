@@ -224,14 +224,14 @@ fn a_full_queue_is_busy_and_empties_again() {
     let engine = start(&options, (1, 1), gate.hooks());
     let running = engine.submit(request(prompt(0, 4), 3)).unwrap();
     gate.wait_reached();
-    // The first is admitted, but this is told only after its step.
-    let waiting = engine.submit(request(prompt(1, 4), 3)).unwrap();
+    let waiting = [1, 2].map(|salt| engine.submit(request(prompt(salt, 4), 3)).unwrap());
+    assert_eq!((engine.stats().running, engine.stats().waiting), (1, 2));
     match engine.submit(request(prompt(2, 4), 3)).map(|_| ()) {
         Err(Error::Busy { message, .. }) => assert!(message.contains('2'), "{message}"),
         other => panic!("{other:?}"),
     }
     gate.open();
-    for stream in [running, waiting] {
+    for stream in waiting.into_iter().chain([running]) {
         assert_eq!(collect(stream).0.len(), 3);
     }
     assert_eq!(collect(engine.submit(request(prompt(2, 4), 3)).unwrap()).0.len(), 3);
@@ -312,8 +312,6 @@ fn shutdown_drains_or_aborts() {
             std::thread::sleep(Duration::from_millis(1));
         }
         assert!(matches!(engine.submit(request(vec![1], 1)), Err(Error::Stopped(_))));
-        // The order to end is on its way or there; let it arrive before the step ends.
-        std::thread::sleep(Duration::from_millis(20));
         gate.open();
         ending.join().unwrap();
         for stream in streams {

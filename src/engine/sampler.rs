@@ -124,13 +124,17 @@ fn check_finite(logits: &[f32], position: u32) -> Result<(), NonFinite> {
 
 /// The token with the highest logit, the lowest id among equals.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = id;
+    // One maximum per lane: the compiler turns this into vector instructions, which a single running maximum forbids.
+    const LANES: usize = 16;
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut chunks = logits.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if logit > *lane { logit } else { *lane };
         }
     }
-    best as u32
+    let max = lanes.iter().chain(chunks.remainder()).fold(f32::NEG_INFINITY, |max, &x| max.max(x));
+    logits.iter().position(|&logit| logit == max).expect("a row of finite logits has a maximum") as u32
 }
 
 /// Best first: higher logit, then lower id.
