@@ -3,7 +3,7 @@
 use super::handle::{Command, EngineHandle, Shared, Submission, lock};
 use super::options::EngineOptions;
 use super::plan::{Phase, StepPlan, SubResults};
-use super::rank::{RankFailure, RankReport, RankSetup, Ranks, dp_size, panic_text};
+use super::rank::{RankFailure, RankReport, RankSetup, Ranks, StepObserver, dp_size, panic_text};
 use super::request::{Event, FinishReason, Finished, Request};
 use super::scheduler::{Scheduler, Update};
 use super::stats::{RequestTiming, StepTiming, TimingObserver};
@@ -32,20 +32,14 @@ pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks
     let for_thread = Arc::clone(&shared);
     let thread = std::thread::Builder::new()
         .name("engine".into())
-        .spawn(move || run(for_thread, ranks, dp_ranks, received, hooks.timing))
+        .spawn(move || run(for_thread, ranks, dp_ranks, received, hooks))
         .expect("the system refuses one more thread");
     EngineHandle::new(shared, commands, thread)
 }
 
 /// The body of the engine thread. Whatever happens inside, every request gets its end and the handle learns of it.
-fn run(
-    shared: Arc<Shared>,
-    ranks: Ranks,
-    dp_ranks: usize,
-    commands: Receiver<Command>,
-    timing: Option<Arc<dyn TimingObserver>>,
-) {
-    let callers = Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing };
+fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Command>, hooks: Hooks) {
+    let callers = Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing: hooks.timing };
     let mut driver = Driver {
         scheduler: Scheduler::new(shared.options.clone(), dp_ranks),
         plan: Arc::new(StepPlan::default()),
@@ -53,6 +47,7 @@ fn run(
         results: (0..dp_ranks).map(|_| SubResults::default()).collect(),
         updates: Vec::new(),
         deadline: None,
+        observer: hooks.steps,
         ranks,
         commands,
         callers,
@@ -95,6 +90,7 @@ struct Driver {
     updates: Vec<(RequestId, Update)>,
     /// When a shutdown aborts what is left.
     deadline: Option<Instant>,
+    observer: Option<Arc<dyn StepObserver>>,
 }
 
 impl Driver {
@@ -153,6 +149,9 @@ impl Driver {
     fn step(&mut self) -> Result<(), String> {
         let plan = Arc::get_mut(&mut self.plan).expect("every rank has given the last plan back");
         self.scheduler.plan(plan);
+        plan.observe_routing = self.observer.as_ref().is_some_and(|observer| observer.wants_routing());
+        // Who was admitted or aborted need not wait for the step.
+        self.report();
         let started = Instant::now();
         for (rank, report) in self.reports.drain(..).enumerate() {
             self.ranks.send(rank, Arc::clone(&self.plan), report);

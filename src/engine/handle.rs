@@ -166,15 +166,17 @@ impl EngineHandle {
     }
 
     /// Takes no more requests, lets those there finish for up to `drain`, aborts the rest, and waits for the engine's
-    /// threads. Blocks: call it from a blocking context. A later call with a shorter time hastens the end.
+    /// threads. Blocks: call it from a blocking context. A second call with a shorter
+    /// time hastens the end of the first.
     pub fn shutdown(&self, drain: Duration) {
-        self.shared.open.store(false, Ordering::Release);
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
         // An engine that has ended already no longer listens, which is as good.
         let _ = self.commands.send(Command::Shutdown(deadline));
-        let thread = lock(&self.shared.thread).take();
-        if let Some(thread) = thread {
+        self.shared.open.store(false, Ordering::Release);
+        // Held while waiting, so that a second caller waits as well.
+        let mut thread = lock(&self.shared.thread);
+        if let Some(thread) = thread.take() {
             // Its panic was caught and reported to every request.
             let _ = thread.join();
         }

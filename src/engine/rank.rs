@@ -29,7 +29,7 @@ pub struct RankSetup {
 /// Watches every step on every rank, from that rank's own thread, which waits meanwhile: implementations copy what
 /// they need and return.
 pub trait StepObserver: Send + Sync {
-    /// Asked before each step: must the model fill [`StepOutput::routing`]?
+    /// Asked once before each step, from the engine thread: must the model fill [`StepOutput::routing`]?
     fn wants_routing(&self) -> bool {
         true
     }
@@ -208,8 +208,7 @@ impl Rank {
     fn step(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
         let RankSetup { model, output, dp_rank, .. } = &mut self.setup;
         let sub = &plan.sub_plans[*dp_rank];
-        let observed = self.observer.as_ref().is_some_and(|observer| observer.wants_routing());
-        model.forward(&sub.batch(sub.capture_routing || observed), output)?;
+        model.forward(&sub.batch(sub.capture_routing || plan.observe_routing), output)?;
 
         report.routing = sub.capture_routing.then(|| output.routing.clone());
         self.sample(plan, report)?;

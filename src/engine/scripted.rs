@@ -4,7 +4,8 @@
 //! remembers what was written where. So a continuation is a pure function of its sequence, any mix-up of blocks,
 //! positions or forms changes it, and most are caught on the spot by an assertion.
 
-use super::plan::SubPlan;
+use super::options::EngineOptions;
+use super::rank::RankSetup;
 use crate::backend::{Backend, DType, SeqSpan};
 use crate::error::{Error, Result};
 use crate::model::{Batch, FormRules, Model, Routing, StepOutput};
@@ -53,13 +54,13 @@ pub enum Fault {
 }
 
 impl Script {
-    /// One rank that owns all rows, without faults.
-    pub fn new(vocab_size: usize, block_size: usize, blocks: usize) -> Self {
+    /// A model that fits an engine's options, on one rank, without faults.
+    pub fn of(options: &EngineOptions) -> Self {
         Script {
-            vocab_size,
-            block_size,
-            blocks,
-            rules: FormRules::default(),
+            vocab_size: options.vocab_size,
+            block_size: options.block_size,
+            blocks: options.kv_blocks,
+            rules: options.form_rules,
             owner: (0, 1),
             pause: Duration::ZERO,
             fault: Fault::None,
@@ -71,7 +72,8 @@ impl Script {
         let mut sequence = prompt.to_vec();
         let mut logits = vec![0.0; self.vocab_size];
         for _ in 0..tokens {
-            self.fill_logits(self.history(&sequence, prompt.len()), &mut logits);
+            let history = self.history(&sequence, prompt.len());
+            self.fill_logits(history, sequence[sequence.len() - 1], &mut logits);
             let best =
                 (0..self.vocab_size).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
             sequence.push(best as u32);
@@ -92,15 +94,18 @@ impl Script {
         mix(history ^ mix(u64::from(token) | form))
     }
 
-    /// Logits after a history: distinct values in [0, 8) with ties now and then.
-    pub fn fill_logits(&self, history: u64, out: &mut [f32]) {
+    /// Logits of a row with this history and token: values in [0, 8) with ties now and then.
+    pub fn fill_logits(&self, history: u64, token: u32, out: &mut [f32]) {
         for (id, logit) in out.iter_mut().enumerate() {
             *logit = (mix(history.wrapping_add(id as u64)) % 1024) as f32 / 128.0;
         }
+        if self.fault == Fault::NanAfter(token) {
+            out[self.vocab_size / 2] = f32::NAN;
+        }
     }
 
-    /// Experts a row is routed to: `TOP_K` different ones.
-    fn experts(history: u64, layer: usize) -> [u32; TOP_K] {
+    /// Experts that a row with this history is routed to: `TOP_K` different ones.
+    pub fn experts(history: u64, layer: usize) -> [u32; TOP_K] {
         let choice = mix(history.wrapping_add(layer as u64)) % (EXPERTS * (EXPERTS - 1)) as u64;
         let first = choice % EXPERTS as u64;
         let second = (first + 1 + choice / EXPERTS as u64) % EXPERTS as u64;
@@ -159,11 +164,6 @@ impl ScriptedCache {
         }
     }
 
-    /// [`ScriptedCache::forward`] of a sub-plan.
-    pub fn forward_plan(&mut self, sub: &SubPlan, histories: &mut Vec<u64>) {
-        self.forward(&sub.batch(false), histories);
-    }
-
     /// Follows the chain of everything before a span; returns its history.
     fn check_past(&self, span: &SeqSpan, blocks: &[u32]) -> u64 {
         let mut history = 0;
@@ -206,18 +206,6 @@ impl ScriptedModel {
         ScriptedModel { script, cache, backend, step: 0, histories: Vec::new(), logits: Vec::new() }
     }
 
-    /// An output with room for `max_logit_rows` rows.
-    ///
-    /// # Errors
-    /// When the backend has no room.
-    pub fn output(script: &Script, backend: &dyn Backend, max_logit_rows: usize) -> Result<StepOutput> {
-        Ok(StepOutput {
-            logit_rows: Vec::new(),
-            logits: backend.alloc(DType::F32, max_logit_rows, script.vocab_size)?,
-            routing: Routing::default(),
-        })
-    }
-
     /// The rows of a batch of `rows` that this rank owns: shares of consecutive rows, the first ones larger.
     fn owned(&self, rows: usize) -> Range<usize> {
         let (index, size) = self.script.owner;
@@ -231,10 +219,7 @@ impl ScriptedModel {
         out.logit_rows.extend(batch.logit_rows.iter().filter(|&&row| owned.contains(&(row as usize))));
         self.logits.resize(out.logit_rows.len() * vocab, 0.0);
         for (&row, logits) in out.logit_rows.iter().zip(self.logits.chunks_exact_mut(vocab)) {
-            self.script.fill_logits(self.histories[row as usize], logits);
-            if self.script.fault == Fault::NanAfter(batch.tokens[row as usize]) {
-                logits[vocab / 2] = f32::NAN;
-            }
+            self.script.fill_logits(self.histories[row as usize], batch.tokens[row as usize], logits);
         }
         let rows = out.logit_rows.len();
         self.backend.upload(bytemuck::cast_slice(&self.logits), out.logits.head_mut(rows))
@@ -279,4 +264,28 @@ impl Model for ScriptedModel {
         }
         Ok(())
     }
+}
+
+/// Ranks that run `script`: `dp_size` groups of `tp_size` ranks each, for [`super::Engine::start`].
+///
+/// # Errors
+/// When the backend has no room for the logits.
+pub fn setups(
+    script: &Script,
+    tp_size: usize,
+    dp_size: usize,
+    max_logit_rows: usize,
+    backend: &Arc<dyn Backend>,
+) -> Result<Vec<RankSetup>> {
+    let setup = |rank: usize| {
+        let script = Script { owner: (rank % tp_size, tp_size), ..script.clone() };
+        let logits = backend.alloc(DType::F32, max_logit_rows, script.vocab_size)?;
+        Ok(RankSetup {
+            model: Box::new(ScriptedModel::new(script, Arc::clone(backend))),
+            backend: Arc::clone(backend),
+            output: StepOutput { logit_rows: Vec::new(), logits, routing: Routing::default() },
+            dp_rank: rank / tp_size,
+        })
+    };
+    (0..tp_size * dp_size).map(setup).collect()
 }

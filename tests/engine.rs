@@ -1,0 +1,442 @@
+//! The engine from outside, threads included, over the scripted model: streams, refusals, faults and the end.
+
+use moeyard::Error;
+use moeyard::backend::Backend;
+use moeyard::backend::reference::ReferenceBackend;
+use moeyard::engine::plan::StepPlan;
+use moeyard::engine::request::{Capture, Event, FinishReason, Finished, Request, Sampling, TokenEvent};
+use moeyard::engine::scripted::{Fault, LAYERS, Script, TOP_K, setups};
+use moeyard::engine::stats::{RequestTiming, StepTiming};
+use moeyard::engine::{
+    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, StepObserver, TimingObserver,
+};
+use moeyard::model::{FormRules, StepOutput};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+fn options() -> EngineOptions {
+    EngineOptions {
+        vocab_size: 60,
+        max_model_len: 200,
+        block_size: 4,
+        kv_blocks: 100,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        prefill_chunk_size: 16,
+        max_logit_rows: 8,
+        prefix_caching: true,
+        form_rules: FormRules { generated: true, long_above: None },
+        max_waiting: 100,
+    }
+}
+
+fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    Request {
+        prompt,
+        max_tokens,
+        sampling: Sampling::GREEDY,
+        stop_tokens: vec![],
+        logprobs: None,
+        capture: Capture::default(),
+    }
+}
+
+fn prompt(salt: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| (i * 7 + salt * 13) % 60).collect()
+}
+
+fn backend() -> Arc<dyn Backend> {
+    Arc::new(ReferenceBackend)
+}
+
+/// An engine of `tp * dp` scripted ranks.
+fn start(options: &EngineOptions, (tp, dp): (usize, usize), hooks: Hooks) -> EngineHandle {
+    let ranks = setups(&Script::of(options), tp, dp, options.max_logit_rows, &backend()).unwrap();
+    Engine::start(ranks, options.clone(), hooks).unwrap()
+}
+
+/// Reads a stream to its end.
+fn collect(mut stream: RequestStream) -> (Vec<TokenEvent>, Finished) {
+    let mut tokens = Vec::new();
+    while let Some(event) = stream.blocking_next() {
+        match event {
+            Event::Token(token) => tokens.push(token),
+            Event::Finished(finished) => {
+                assert!(stream.blocking_next().is_none(), "an event after the end");
+                return (tokens, finished);
+            }
+        }
+    }
+    panic!("a stream without an end");
+}
+
+fn ids(tokens: &[TokenEvent]) -> Vec<u32> {
+    tokens.iter().map(|event| event.token).collect()
+}
+
+/// Waits until the engine's numbers are as wanted.
+fn wait_for(engine: &EngineHandle, wanted: impl Fn(&EngineStats) -> bool) -> EngineStats {
+    let started = Instant::now();
+    loop {
+        let stats = engine.stats();
+        if wanted(&stats) {
+            return stats;
+        }
+        assert!(started.elapsed() < Duration::from_secs(30), "still {stats:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Holds every step back until the gate opens, so that a test decides what happens during a step.
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+    /// Steps that have reached the gate.
+    reached: Mutex<u64>,
+}
+
+impl Gate {
+    fn hooks(self: &Arc<Self>) -> Hooks {
+        Hooks { steps: Some(Arc::clone(self) as Arc<dyn StepObserver>), timing: None }
+    }
+
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until a step is held back.
+    fn wait_reached(&self) {
+        let reached = self.reached.lock().unwrap();
+        drop(self.changed.wait_while(reached, |reached| *reached == 0).unwrap());
+    }
+}
+
+impl StepObserver for Gate {
+    fn wants_routing(&self) -> bool {
+        false
+    }
+
+    fn on_step(&self, _: &StepPlan, _: usize, _: usize, _: &StepOutput) {
+        *self.reached.lock().unwrap() += 1;
+        self.changed.notify_all();
+        let open = self.open.lock().unwrap();
+        drop(self.changed.wait_while(open, |open| !*open).unwrap());
+    }
+}
+
+#[test]
+fn many_requests_over_any_ranks_follow_the_script() {
+    for ranks in [(1, 1), (3, 1), (1, 2), (2, 3)] {
+        let options = options();
+        let engine = start(&options, ranks, Hooks::default());
+        let script = Script::of(&options);
+        let sent: Vec<_> = (0..30)
+            .map(|i| request(prompt(i % 5, 1 + i as usize * 3 % 40), 1 + i as usize % 17))
+            .map(|request| (request.clone(), engine.submit(request).unwrap()))
+            .collect();
+        for (request, stream) in sent {
+            let (tokens, finished) = collect(stream);
+            assert_eq!(ids(&tokens), script.greedy(&request.prompt, request.max_tokens), "{ranks:?}");
+            assert_eq!(finished.reason, FinishReason::Length);
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.running, stats.waiting, stats.kv.used), (0, 0, 0));
+        assert_eq!(stats.outcomes.length, 30);
+        assert_eq!(stats.kv.free + stats.kv.cached, options.kv_blocks * ranks.1);
+        engine.shutdown(Duration::ZERO);
+        assert!(!engine.is_alive());
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_text_in_any_company() {
+    let engine = start(&options(), (1, 1), Hooks::default());
+    let sampling = Sampling { temperature: 1.0, top_p: 0.9, top_k: 20, seed: 77 };
+    let sampled = Request { sampling, logprobs: Some(3), ..request(prompt(0, 9), 20) };
+    let (alone, _) = collect(engine.submit(sampled.clone()).unwrap());
+    let streams: Vec<_> = (0..6)
+        .map(|i| engine.submit(if i == 3 { sampled.clone() } else { request(prompt(i, 30), 25) }).unwrap())
+        .collect();
+    let outputs: Vec<_> = streams.into_iter().map(collect).collect();
+    assert_eq!(outputs[3].0, alone);
+    for event in &alone {
+        assert_eq!(event.top.len(), 3);
+        assert!(event.logprob.unwrap() <= event.top[0].1);
+    }
+}
+
+#[tokio::test]
+async fn streams_are_async_too() {
+    use tokio_stream::StreamExt;
+    let engine = start(&options(), (1, 1), Hooks::default());
+    let events: Vec<Event> = engine.submit(request(prompt(0, 5), 4)).unwrap().collect().await;
+    assert_eq!(events.len(), 5);
+    assert!(matches!(events[4], Event::Finished(_)));
+    let mut stream = engine.submit(request(prompt(0, 5), 0)).unwrap();
+    assert!(matches!(stream.next().await, Some(Event::Finished(_))));
+    assert!(stream.next().await.is_none());
+}
+
+#[test]
+fn what_can_never_run_is_refused_with_its_numbers() {
+    let small = EngineOptions { kv_blocks: 10, ..options() };
+    let engine = start(&small, (1, 1), Hooks::default());
+    let sampling = |temperature, top_p| Sampling { temperature, top_p, ..Sampling::GREEDY };
+    let cases = [
+        ("prompt", "empty", request(vec![], 1)),
+        ("prompt", "token 1 of the prompt is 60, but ids are below 60", request(vec![1, 60], 1)),
+        (
+            "max_tokens",
+            "This model's maximum context length is 200 tokens. However, you requested 201 tokens",
+            request(prompt(0, 101), 100),
+        ),
+        ("prompt", "maximum context length is 200 tokens", request(prompt(0, 201), 0)),
+        ("max_tokens", "maximum context length", request(prompt(0, 1), usize::MAX)),
+        ("max_tokens", "need room for 41, but the KV cache holds 40", request(prompt(0, 22), 20)),
+        ("temperature", "-1", Request { sampling: sampling(-1.0, 1.0), ..request(vec![1], 1) }),
+        ("temperature", "NaN", Request { sampling: sampling(f32::NAN, 1.0), ..request(vec![1], 1) }),
+        ("top_p", "0", Request { sampling: sampling(1.0, 0.0), ..request(vec![1], 1) }),
+        ("top_p", "1.5", Request { sampling: sampling(1.0, 1.5), ..request(vec![1], 1) }),
+        ("logprobs", "61", Request { logprobs: Some(61), ..request(vec![1], 1) }),
+    ];
+    for (expected_param, expected_text, request) in cases.clone() {
+        match engine.submit(request) {
+            Err(Error::Request { param, message }) => {
+                assert_eq!(param.as_deref(), Some(expected_param), "{message}");
+                assert!(message.contains(expected_text), "{message:?} lacks {expected_text:?}");
+            }
+            Err(other) => panic!("{expected_text}: {other}"),
+            Ok(_) => panic!("{expected_text}: accepted"),
+        }
+    }
+    assert_eq!(engine.stats().outcomes.rejected, cases.len() as u64);
+    // The largest that fits runs.
+    let (tokens, _) = collect(engine.submit(request(prompt(0, 21), 20)).unwrap());
+    assert_eq!(tokens.len(), 20);
+}
+
+#[test]
+fn a_full_queue_is_busy_and_empties_again() {
+    let gate = Arc::new(Gate::default());
+    let options = EngineOptions { max_num_seqs: 1, max_waiting: 2, ..options() };
+    let engine = start(&options, (1, 1), gate.hooks());
+    let running = engine.submit(request(prompt(0, 4), 3)).unwrap();
+    gate.wait_reached();
+    let waiting = [1, 2].map(|salt| engine.submit(request(prompt(salt, 4), 3)).unwrap());
+    assert_eq!((engine.stats().running, engine.stats().waiting), (1, 2));
+    match engine.submit(request(prompt(2, 4), 3)).map(|_| ()) {
+        Err(Error::Busy { message, .. }) => assert!(message.contains('2'), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    gate.open();
+    for stream in waiting.into_iter().chain([running]) {
+        assert_eq!(collect(stream).0.len(), 3);
+    }
+    assert_eq!(collect(engine.submit(request(prompt(2, 4), 3)).unwrap()).0.len(), 3);
+    assert_eq!(engine.stats().outcomes.rejected, 1);
+}
+
+#[test]
+fn who_leaves_frees_blocks_and_harms_nobody() {
+    let gate = Arc::new(Gate::default());
+    let options = EngineOptions { max_num_seqs: 2, ..options() };
+    let engine = start(&options, (1, 2), gate.hooks());
+    let streams: Vec<_> = (0..8).map(|i| engine.submit(request(prompt(i, 20), 100)).unwrap()).collect();
+    let mut streams = streams.into_iter();
+    let stays = streams.next().unwrap();
+    gate.wait_reached();
+    drop(streams);
+    gate.open();
+    let (tokens, _) = collect(stays);
+    assert_eq!(ids(&tokens), Script::of(&options).greedy(&prompt(0, 20), 100));
+    let stats = wait_for(&engine, |stats| stats.running == 0);
+    assert_eq!((stats.kv.used, stats.waiting), (0, 0));
+    assert_eq!((stats.outcomes.aborted, stats.outcomes.length), (7, 1));
+}
+
+#[test]
+fn a_failing_rank_ends_every_request_and_is_reported() {
+    for fault in [Fault::ErrorAt(2), Fault::PanicAt(2)] {
+        let options = options();
+        let script = Script::of(&options);
+        let mut ranks = setups(&script, 2, 2, options.max_logit_rows, &backend()).unwrap();
+        // Only the last of the four ranks fails.
+        let faulty = Script { fault, ..script };
+        let last =
+            setups(&Script { owner: (1, 2), ..faulty }, 2, 1, options.max_logit_rows, &backend()).unwrap();
+        ranks[3].model = last.into_iter().nth(1).unwrap().model;
+        let engine = Engine::start(ranks, options, Hooks::default()).unwrap();
+        let streams: Vec<_> = (0..4).map(|i| engine.submit(request(prompt(i, 8), 50)).unwrap()).collect();
+        for stream in streams {
+            let (_, finished) = collect(stream);
+            let FinishReason::Error(why) = finished.reason else { panic!("{:?}", finished.reason) };
+            assert!(why.contains("rank 3 failed"), "{why}");
+        }
+        assert!(!engine.is_alive() && !engine.is_open());
+        assert!(
+            matches!(engine.submit(request(vec![1], 1)), Err(Error::Stopped(why)) if why.contains("rank 3"))
+        );
+        assert_eq!(engine.stats().outcomes.error, 4);
+        engine.shutdown(Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn a_nan_ends_one_request_only() {
+    let options = options();
+    let script = Script { fault: Fault::NanAfter(59), ..Script::of(&options) };
+    let ranks = setups(&script, 2, 1, options.max_logit_rows, &backend()).unwrap();
+    let engine = Engine::start(ranks, options, Hooks::default()).unwrap();
+    let bad = engine.submit(request(vec![3, 59], 5)).unwrap();
+    let good = engine.submit(request(vec![3, 4], 1)).unwrap();
+    assert!(matches!(collect(bad).1.reason, FinishReason::Error(why) if why.contains("position 2")));
+    assert_eq!(collect(good).1.reason, FinishReason::Length);
+    assert!(engine.is_alive());
+}
+
+#[test]
+fn shutdown_drains_or_aborts() {
+    for (drain, expected) in
+        [(Duration::from_secs(600), FinishReason::Length), (Duration::ZERO, FinishReason::Aborted)]
+    {
+        let gate = Arc::new(Gate::default());
+        let options = EngineOptions { max_num_seqs: 1, ..options() };
+        let engine = start(&options, (1, 1), gate.hooks());
+        let streams: Vec<_> = (0..3).map(|i| engine.submit(request(prompt(i, 4), 20)).unwrap()).collect();
+        gate.wait_reached();
+        let other = engine.clone();
+        let ending = std::thread::spawn(move || other.shutdown(drain));
+        while engine.is_open() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(matches!(engine.submit(request(vec![1], 1)), Err(Error::Stopped(_))));
+        gate.open();
+        ending.join().unwrap();
+        for stream in streams {
+            assert_eq!(collect(stream).1.reason, expected);
+        }
+        assert!(!engine.is_alive());
+    }
+}
+
+/// When every handle and stream is gone, so are the threads.
+#[test]
+fn an_engine_without_handles_ends() {
+    let gate = Arc::new(Gate::default());
+    gate.open();
+    let engine = start(&options(), (2, 1), gate.hooks());
+    drop(engine.submit(request(prompt(0, 4), 100)).unwrap());
+    drop(engine);
+    let started = Instant::now();
+    while Arc::strong_count(&gate) > 1 {
+        assert!(started.elapsed() < Duration::from_secs(30), "threads live on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn routing_is_captured_for_every_position() {
+    let options = EngineOptions { kv_blocks: 12, ..options() };
+    let script = Script::of(&options);
+    for ranks in [(1, 1), (3, 1), (2, 2)] {
+        let engine = start(&options, ranks, Hooks::default());
+        let tokens = prompt(0, 15);
+        // Leaves a prefix in the cache that must not be read, and then competes for blocks.
+        collect(engine.submit(request(tokens.clone(), 1)).unwrap());
+        let company: Vec<_> = (1..5).map(|i| engine.submit(request(prompt(i, 9), 20)).unwrap()).collect();
+        let capture = Capture { routing: true, ..Capture::default() };
+        let (generated, finished) =
+            collect(engine.submit(Request { capture, ..request(tokens.clone(), 15) }).unwrap());
+        company.into_iter().for_each(|stream| drop(collect(stream)));
+
+        assert_eq!(finished.cached_tokens, 0);
+        let mut sequence = tokens.clone();
+        sequence.extend(ids(&generated));
+        let positions = sequence.len() - 1;
+        let routing = finished.captured.expect("captured").routing;
+        assert_eq!((routing.rows, routing.top_k, routing.first_row), (positions, TOP_K, 0));
+        let mut expected = Vec::new();
+        for layer in 0..LAYERS {
+            for n in 1..=positions {
+                expected.extend(Script::experts(script.history(&sequence[..n], tokens.len()), layer));
+            }
+        }
+        assert_eq!(routing.ids, expected, "{ranks:?}");
+        assert_eq!(routing.weights.len(), expected.len());
+    }
+}
+
+/// Counts what it is told.
+#[derive(Default)]
+struct Tally {
+    rows: Mutex<usize>,
+    planned_rows: Mutex<usize>,
+    step_rows: Mutex<usize>,
+    first_tokens: Mutex<usize>,
+    next_tokens: Mutex<usize>,
+    finished: Mutex<Vec<RequestTiming>>,
+}
+
+impl StepObserver for Tally {
+    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput) {
+        *self.rows.lock().unwrap() += output.routing.rows;
+        if rank.is_multiple_of(2) {
+            *self.planned_rows.lock().unwrap() += plan.sub_plans[dp_rank].rows();
+        }
+    }
+}
+
+impl TimingObserver for Tally {
+    fn on_step(&self, timing: &StepTiming) {
+        *self.step_rows.lock().unwrap() += timing.prefill_rows + timing.decode_rows;
+    }
+    fn on_first_token(&self, _: Duration) {
+        *self.first_tokens.lock().unwrap() += 1;
+    }
+    fn on_next_token(&self, _: Duration) {
+        *self.next_tokens.lock().unwrap() += 1;
+    }
+    fn on_finish(&self, timing: &RequestTiming) {
+        self.finished.lock().unwrap().push(timing.clone());
+    }
+}
+
+#[test]
+fn observers_see_every_row_and_every_request() {
+    let tally = Arc::new(Tally::default());
+    let hooks = Hooks { steps: Some(tally.clone()), timing: Some(tally.clone()) };
+    let options = EngineOptions { prefix_caching: false, ..options() };
+    let engine = start(&options, (2, 2), hooks);
+    let streams: Vec<_> = (0..6).map(|i| engine.submit(request(prompt(i, 10), 5)).unwrap()).collect();
+    streams.into_iter().for_each(|stream| drop(collect(stream)));
+    engine.shutdown(Duration::ZERO);
+    // 10 prompt tokens and 4 of the 5 generated ones are computed.
+    let computed = 6 * 14;
+    assert_eq!(*tally.rows.lock().unwrap(), computed, "each row has one owner");
+    assert_eq!(*tally.planned_rows.lock().unwrap(), computed);
+    assert_eq!(*tally.step_rows.lock().unwrap(), computed);
+    assert_eq!((*tally.first_tokens.lock().unwrap(), *tally.next_tokens.lock().unwrap()), (6, 24));
+    let finished = tally.finished.lock().unwrap();
+    assert_eq!(finished.len(), 6);
+    for timing in finished.iter() {
+        assert_eq!((timing.prompt_tokens, timing.generated_tokens), (10, 5));
+        assert!(timing.queue.unwrap() + timing.prefill.unwrap() + timing.decode.unwrap() <= timing.total);
+    }
+}
+
+#[test]
+fn ranks_that_do_not_fit_are_refused() {
+    let options = options();
+    let start = |tp, dp, rows, drop_first: bool| {
+        let mut ranks = setups(&Script::of(&options), tp, dp, rows, &backend()).unwrap();
+        if drop_first {
+            ranks.remove(0);
+        }
+        Engine::start(ranks, options.clone(), Hooks::default()).map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(start(1, 1, 3, false).contains("[3, 60]"));
+    assert!(start(1, 2, 8, true).contains("--data-parallel-size"));
+    assert!(start(1, 1, 8, true).contains("--data-parallel-size"));
+}
