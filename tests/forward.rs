@@ -1,25 +1,18 @@
-//! The forward pass against the golden fixtures, on the slow reference backend: what is wrong here is wrong in the
-//! model, not in a kernel.
+//! The forward pass against the golden fixtures, in f32, on every backend: what fails on the reference backend is wrong in
+//! the model, what fails only on the CPU backend is wrong in a kernel.
 
 mod support;
 
 use std::sync::Arc;
 
-use moeyard::backend::DType;
+use moeyard::backend::cpu::CpuBackend;
+use moeyard::backend::cpu::simd::Isa;
 use moeyard::backend::reference::ReferenceBackend;
+use moeyard::backend::{Backend, DType};
 use moeyard::model::world::Degrees;
-use support::{FIXTURES, Golden, Setup, World, ids, model_dir};
+use support::{FIXTURES, Golden, Setup, Stepped, World, argmax, ids, model_dir};
 
-#[test]
-fn the_reference_backend_reproduces_every_golden() {
-    let setup = Setup {
-        dtype: DType::F32,
-        degrees: Degrees::SOLO,
-        redundant: 0,
-        placement: None,
-        backend: Arc::new(|| Arc::new(ReferenceBackend)),
-        max_model_len: 128,
-    };
+fn check(setup: Setup) {
     for fixture in FIXTURES {
         let dir = model_dir(fixture);
         let golden = Golden::open(&dir);
@@ -30,16 +23,82 @@ fn the_reference_backend_reproduces_every_golden() {
     }
 }
 
+fn on(backend: impl Fn() -> Arc<dyn Backend> + 'static) -> Setup {
+    Setup { backend: Arc::new(backend), max_model_len: 128, ..Setup::solo(DType::F32) }
+}
+
+#[test]
+fn the_reference_backend_reproduces_every_golden() {
+    check(on(|| Arc::new(ReferenceBackend)));
+}
+
+#[test]
+fn the_cpu_backend_reproduces_every_golden_with_every_instruction_set() {
+    for isa in Isa::available() {
+        check(on(move || Arc::new(CpuBackend::new(2, isa).unwrap())));
+    }
+}
+
+#[test]
+fn tensor_and_expert_parallel_worlds_reproduce_every_golden() {
+    for (tp, dp, expert_tp) in [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 2), (1, 2, 2)] {
+        let degrees = Degrees { tensor_parallel: tp, data_parallel: dp, expert_tp };
+        check(Setup { degrees, ..on(|| Arc::new(CpuBackend::detect(1).unwrap())) });
+    }
+}
+
 fn check_prompt(fixture: &str, golden: &Golden, prompt: &serde_json::Value, world: &mut World) {
-    let what = format!("{fixture} {}", prompt["id"]);
+    let what = format!("{fixture} {} {:?}", prompt["id"], world.degrees());
+    let tolerance = |key: &str| golden.json["tolerance"][key].as_f64().unwrap();
     let tokens = ids(&prompt["input_ids"]);
-    let expected_tokens = ids(&prompt["greedy"]["tokens"]);
-    let (logits, generated) = world.generate(&tokens, 6);
-    assert_eq!(generated, expected_tokens[..6], "{what}: greedy tokens");
-    let tolerance = golden.json["tolerance"]["f32_logits_abs"].as_f64().unwrap();
-    let last = golden.tensor(&prompt["last_logits"]);
-    let error = worst(&logits[tokens.len() - 1], &last);
-    assert!(error <= tolerance, "{what}: last logits off by {error:e}, tolerance {tolerance:e}");
+    let mut sequence = world.sequence(&tokens);
+    let stepped = world.step(0, &mut [(&mut sequence, tokens.len())]);
+    check_router(&what, golden, prompt, &stepped, tolerance("f32_router_weight_abs"));
+
+    let limit = tolerance("f32_logits_abs");
+    let vocab = stepped.logits[0].len();
+    let last = worst(stepped.logits.last().unwrap(), &golden.tensor(&prompt["last_logits"]));
+    assert!(last <= limit, "{what}: last logits off by {last:e}, tolerance {limit:e}");
+    if prompt.get("all_logits").is_some() {
+        for (t, row) in golden.tensor(&prompt["all_logits"]).chunks_exact(vocab).enumerate() {
+            let error = worst(&stepped.logits[t], row);
+            assert!(error <= limit, "{what}: logits {t} off by {error:e}, tolerance {limit:e}");
+        }
+    }
+
+    let expected = ids(&prompt["greedy"]["tokens"]);
+    let mut logits = stepped.logits.last().unwrap().clone();
+    let mut generated = Vec::new();
+    for _ in 0..expected.len() {
+        generated.push(argmax(&logits));
+        sequence.tokens.push(argmax(&logits));
+        logits = world.step(0, &mut [(&mut sequence, 1)]).logits.remove(0);
+    }
+    assert_eq!(generated, expected, "{what}: greedy tokens");
+}
+
+/// Expert sets must be equal; a weight belongs to the id in its place.
+fn check_router(what: &str, golden: &Golden, prompt: &serde_json::Value, stepped: &Stepped, tolerance: f64) {
+    let (rows, k) = (stepped.routing.rows, stepped.routing.top_k);
+    for (layer, expected) in prompt["router"].as_array().unwrap().iter().enumerate() {
+        let expected_ids = golden.tensor(&expected["expert_ids"]);
+        let expected_weights = golden.tensor(&expected["expert_weights"]);
+        for row in 0..rows {
+            let at = (layer * rows + row) * k;
+            let mut found: Vec<(u32, f64)> = (at..at + k)
+                .map(|i| (stepped.routing.ids[i], f64::from(stepped.routing.weights[i])))
+                .collect();
+            let mut wanted: Vec<(u32, f64)> =
+                (row * k..(row + 1) * k).map(|i| (expected_ids[i] as u32, expected_weights[i])).collect();
+            found.sort_by_key(|pair| pair.0);
+            wanted.sort_by_key(|pair| pair.0);
+            for (f, w) in found.iter().zip(&wanted) {
+                assert_eq!(f.0, w.0, "{what}: experts of MoE layer {layer}, token {row}");
+                let error = (f.1 - w.1).abs();
+                assert!(error <= tolerance, "{what}: weight of expert {} off by {error:e}", f.0);
+            }
+        }
+    }
 }
 
 fn worst(a: &[f32], b: &[f64]) -> f64 {

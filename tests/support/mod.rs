@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::{AttentionBatch, Backend, DType, SeqSpan};
 use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
@@ -51,6 +52,31 @@ pub struct Setup {
     pub placement: Option<Placement>,
     pub backend: Arc<dyn Fn() -> Arc<dyn Backend>>,
     pub max_model_len: usize,
+}
+
+impl Setup {
+    /// One rank on the CPU backend with the best instruction set and one thread.
+    pub fn solo(dtype: DType) -> Setup {
+        Setup {
+            dtype,
+            degrees: Degrees::SOLO,
+            redundant: 0,
+            placement: None,
+            backend: cpu(1),
+            max_model_len: 256,
+        }
+    }
+
+    /// `ep` ranks with DP attention.
+    pub fn expert_parallel(dtype: DType, ep: usize) -> Setup {
+        let degrees = Degrees { tensor_parallel: 1, data_parallel: ep, expert_tp: 1 };
+        Setup { degrees, ..Setup::solo(dtype) }
+    }
+}
+
+/// Makes CPU backends with the best instruction set and this many threads.
+pub fn cpu(threads: usize) -> Arc<dyn Fn() -> Arc<dyn Backend>> {
+    Arc::new(move || Arc::new(CpuBackend::detect(threads).unwrap()))
 }
 
 /// A sequence under test: its tokens so far are in the cache.
