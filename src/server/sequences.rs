@@ -55,7 +55,8 @@ impl Sequences {
         for prompt in prompts {
             let transcript = Transcript::new(Arc::clone(&state.tokenizer), rules)?;
             let request = engine_request(prompt, asked, rules, state.engine.options().max_model_len);
-            let stream = state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
+            let stream =
+                state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
             submitted.push((stream, transcript));
         }
         let unfinished = submitted.len();
