@@ -43,7 +43,7 @@ async fn start(state: &AppState, request: Request) -> Result<(Head, Sequences, C
         created: unix_seconds(),
         model: state.model_name(asked.model.as_deref())?,
     };
-    let prompts = std::mem::replace(&mut asked.prompts, super::request::Prompts::Tokens(Vec::new()));
+    let prompts = std::mem::take(&mut asked.prompts);
     let prompts = state.tokenize(prompts, asked.add_special_tokens).await?;
     let sequences = Sequences::start(state, prompts, &asked)?;
     Ok((head, sequences, asked))
@@ -72,8 +72,8 @@ impl Head {
 
 /// Waits for all sequences. A client that leaves drops this future, and the sequences with it.
 async fn collect(head: &Head, mut sequences: Sequences) -> Result<Response, ApiError> {
-    let empty = |index| Choice { index, ..choice(index, Piece::default()) };
-    let mut choices: Vec<Choice> = (0..sequences.len()).map(empty).collect();
+    let mut choices: Vec<Choice> =
+        (0..sequences.len()).map(|index| choice(index, Piece::default())).collect();
     let mut usage = Usage::default();
     while let Some((index, piece)) = sequences.next().await {
         let piece = piece?;

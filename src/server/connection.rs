@@ -153,3 +153,16 @@ async fn keep_house(state: Arc<AppState>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_in_use_is_an_error_with_the_address() {
+        let first = bind("127.0.0.1", 0).await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        let error = bind("127.0.0.1", port).await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("127.0.0.1:{port}: ")), "{error}");
+    }
+}

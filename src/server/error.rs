@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use http::header::{CONNECTION, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
@@ -58,7 +58,7 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFoundError", message)
     }
 
-    /// 405.
+    /// 405; axum adds the methods that are.
     pub fn method_not_allowed(method: &http::Method, path: &str) -> Self {
         let message = format!("{} does not take the method {}.", clip(path), clip(method.as_str()));
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message)
@@ -146,9 +146,6 @@ impl IntoResponse for ApiError {
         if matches!(self.status, StatusCode::REQUEST_TIMEOUT | StatusCode::PAYLOAD_TOO_LARGE) {
             // The rest of the body is not read, so the connection cannot carry another request.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        if self.status == StatusCode::METHOD_NOT_ALLOWED {
-            headers.entry(ALLOW).or_insert(HeaderValue::from_static("GET, HEAD, POST"));
         }
         response
     }

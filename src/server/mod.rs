@@ -1,28 +1,28 @@
 //! HTTP: OpenAI's completions, what operators need, and nothing of how a model computes. The server holds an engine
 //! handle and a tokenizer; it never sees a model, a backend or a communicator.
 //!
-//! A request: [`connection`] (hyper's limits) -> [`routes`] -> `body` (size, time, JSON) -> [`request`] (fields, ranges)
-//! -> tokens -> [`sequences`] (engine streams) -> [`transcript`] (events become text) -> one object or [`sse`].
+//! A request: `connection` (hyper's limits) -> `routes` -> `body` (size, time, JSON) -> `request` (fields, ranges)
+//! -> tokens -> `sequences` (engine streams) -> `transcript` (events become text) -> one object or `sse`.
 
 // from socket to engine
-pub mod options;
-pub mod shutdown;
-pub mod state;
-pub mod connection;
-pub mod routes;
+mod options;
+mod shutdown;
+mod state;
+mod connection;
+mod routes;
 mod body;
 mod fields;
-pub mod request;
-pub mod completions;
+mod request;
+mod completions;
 // and back
-pub mod sequences;
-pub mod transcript;
-pub mod sse;
-pub mod types;
-pub mod error;
+mod sequences;
+mod transcript;
+mod sse;
+mod types;
+mod error;
 mod id;
 // what operators see
-pub mod metrics;
+mod metrics;
 mod load_metrics;
 
 pub use connection::{bind, serve};

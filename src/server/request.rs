@@ -114,6 +114,13 @@ pub enum Prompts {
     Tokens(Vec<Vec<u32>>),
 }
 
+impl Default for Prompts {
+    /// None at all, which is what a request has once its prompts were taken out.
+    fn default() -> Self {
+        Prompts::Tokens(Vec::new())
+    }
+}
+
 impl CompletionRequest {
     /// Parses a request body.
     ///

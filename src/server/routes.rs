@@ -98,3 +98,24 @@ async fn count_response(
     state.metrics.count_response(route.as_ref().map_or("other", MatchedPath::as_str), response.status());
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_that_keeps_its_text_to_itself() {
+        async fn fall_over() {
+            panic!("secret {}", 42)
+        }
+        let router = Router::new().route("/", get(fall_over)).layer(CatchPanicLayer::custom(panicked));
+        let request = Request::get("/").body(axum::body::Body::empty()).unwrap();
+        let response = router.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        assert!(text.contains("InternalServerError") && !text.contains("secret"), "{text}");
+    }
+}

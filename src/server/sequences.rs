@@ -1,11 +1,13 @@
 //! The sequences of one HTTP request while they run: one task each reads the engine's events, and dropping the whole
 //! ends the tasks, drops their streams and so aborts what still runs.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::error::ApiError;
 use super::metrics::{Metrics, Outcome};
@@ -48,27 +50,28 @@ impl Sequences {
             logprobs: asked.logprobs,
         };
         let prompt_tokens: Vec<usize> = prompts.iter().map(Vec::len).collect();
-        let mut readers = Vec::with_capacity(prompts.len());
-        let (sender, pieces) = mpsc::channel(PIECES_AHEAD);
-        for (index, prompt) in prompts.into_iter().enumerate() {
+        // All are submitted before the first is read: a refusal drops, and so aborts, those before it.
+        let mut submitted = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
             let transcript = Transcript::new(Arc::clone(&state.tokenizer), rules)?;
             let request = engine_request(prompt, asked, rules, state.engine.options().max_model_len);
             let stream =
                 state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
-            readers.push(Reader {
+            submitted.push((stream, transcript));
+        }
+        let unfinished = submitted.len();
+        let (sender, pieces) = mpsc::channel(PIECES_AHEAD);
+        let mut tasks = JoinSet::new();
+        for (index, (stream, transcript)) in submitted.into_iter().enumerate() {
+            let reader = Reader {
                 index,
                 stream,
                 transcript,
                 pieces: sender.clone(),
-                shutdown: state.shutdown.clone(),
                 patience: state.options.stalled_reader_timeout,
                 outcome: Counted { metrics: Arc::clone(&state.metrics), outcome: Outcome::Abort },
-            });
-        }
-        let unfinished = readers.len();
-        let mut tasks = JoinSet::new();
-        for reader in readers {
-            tasks.spawn(reader.run());
+            };
+            tasks.spawn(reader.run(state.shutdown.clone()));
         }
         Ok(Sequences { pieces, unfinished, prompt_tokens, _tasks: tasks })
     }
@@ -130,39 +133,34 @@ struct Reader {
     stream: RequestStream,
     transcript: Transcript,
     pieces: mpsc::Sender<Numbered>,
-    shutdown: Shutdown,
+    /// How long the client may take nothing.
     patience: Duration,
     outcome: Counted,
 }
 
 impl Reader {
-    async fn run(mut self) {
+    /// Ends after the last piece, or when nobody takes pieces any more; the drop of `self` then aborts the sequence.
+    async fn run(mut self, shutdown: Shutdown) {
+        let mut aborting = pin!(shutdown.reached(Stage::Aborting));
         loop {
             let piece = tokio::select! {
                 event = self.stream.next() => match event {
                     Some(event) => self.transcript.take(event),
                     None => Err(ApiError::internal(&"the engine's events ended without an end")),
                 },
-                () = self.shutdown.reached(Stage::Aborting) => {
-                    Err(ApiError::unavailable("The server is shutting down."))
-                }
+                () = &mut aborting => Err(ApiError::unavailable("The server is shutting down.")),
             };
-            let last = match &piece {
+            let outcome = match &piece {
+                Ok(piece) if piece.is_empty() => continue,
                 Ok(piece) => piece.end.as_ref().map(|end| Outcome::of(end.finish_reason)),
                 Err(_) => Some(Outcome::Error),
             };
-            if piece
-                .as_ref()
-                .is_ok_and(|piece| piece.end.is_none() && piece.text.is_empty() && piece.logprobs.is_none())
-            {
-                continue;
-            }
-            // A client that reads nothing keeps nobody waiting for ever: the drop of `self` aborts the sequence.
-            let sent = tokio::time::timeout(self.patience, self.pieces.send((self.index, piece))).await;
-            if let Some(outcome) = last {
+            let taken = timeout(self.patience, self.pieces.send((self.index, piece))).await;
+            if let Some(outcome) = outcome {
                 self.outcome.outcome = outcome;
+                return;
             }
-            if last.is_some() || !matches!(sent, Ok(Ok(()))) {
+            if !matches!(taken, Ok(Ok(()))) {
                 return;
             }
         }

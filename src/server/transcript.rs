@@ -33,6 +33,13 @@ pub struct Piece {
     pub end: Option<End>,
 }
 
+impl Piece {
+    /// Nothing that a client would want to know.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.logprobs.is_none() && self.end.is_none()
+    }
+}
+
 /// How a sequence ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct End {

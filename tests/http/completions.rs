@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::harness::{EOS, Server, greedy};
+use crate::harness::{EOS, Server, eventually, greedy};
 
 const PROMPT: &str = "The old house stood";
 
@@ -115,7 +115,7 @@ fn a_stop_string_ends_the_text_before_it_wherever_tokens_break() {
             assert_eq!(last["stop_reason"], stop);
         }
     }
-    crate::harness::eventually("what stop strings ended is gone", || server.stats().running == 0);
+    eventually("what stop strings ended is gone", || server.stats().running == 0);
 }
 
 #[test]

@@ -1,8 +1,11 @@
 //! What a bad request gets: a status, OpenAI's error object, the field to blame.
 
+use std::time::Duration;
+
+use moeyard::engine::scripted::Fault;
 use serde_json::{Value, json};
 
-use crate::harness::{Server, greedy};
+use crate::harness::{Config, Server, eventually, greedy};
 
 #[test]
 fn refusals_name_their_field() {
@@ -12,7 +15,7 @@ fn refusals_name_their_field() {
         (json!({"prompt": ""}), 400, "prompt"),
         (json!({"prompt": [4096]}), 400, "prompt"),
         (json!({"prompt": [-1]}), 400, "prompt"),
-        (json!({"prompt": over}), 400, "max_tokens"),
+        (json!({"prompt": over}), 400, "prompt"),
         (json!({"prompt": "x", "max_tokens": 513}), 400, "max_tokens"),
         (json!({"prompt": "x", "max_tokens": 4_000_000_000u32}), 400, "max_tokens"),
         (json!({"prompt": "x", "temperature": 3}), 400, "temperature"),
@@ -24,19 +27,20 @@ fn refusals_name_their_field() {
         (json!({"prompt": "x", "surprise": 1}), 400, "surprise"),
         (json!({"prompt": "x", "model": "gpt-4"}), 404, "model"),
     ] {
+        let shown: String = fields.to_string().chars().take(80).collect();
         for stream in [false, true] {
             let mut request = greedy(fields.clone());
             if stream && param != "stream_options" {
                 request["stream"] = json!(true);
             }
             let response = server.client().post("/v1/completions", &request);
-            assert_eq!(response.status, status, "{fields}: {}", response.body);
-            assert_eq!(response.error()["param"], param, "{fields}: {}", response.body);
+            assert_eq!(response.status, status, "{shown}: {}", response.body);
+            assert_eq!(response.error()["param"], param, "{shown}: {}", response.body);
         }
     }
     assert_eq!(server.stats().running, 0);
-    let server_side = server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#);
-    assert_eq!(server_side, 28.0);
+    let rejected = server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#);
+    assert_eq!(rejected, 28.0);
 }
 
 #[test]
@@ -124,26 +128,29 @@ fn unknown_routes_and_methods_answer_in_the_same_shape() {
         let response = server.client().request(method, path, &[], b"");
         assert_eq!(response.status, status, "{method} {path}");
         assert_eq!(response.error()["type"], kind, "{method} {path}");
-        if status == 405 {
-            assert!(response.header("allow").is_some(), "{method} {path}: {:?}", response.headers);
-        }
+        let allowed = match path {
+            _ if status == 404 => None,
+            "/v1/completions" => Some("POST"),
+            _ => Some("GET,HEAD"),
+        };
+        assert_eq!(response.header("allow"), allowed, "{method} {path}");
     }
 }
 
 #[test]
 fn a_full_queue_is_429_with_a_time_to_retry() {
-    let mut config = crate::harness::Config::default();
+    let mut config = Config::default();
     config.engine.max_num_seqs = 1;
     config.engine.max_waiting = 1;
-    config.pause = std::time::Duration::from_millis(20);
+    config.pause = Duration::from_millis(20);
     let server = Server::with(config);
     let long = greedy(json!({"prompt": [9], "max_tokens": 400, "stream": true}));
     let mut running = server.client();
     running.send_json("/v1/completions", &long);
-    crate::harness::eventually("the first runs", || server.stats().running == 1);
+    eventually("the first runs", || server.stats().running == 1);
     let mut waiting = server.client();
     waiting.send_json("/v1/completions", &long);
-    crate::harness::eventually("the second waits", || server.stats().waiting == 1);
+    eventually("the second waits", || server.stats().waiting == 1);
 
     let refused = server.complete(json!({"prompt": "x", "stream": true}));
     assert_eq!(refused.status, 429, "{}", refused.body);
@@ -153,17 +160,16 @@ fn a_full_queue_is_429_with_a_time_to_retry() {
 
     // A list of prompts is taken as a whole or not at all.
     drop(waiting);
-    crate::harness::eventually("the second left", || server.stats().waiting == 0);
+    eventually("the second left", || server.stats().waiting == 0);
     assert_eq!(server.complete(json!({"prompt": ["a", "b", "c"]})).status, 429);
-    crate::harness::eventually("none of the three waits", || server.stats().waiting == 0);
+    eventually("none of the three waits", || server.stats().waiting == 0);
+    assert_eq!(server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#), 2.0);
 }
 
 #[test]
 fn a_failed_sequence_is_a_500_or_an_error_chunk_and_others_go_on() {
-    let mut config = crate::harness::Config::default();
     // The token after which logits turn NaN is in one prompt only.
-    config.fault = moeyard::engine::scripted::Fault::NanAfter(4000);
-    let server = Server::with(config);
+    let server = Server::with(Config { fault: Fault::NanAfter(4000), ..Config::default() });
     let failed = server.complete(json!({"prompt": [4000]}));
     assert_eq!(failed.status, 500);
     let error = failed.error();

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
-use moeyard::engine::scripted::{Fault, Script, ScriptedModel};
-use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup};
+use moeyard::engine::scripted::{Fault, Script, setups};
+use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks};
 use moeyard::metrics::LoadSource;
 use moeyard::model::FormRules;
 use moeyard::server::{
@@ -74,8 +75,7 @@ impl Server {
     pub fn with(config: Config) -> Server {
         let tokenizer = Arc::new(tokenizer());
         let metrics = Arc::new(Metrics::new(&info(), config.load).expect("metrics"));
-        let mut script =
-            Script::new(config.engine.vocab_size, config.engine.block_size, config.engine.kv_blocks);
+        let mut script = Script::of(&config.engine);
         script.pause = config.pause;
         script.fault = config.fault;
         let engine = start_engine(&script, config.engine, Arc::clone(&metrics));
@@ -172,11 +172,10 @@ fn spawn(state: AppState) -> (SocketAddr, JoinHandle<moeyard::Result<()>>) {
 }
 
 fn start_engine(script: &Script, options: EngineOptions, metrics: Arc<Metrics>) -> EngineHandle {
-    let backend = Arc::new(ReferenceBackend);
-    let output = ScriptedModel::output(script, backend.as_ref(), options.max_logit_rows).unwrap();
-    let model = Box::new(ScriptedModel::new(script.clone(), backend.clone()));
+    let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
+    let ranks = setups(script, 1, 1, options.max_logit_rows, &backend).expect("ranks");
     let hooks = Hooks { timing: Some(metrics), ..Hooks::default() };
-    Engine::start(vec![RankSetup { model, backend, output, dp_rank: 0 }], options, hooks).expect("engine")
+    Engine::start(ranks, options, hooks).expect("engine")
 }
 
 fn tokenizer() -> Tokenizer {

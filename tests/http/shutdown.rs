@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use moeyard::engine::scripted::Fault;
-use moeyard::server::Stage;
+use moeyard::server::{Shutdown, Stage};
 use serde_json::{Value, json};
 
 use crate::harness::{Config, Server, eventually, greedy};
@@ -89,4 +89,20 @@ fn a_dead_engine_is_reported_everywhere_and_ends_the_server() {
         assert_eq!(server.complete(json!({"prompt": "x"})).status, 503);
         assert!(server.ended().is_err());
     }
+}
+
+#[test]
+fn the_first_signal_drains_the_second_aborts_and_a_hangup_does_nothing() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let shutdown = runtime.block_on(async { Shutdown::on_signals() }).expect("handlers");
+    let send = |signal: &str| {
+        let kill = format!("kill -{signal} {}", std::process::id());
+        assert!(std::process::Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    };
+    send("HUP");
+    send("TERM");
+    runtime.block_on(shutdown.reached(Stage::Draining));
+    assert_eq!(shutdown.stage(), Stage::Draining);
+    send("INT");
+    runtime.block_on(shutdown.reached(Stage::Aborting));
 }
