@@ -102,20 +102,17 @@ fn a_header_that_is_not_the_right_json_is_refused() {
         format!("f: expected a JSON header of tensor entries in bytes 8..{}, found ", 8 + json.len())
     };
     for (json, found) in [
-        ("", "EOF while parsing a value at line 1 column 0"),
-        ("[]", "invalid type: sequence, expected an object with at most 1000000 tensors at line 1 column 0"),
-        ("{} x", "trailing characters at line 1 column 4"),
-        (
-            r#"{"a":{"dtype":"F32","shape":[1]}}"#,
-            "tensor \"a\": missing field `data_offsets` at line 1 column 33",
-        ),
+        ("", "EOF while parsing a value"),
+        ("[]", "invalid type: sequence, expected an object with at most 1000000 tensors"),
+        ("{} x", "trailing characters"),
+        (r#"{"a":{"dtype":"F32","shape":[1]}}"#, "tensor \"a\": missing field `data_offsets`"),
         (
             r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#,
-            "tensor \"a\": invalid value: integer `-1`, expected u64 at line 1 column 31",
+            "tensor \"a\": invalid value: integer `-1`, expected u64",
         ),
         (
             r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#,
-            "tensor \"a\": invalid length 9, expected a shape of at most 8 dimensions at line 1 column 46",
+            "tensor \"a\": invalid length 9, expected a shape of at most 8 dimensions",
         ),
     ] {
         let (header, problems) = read(&file(json, 0));
