@@ -20,7 +20,7 @@ pub fn check_finite(
     checkpoint: &Checkpoint,
     spec: &ModelSpec,
     names: &TensorNames,
-    progress: Option<&Progress>,
+    progress: Option<&Progress<'_>>,
 ) -> Result<()> {
     let finder = Finder::new(checkpoint, spec.quantization.as_ref());
     let mut scan = Scan { finder, spec, names, progress, problems: Vec::new() };
@@ -38,7 +38,7 @@ struct Scan<'a> {
     finder: Finder<'a>,
     spec: &'a ModelSpec,
     names: &'a TensorNames,
-    progress: Option<&'a Progress>,
+    progress: Option<&'a Progress<'a>>,
     problems: Vec<Problem>,
 }
 

@@ -75,7 +75,7 @@ pub struct MlpNames {
 pub enum ExpertNames {
     /// Three modules per expert; templates use `{expert}`. Mixtral's w1, w3, w2 are gate, up, down.
     PerExpert(MlpNames),
-    /// Two tensors for all experts, out x in (Granite).
+    /// Two tensors for all experts, out x in (Granite). Biases would be `{gate_up}_bias` `[E, 2I]` and `{down}_bias`.
     FusedLinear {
         /// Full tensor name, `[E, 2I, H]`: gate rows first, then up.
         gate_up: &'static str,

@@ -13,7 +13,7 @@ use half::bf16;
 use std::ops::Range;
 
 /// Told about every slice read, in bytes of the file. Ranks read in parallel, so it is shared.
-pub type Progress = dyn Fn(u64) + Sync;
+pub type Progress<'a> = dyn Fn(u64) + Sync + 'a;
 
 /// Reads the weights of one model from one checkpoint; cheap to copy, one per rank.
 ///
@@ -26,7 +26,7 @@ pub struct WeightReader<'a> {
     spec: &'a ModelSpec,
     names: &'a TensorNames,
     dtype: DType,
-    progress: Option<&'a Progress>,
+    progress: Option<&'a Progress<'a>>,
 }
 
 /// Which gated MLP.
@@ -56,7 +56,7 @@ impl<'a> WeightReader<'a> {
     }
 
     /// The same reader, reporting to `progress`.
-    pub fn with_progress(self, progress: &'a Progress) -> Self {
+    pub fn with_progress(self, progress: &'a Progress<'a>) -> Self {
         WeightReader { progress: Some(progress), ..self }
     }
 

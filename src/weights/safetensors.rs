@@ -22,8 +22,13 @@ const LENGTH_BYTES: usize = 8;
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Most dimensions of a tensor.
 const MAX_DIMENSIONS: usize = 8;
-/// Most tensors in a file; bounds the memory that a header can ask for.
-const MAX_TENSORS: usize = 1_000_000;
+/// Most tensors in a file, well above what the largest published models have in all their shards together; with
+/// [`MAX_NAME_BYTES`] it bounds the memory that a header can ask for.
+const MAX_TENSORS: usize = 400_000;
+/// Longest name of a tensor.
+const MAX_NAME_BYTES: usize = 1024;
+/// How much of a strange string a message shows.
+const SHOWN_CHARS: usize = 40;
 
 /// One tensor of a file, checked: `bytes` lies in the file and fits the shape and type.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,7 +146,7 @@ impl Check<'_> {
                 }
             }
         }
-        placed.sort_by(|a, b| (a.start, a.end).cmp(&(b.start, b.end)));
+        placed.sort_by_key(|entry| (entry.start, entry.end));
         self.truncation(&placed);
         self.coverage(&placed);
         // Where a name came twice, both entries count for the coverage above, and neither is used.
@@ -221,8 +226,10 @@ impl RawEntry<'_> {
     /// Checks type, shape and offsets against each other; `Err` is (expected, found).
     fn place(self, name: &str) -> Result<Placed, (String, String)> {
         let [start, end] = self.data_offsets;
-        let dtype = Dtype::deserialize(StrDeserializer::<PlainError>::new(&self.dtype))
-            .map_err(|_| ("a dtype of the safetensors format".to_owned(), format!("{:?}", self.dtype)))?;
+        let dtype = Dtype::deserialize(StrDeserializer::<PlainError>::new(&self.dtype)).map_err(|_| {
+            let found: String = self.dtype.chars().take(SHOWN_CHARS).collect();
+            ("a dtype of the safetensors format".to_owned(), format!("{found:?}"))
+        })?;
         let offsets = || format!("data_offsets {start}..{end}");
         if end < start {
             return Err(("data_offsets in ascending order".to_owned(), offsets()));
@@ -280,6 +287,10 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
     }
 }
 
+/// A name, not copied before its length is known.
+#[derive(Deserialize)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
 struct UniqueVisitor<T>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueVisitor<T> {
@@ -293,7 +304,16 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueVisitor<T> {
         let mut out = UniqueMap { entries: Vec::new(), duplicates: Vec::new() };
         let mut seen = HashSet::new();
         let mut repeated = HashSet::new();
-        while let Some(name) = map.next_key::<String>()? {
+        while let Some(Key(name)) = map.next_key::<Key<'de>>()? {
+            if name.len() > MAX_NAME_BYTES {
+                let start: String = name.chars().take(SHOWN_CHARS).collect();
+                let message = format!(
+                    "{start:?}...: expected a name of at most {MAX_NAME_BYTES} bytes, found {}",
+                    name.len()
+                );
+                return Err(A::Error::custom(message));
+            }
+            let name = name.into_owned();
             if name == "__metadata__" {
                 map.next_value::<IgnoredAny>()?;
                 continue;

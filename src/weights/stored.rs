@@ -258,6 +258,7 @@ impl<'a> Finder<'a> {
         // Rows of gate_up, of which gate and up are halves or alternate.
         let stored_n = if down { n } else { n.saturating_mul(2) };
         let up = usize::from(which == MlpMatrix::Up);
+        let before = self.used.len();
         let (form, tensor, name) = match names {
             ExpertNames::PerExpert(names) => {
                 let template = match which {
@@ -293,7 +294,8 @@ impl<'a> Finder<'a> {
                 }
             }
         };
-        let bytes = tensor.bytes.len() / experts * n / stored_n;
+        let bytes =
+            self.used[before..].iter().map(|(_, bytes)| bytes).sum::<usize>() / experts * n / stored_n.max(1);
         Some(StoredMatrix { n, k, form, bytes, file: tensor.file, name })
     }
 

@@ -17,8 +17,9 @@ fn data_start(bytes: &[u8]) -> usize {
 }
 
 #[test]
-fn fixtures_are_accepted_without_warnings() {
-    for name in FIXTURES {
+fn fixtures_and_demo_models_are_accepted_without_warnings() {
+    let demos = ["../../models/demo-mixtral", "../../models/demo-deepseek"];
+    for name in FIXTURES.into_iter().chain(demos) {
         let (spec, names) = describe(&fixture(name));
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
         let warnings = validate(&checkpoint, &spec, &names).unwrap_or_else(|error| panic!("{error}"));

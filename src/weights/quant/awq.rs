@@ -39,28 +39,29 @@ impl<'a> Awq<'a> {
         Awq { qweight, qzeros, scales, scale_type, n, group }
     }
 
-    /// Writes the block, row-major. Walks word columns group by group, so that the rows of `out` and the cache lines
-    /// of `qweight` that are in use stay few.
+    /// Writes the block, row-major. Walks word columns group by group: a word column is gathered once for its 8 rows.
     pub fn block(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         let words_per_input = self.n / NIBBLES;
+        let mut words = Vec::with_capacity(self.group.min(cols.len()));
         let mut col = cols.start;
         while col < cols.end {
             let group = col / self.group;
             let end = ((group + 1) * self.group).min(cols.end);
             for column in rows.start / NIBBLES..rows.end.div_ceil(NIBBLES) {
+                words.clear();
+                words.extend((col..end).map(|input| word(self.qweight, input * words_per_input + column)));
                 let zeros = word(self.qzeros, group * words_per_input + column);
                 for (nibble, lane) in ORDER.into_iter().enumerate() {
                     let row = column * NIBBLES + lane;
                     if !rows.contains(&row) {
                         continue;
                     }
-                    let zero = (zeros >> (4 * nibble)) & 15;
+                    let zero = ((zeros >> (4 * nibble)) & 15) as f32;
                     let scale = self.scale_type.get(self.scales, group * self.n + row);
                     let start = (row - rows.start) * cols.len();
                     let out = &mut out[start + col - cols.start..start + end - cols.start];
-                    for (out, input) in out.iter_mut().zip(col..end) {
-                        let q = (word(self.qweight, input * words_per_input + column) >> (4 * nibble)) & 15;
-                        *out = (q as f32 - zero as f32) * scale;
+                    for (out, word) in out.iter_mut().zip(&words) {
+                        *out = (((word >> (4 * nibble)) & 15) as f32 - zero) * scale;
                     }
                 }
             }

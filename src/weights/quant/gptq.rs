@@ -86,12 +86,22 @@ impl<'a> Gptq<'a> {
                     *param = (zero as f32, self.scale_type.get(self.scales, group * n + row));
                 }
             }
-            for (c, input) in cols.clone().enumerate() {
-                let params = &params[group_of[c] * ROW_TILE..][..ROW_TILE];
-                for (row, &(zero, scale)) in tile.clone().zip(params) {
-                    let q = (word(self.qweight, input / NIBBLES * n + row) >> (4 * (input % NIBBLES))) & 15;
-                    out[(row - rows.start) * cols.len() + c] = (q as f32 - zero) * scale;
+            // Inputs that share a word lie side by side in `out`: each word is read once.
+            let mut start = cols.start;
+            while start < cols.end {
+                let end = ((start / NIBBLES + 1) * NIBBLES).min(cols.end);
+                let groups = &group_of[start - cols.start..end - cols.start];
+                for (lane, row) in tile.clone().enumerate() {
+                    let word = word(self.qweight, start / NIBBLES * n + row);
+                    let out =
+                        &mut out[(row - rows.start) * cols.len() + start - cols.start..][..groups.len()];
+                    for ((out, input), &group) in out.iter_mut().zip(start..).zip(groups) {
+                        let (zero, scale) = params[group * ROW_TILE + lane];
+                        let q = (word >> (4 * (input % NIBBLES))) & 15;
+                        *out = (q as f32 - zero) * scale;
+                    }
                 }
+                start = end;
             }
         }
         Ok(())

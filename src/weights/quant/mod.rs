@@ -14,7 +14,7 @@ pub use gptq::{BadGroup, Gptq};
 pub use mxfp4::{BLOCK as MXFP4_BLOCK, Mxfp4};
 pub use plain::{Float, Plain};
 
-/// Outputs of a [`Gptq`] or [`Awq`] matrix whose 4-bit values share one 32-bit word.
+/// 4-bit values in one 32-bit word: inputs of one output in [`Gptq`], outputs of one input in [`Awq`].
 pub const NIBBLES: usize = 8;
 
 /// The little-endian 32-bit word at index `i`.

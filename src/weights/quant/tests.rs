@@ -87,7 +87,7 @@ const FLOATS: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
 fn plain_matrices_in_both_orders() {
     let mut random = Random::new(1);
     for kind in FLOATS {
-        for [n, k] in [[1, 1], [5, 7], [40, 33]] {
+        for [n, k] in [[1usize, 1usize], [5, 7], [40, 33]] {
             let bytes = random.floats(kind, 3 + 2 * n * k);
             let plain = Plain::rows_of(&bytes, kind, 3, k);
             check(
@@ -140,7 +140,7 @@ fn e4m3_codes() {
 #[test]
 fn fp8_with_blocks_of_any_size_and_short_edges() {
     let mut random = Random::new(3);
-    for [n, k] in [[136, 160], [128, 128], [1, 300], [129, 5]] {
+    for [n, k] in [[136usize, 160usize], [128, 128], [1, 300], [129, 5]] {
         for block in [[128, 128], [64, 128], [3, 7], [1, 1], [1000, 1000]] {
             for kind in FLOATS {
                 let mut codes = random.bytes(n * k);
@@ -161,7 +161,7 @@ fn fp8_with_blocks_of_any_size_and_short_edges() {
 #[test]
 fn awq_with_groups_of_any_size() {
     let mut random = Random::new(4);
-    for [n, k] in [[8, 1], [96, 128], [64, 50], [16, 200]] {
+    for [n, k] in [[8usize, 1usize], [96, 128], [64, 50], [16, 200]] {
         for group in [1, 7, 32, 128, k] {
             let groups = k.div_ceil(group);
             let (qweight, qzeros) = (random.bytes(k * n / 2), random.bytes(groups * n / 2));
@@ -182,7 +182,7 @@ fn awq_with_groups_of_any_size() {
 #[test]
 fn gptq_with_and_without_act_order() {
     let mut random = Random::new(5);
-    for [n, k] in [[1, 1], [96, 128], [65, 50], [130, 24]] {
+    for [n, k] in [[1usize, 1usize], [96, 128], [65, 50], [130, 24]] {
         for group in [1, 7, 32, k] {
             let (groups, zero_words) = (k.div_ceil(group), n.div_ceil(8));
             let (qweight, qzeros) =
@@ -218,7 +218,7 @@ fn gptq_groups_that_are_not_there_are_refused() {
 #[test]
 fn mxfp4_with_short_blocks_and_alternating_rows() {
     let mut random = Random::new(6);
-    for [n, k] in [[1, 32], [6, 96], [5, 40], [3, 7]] {
+    for [n, k] in [[1usize, 32usize], [6, 96], [5, 40], [3, 7]] {
         let per_row = k.div_ceil(32);
         let stored = 1 + 2 * n;
         let blocks = random.bytes(stored * per_row * 16);

@@ -102,20 +102,17 @@ fn a_header_that_is_not_the_right_json_is_refused() {
         format!("f: expected a JSON header of tensor entries in bytes 8..{}, found ", 8 + json.len())
     };
     for (json, found) in [
-        ("", "EOF while parsing a value at line 1 column 0"),
-        ("[]", "invalid type: sequence, expected an object with at most 1000000 tensors at line 1 column 0"),
-        ("{} x", "trailing characters at line 1 column 4"),
-        (
-            r#"{"a":{"dtype":"F32","shape":[1]}}"#,
-            "tensor \"a\": missing field `data_offsets` at line 1 column 33",
-        ),
+        ("", "EOF while parsing a value"),
+        ("[]", "invalid type: sequence, expected an object with at most 400000 tensors"),
+        ("{} x", "trailing characters"),
+        (r#"{"a":{"dtype":"F32","shape":[1]}}"#, "tensor \"a\": missing field `data_offsets`"),
         (
             r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#,
-            "tensor \"a\": invalid value: integer `-1`, expected u64 at line 1 column 31",
+            "tensor \"a\": invalid value: integer `-1`, expected u64",
         ),
         (
             r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#,
-            "tensor \"a\": invalid length 9, expected a shape of at most 8 dimensions at line 1 column 46",
+            "tensor \"a\": invalid length 9, expected a shape of at most 8 dimensions",
         ),
     ] {
         let (header, problems) = read(&file(json, 0));
@@ -130,6 +127,22 @@ fn a_header_that_is_not_the_right_json_is_refused() {
         problems.contains("bytes that are not UTF-8: invalid utf-8 sequence of 1 bytes from index 32"),
         "{problems}"
     );
+}
+
+#[test]
+fn endless_names_and_types_are_not_repeated_in_messages() {
+    let name = "n".repeat(5000);
+    let json = format!(r#"{{"{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}}}"#);
+    let problems = read(&file(&json, 0)).1;
+    assert!(problems[0].contains("expected a name of at most 1024 bytes, found 5000"), "{problems:?}");
+    assert!(problems[0].len() < 300, "{problems:?}");
+    let json = format!(r#"{{"a":{{"dtype":"{name}","shape":[0],"data_offsets":[0,0]}}}}"#);
+    let problems = read(&file(&json, 0)).1;
+    assert!(
+        problems[0].starts_with("f: a: expected a dtype of the safetensors format, found \"nnnn"),
+        "{problems:?}"
+    );
+    assert!(problems[0].len() < 300, "{problems:?}");
 }
 
 #[test]
