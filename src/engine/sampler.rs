@@ -80,21 +80,29 @@ impl Sampler {
         TokenEvent { token, logprob: Some(logprob(token)), top }
     }
 
-    /// Draws from the weights, limited by top_k and top_p, with `u` in [0, 1).
+    /// Draws from the weights, limited by top_k and top_p, with `u` in [0, 1). Walks the kept tokens in id order,
+    /// whichever way they were found.
     fn draw(&mut self, logits: &[f32], sampling: &Sampling, u: f64) -> u32 {
         let vocab = logits.len();
         let top_p = f64::from(sampling.top_p);
-        if sampling.top_k > 0 && sampling.top_k < vocab {
-            self.select_best(logits, sampling.top_k);
-            if top_p < 1.0 {
-                let target = top_p * self.mass_of_ids();
-                self.ids.truncate(self.reach(target).unwrap_or(sampling.top_k));
-            }
-        } else if top_p < 1.0 {
-            self.select_nucleus(logits, top_p * self.mass());
-        } else {
+        let limited = sampling.top_k > 0 && sampling.top_k < vocab;
+        if !limited && top_p >= 1.0 {
             return pick(0..vocab as u32, &self.weights, u * self.mass());
         }
+        let mass = if limited {
+            self.select_best(logits, sampling.top_k);
+            self.mass_of_ids()
+        } else {
+            let mass = self.mass();
+            // Together, all tokens below this weigh less than what top_p leaves out; it is at most 1, the best's weight.
+            self.select_above((1.0 - top_p) * mass / vocab as f64);
+            mass
+        };
+        if top_p < 1.0 {
+            let kept = nucleus(&mut self.ids, logits, &self.weights, top_p * mass);
+            self.ids.truncate(kept);
+        }
+        self.ids.sort_unstable();
         pick(self.ids.iter().copied(), &self.weights, u * self.mass_of_ids())
     }
 
@@ -109,36 +117,16 @@ impl Sampler {
         self.weights.iter().copied().map(f64::from).sum()
     }
 
-    /// Sum of the weights of the selected tokens, best first.
+    /// Sum of the weights of the selected tokens, in the order they have.
     fn mass_of_ids(&self) -> f64 {
         self.ids.iter().map(|&id| f64::from(self.weights[id as usize])).sum()
     }
 
-    /// How many of the selected tokens it takes to reach `mass`; `None` when all of them do not.
-    fn reach(&self, mass: f64) -> Option<usize> {
-        let mut sum = 0.0;
-        let last = self.ids.iter().position(|&id| {
-            sum += f64::from(self.weights[id as usize]);
-            sum >= mass
-        });
-        last.map(|last| last + 1)
-    }
-
-    /// Selects the smallest set of best tokens that reaches `mass`; at least one. Tries few tokens first: a typical
-    /// distribution is narrow.
-    fn select_nucleus(&mut self, logits: &[f32], mass: f64) {
-        let mut n = 64;
-        loop {
-            self.select_best(logits, n);
-            if let Some(kept) = self.reach(mass) {
-                return self.ids.truncate(kept);
-            }
-            if n >= logits.len() {
-                // Summed in another order, all weights together may fall short by a rounding.
-                return;
-            }
-            n *= 8;
-        }
+    /// Selects the tokens of at least this weight, in id order.
+    fn select_above(&mut self, weight: f64) {
+        let ids = (0u32..).zip(&self.weights).filter(|&(_, &w)| f64::from(w) >= weight).map(|(id, _)| id);
+        self.ids.clear();
+        self.ids.extend(ids);
     }
 
     /// Selects the `n` best tokens (all, when there are fewer), best first.
@@ -200,6 +188,31 @@ fn argmax(logits: &[f32]) -> u32 {
 fn order(logits: &[f32], a: u32, b: u32) -> Ordering {
     let by_logit = logits[b as usize].partial_cmp(&logits[a as usize]);
     by_logit.expect("logits are finite").then(a.cmp(&b))
+}
+
+/// Moves the smallest set of best tokens that reaches `mass` to the front of `ids`; returns its size, at least one.
+/// Quickselect by weight: halves the candidates until few are left to sort, O(ids) in all.
+fn nucleus(ids: &mut [u32], logits: &[f32], weights: &[f32], mass: f64) -> usize {
+    let better = |&a: &u32, &b: &u32| order(logits, a, b);
+    let weight = |&id: &u32| f64::from(weights[id as usize]);
+    // Those before `start` are in; those from `end` on are out, unless rounding hides that the rest suffices.
+    let (mut start, mut end, mut sum) = (0, ids.len(), 0.0);
+    while end - start > 32 {
+        let half = start + (end - start) / 2;
+        ids[start..end].select_nth_unstable_by(half - start, better);
+        let more: f64 = ids[start..half].iter().map(weight).sum();
+        if sum + more >= mass {
+            end = half;
+        } else {
+            (start, sum) = (half, sum + more);
+        }
+    }
+    ids[start..end].sort_unstable_by(better);
+    let last = ids[start..end].iter().position(|id| {
+        sum += weight(id);
+        sum >= mass
+    });
+    last.map_or(end, |last| start + last + 1)
 }
 
 /// The first token whose running sum of weights exceeds `target`.

@@ -73,7 +73,8 @@ impl Scheduler {
         }
     }
 
-    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids must come in ascending order.
+    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids are unique; a lower one goes
+    /// first, even where threads that submit at once deliver them out of order.
     pub fn add(&mut self, id: RequestId, request: Arc<Request>) {
         let stored = request.prompt.len() + request.max_tokens.saturating_sub(1);
         let room = self.options.kv_tokens();
