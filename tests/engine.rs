@@ -151,6 +151,27 @@ fn many_requests_over_any_ranks_follow_the_script() {
 }
 
 #[test]
+fn threads_may_submit_at_once() {
+    let options = EngineOptions { max_waiting: 1000, kv_blocks: 40, ..options() };
+    let engine = start(&options, (1, 2), Hooks::default());
+    let script = Script::of(&options);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (engine, script) = (&engine, &script);
+            scope.spawn(move || {
+                for i in 0..20 {
+                    let prompt = prompt(thread, 1 + i * 2);
+                    let stream = engine.submit(request(prompt.clone(), 12)).unwrap();
+                    assert_eq!(ids(&collect(stream).0), script.greedy(&prompt, 12));
+                }
+            });
+        }
+    });
+    let stats = engine.stats();
+    assert_eq!((stats.outcomes.length, stats.kv.used, stats.waiting), (160, 0, 0));
+}
+
+#[test]
 fn a_seed_gives_the_same_text_in_any_company() {
     let engine = start(&options(), (1, 1), Hooks::default());
     let sampling = Sampling { temperature: 1.0, top_p: 0.9, top_k: 20, seed: 77 };

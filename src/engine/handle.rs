@@ -166,8 +166,7 @@ impl EngineHandle {
     }
 
     /// Takes no more requests, lets those there finish for up to `drain`, aborts the rest, and waits for the engine's
-    /// threads. Blocks: call it from a blocking context. A second call with a shorter
-    /// time hastens the end of the first.
+    /// threads. Blocks: call it from a blocking context. A second call with a shorter time hastens the end of the first.
     pub fn shutdown(&self, drain: Duration) {
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));

@@ -1,6 +1,6 @@
 //! Continuous batching over a paged KV cache: requests in, token events out.
 //!
-//! One engine thread ([`driver`]) runs the [`scheduler`]; one OS thread per rank ([`rank`]) runs the model. The server
+//! One engine thread (`driver`) runs the [`scheduler`]; one OS thread per rank ([`rank`]) runs the model. The server
 //! and the command line hold an [`EngineHandle`] and never see a model, a backend or a communicator.
 //!
 //! A step: the scheduler fills a [`plan::StepPlan`] (one sub-plan per DP rank), every rank computes its sub-plan and

@@ -2,7 +2,7 @@
 //! are reused from step to step.
 
 use super::RequestId;
-use super::request::Request;
+use super::request::{Request, TokenEvent};
 use crate::backend::{AttentionBatch, SeqSpan};
 use crate::model::{Batch, Routing};
 use std::sync::Arc;
@@ -212,20 +212,9 @@ pub struct RowResult {
     /// Index into [`SubPlan::jobs`].
     pub job: u32,
     /// The next token where the job asked for one; the text says what was wrong with the logits.
-    pub outcome: Result<Option<Sampled>, String>,
+    pub outcome: Result<Option<TokenEvent>, String>,
     /// The row, where the job asked for it; `[vocab]`.
     pub logits: Option<Vec<f32>>,
-}
-
-/// A chosen token.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampled {
-    /// Its id.
-    pub token: u32,
-    /// Its log-probability under the unmodified softmax, when asked for.
-    pub logprob: Option<f32>,
-    /// The best tokens with their log-probabilities, best first, when asked for.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// What came of one sub-plan.

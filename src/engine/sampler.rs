@@ -3,10 +3,11 @@
 //!
 //! Order of the steps: temperature, top_k, top_p, draw. One tie-break everywhere: a higher logit is better, then a
 //! lower id; so temperature 0, top_k 1 and a tiny top_p choose the same token. Nothing sorts the whole vocabulary: the
-//! best tokens are selected (quickselect, O(vocab)) and only those are sorted.
+//! best tokens are selected in O(vocab) and only those are sorted. Nothing calls the system's `exp`, whose last bits
+//! differ from machine to machine.
 
-use super::plan::{RowJob, RowResult, Sampled};
-use super::request::Sampling;
+use super::plan::{RowJob, RowResult};
+use super::request::{Sampling, TokenEvent};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::cmp::Ordering;
@@ -27,11 +28,16 @@ pub struct NonFinite {
     pub position: u32,
 }
 
+/// Up to this many best tokens are found by insertion in one pass; more by quickselect.
+const FEW: usize = 256;
+
 /// Chooses tokens; holds only scratch memory.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    /// Token ids, partly sorted best first.
+    /// Token ids, best first.
     ids: Vec<u32>,
+    /// exp((logit - max) / temperature) of every token.
+    weights: Vec<f32>,
 }
 
 impl Sampler {
@@ -54,60 +60,101 @@ impl Sampler {
         sampling: &Sampling,
         position: u32,
         logprobs: Option<usize>,
-    ) -> Sampled {
+    ) -> TokenEvent {
         let best = argmax(logits);
+        let max = logits[best as usize];
         let token = if sampling.temperature == 0.0 {
             best
         } else {
-            self.draw(logits, sampling, logits[best as usize], uniform(sampling.seed, position))
+            self.weigh(logits, max, sampling.temperature);
+            self.draw(logits, sampling, uniform(sampling.seed, position))
         };
         let Some(n) = logprobs else {
-            return Sampled { token, logprob: None, top: Vec::new() };
+            return TokenEvent { token, logprob: None, top: Vec::new() };
         };
-        let normalizer = log_sum_exp(logits, logits[best as usize]);
+        self.weigh(logits, max, 1.0);
+        let normalizer = f64::from(max) + self.mass().ln();
         let logprob = |id: u32| (f64::from(logits[id as usize]) - normalizer) as f32;
-        let top = self.best(logits, n).iter().map(|&id| (id, logprob(id))).collect();
-        Sampled { token, logprob: Some(logprob(token)), top }
+        self.select_best(logits, n);
+        let top = self.ids.iter().map(|&id| (id, logprob(id))).collect();
+        TokenEvent { token, logprob: Some(logprob(token)), top }
     }
 
-    /// Inverse-transform sampling with `u` in [0, 1). `max` is the highest logit.
-    fn draw(&mut self, logits: &[f32], sampling: &Sampling, max: f32, u: f64) -> u32 {
-        let temperature = f64::from(sampling.temperature);
-        let weight = |id: u32| ((f64::from(logits[id as usize]) - f64::from(max)) / temperature).exp();
+    /// Draws from the weights, limited by top_k and top_p, with `u` in [0, 1). Walks the kept tokens in id order,
+    /// whichever way they were found.
+    fn draw(&mut self, logits: &[f32], sampling: &Sampling, u: f64) -> u32 {
         let vocab = logits.len();
+        let top_p = f64::from(sampling.top_p);
         let limited = sampling.top_k > 0 && sampling.top_k < vocab;
-        if !limited && sampling.top_p >= 1.0 {
-            let all = 0..vocab as u32;
-            let mass: f64 = all.clone().map(weight).sum();
-            return pick(all, weight, u * mass);
+        if !limited && top_p >= 1.0 {
+            return pick(0..vocab as u32, &self.weights, u * self.mass());
         }
-        if limited {
-            self.best(logits, sampling.top_k);
+        let mass = if limited {
+            self.select_best(logits, sampling.top_k);
+            self.mass_of_ids()
         } else {
-            self.refill(vocab);
-        }
-        if sampling.top_p < 1.0 {
-            // Without top_k the ids are still in ascending order here, with it they are sorted: a fixed order of summation.
-            let mass: f64 = self.ids.iter().copied().map(weight).sum();
-            let kept = nucleus(&mut self.ids, logits, weight, f64::from(sampling.top_p) * mass);
+            let mass = self.mass();
+            // Together, all tokens below this weigh less than what top_p leaves out; it is at most 1, the best's weight.
+            self.select_above((1.0 - top_p) * mass / vocab as f64);
+            mass
+        };
+        if top_p < 1.0 {
+            let kept = nucleus(&mut self.ids, logits, &self.weights, top_p * mass);
             self.ids.truncate(kept);
         }
-        let mass: f64 = self.ids.iter().copied().map(weight).sum();
-        pick(self.ids.iter().copied(), weight, u * mass)
+        self.ids.sort_unstable();
+        pick(self.ids.iter().copied(), &self.weights, u * self.mass_of_ids())
     }
 
-    /// The `n` best tokens, best first.
-    fn best(&mut self, logits: &[f32], n: usize) -> &[u32] {
-        self.refill(logits.len());
-        let n = n.min(logits.len());
-        sort_best(&mut self.ids, 0, n, logits);
-        self.ids.truncate(n);
-        &self.ids
+    /// Fills the weights of all tokens; the best has weight 1.
+    fn weigh(&mut self, logits: &[f32], max: f32, temperature: f32) {
+        self.weights.clear();
+        self.weights.extend(logits.iter().map(|&logit| exp_nonpositive((logit - max) / temperature)));
     }
 
-    fn refill(&mut self, vocab: usize) {
+    /// Sum of all weights, in id order.
+    fn mass(&self) -> f64 {
+        self.weights.iter().copied().map(f64::from).sum()
+    }
+
+    /// Sum of the weights of the selected tokens, in the order they have.
+    fn mass_of_ids(&self) -> f64 {
+        self.ids.iter().map(|&id| f64::from(self.weights[id as usize])).sum()
+    }
+
+    /// Selects the tokens of at least this weight, in id order.
+    fn select_above(&mut self, weight: f64) {
+        let ids = (0u32..).zip(&self.weights).filter(|&(_, &w)| f64::from(w) >= weight).map(|(id, _)| id);
         self.ids.clear();
-        self.ids.extend(0..vocab as u32);
+        self.ids.extend(ids);
+    }
+
+    /// Selects the `n` best tokens (all, when there are fewer), best first.
+    fn select_best(&mut self, logits: &[f32], n: usize) {
+        let ids = &mut self.ids;
+        ids.clear();
+        if n > FEW {
+            ids.extend(0..logits.len() as u32);
+            if n < ids.len() {
+                ids.select_nth_unstable_by(n - 1, |&a, &b| order(logits, a, b));
+                ids.truncate(n);
+            }
+            return ids.sort_unstable_by(|&a, &b| order(logits, a, b));
+        }
+        if n == 0 {
+            return;
+        }
+        // Ids come in ascending order, so a later one must be strictly better to come before an earlier one.
+        let mut worst = f32::NEG_INFINITY;
+        for (id, &logit) in logits.iter().enumerate() {
+            if ids.len() == n && logit <= worst {
+                continue;
+            }
+            ids.truncate(n - 1);
+            let place = ids.partition_point(|&other| logits[other as usize] >= logit);
+            ids.insert(place, id as u32);
+            worst = logits[ids[ids.len() - 1] as usize];
+        }
     }
 }
 
@@ -143,44 +190,42 @@ fn order(logits: &[f32], a: u32, b: u32) -> Ordering {
     by_logit.expect("logits are finite").then(a.cmp(&b))
 }
 
-/// Puts the tokens of ranks `from..to` in their sorted places, given that `ids[..from]` already is.
-fn sort_best(ids: &mut [u32], from: usize, to: usize, logits: &[f32]) {
-    if from < to && to < ids.len() {
-        ids[from..].select_nth_unstable_by(to - from - 1, |&a, &b| order(logits, a, b));
-    }
-    ids[from..to].sort_unstable_by(|&a, &b| order(logits, a, b));
-}
-
-/// How many of the best tokens it takes to reach `mass`, at least one; sorts them to the front of `ids`. Sorted runs grow
-/// eightfold, so a narrow distribution never sorts more than a few dozen tokens.
-fn nucleus(ids: &mut [u32], logits: &[f32], weight: impl Fn(u32) -> f64, mass: f64) -> usize {
-    let mut sorted = 0;
-    let mut sum = 0.0;
-    while sorted < ids.len() {
-        let end = (sorted * 8).max(64).min(ids.len());
-        sort_best(ids, sorted, end, logits);
-        for (i, &id) in ids.iter().enumerate().take(end).skip(sorted) {
-            sum += weight(id);
-            if sum >= mass {
-                return i + 1;
-            }
+/// Moves the smallest set of best tokens that reaches `mass` to the front of `ids`; returns its size, at least one.
+/// Quickselect by weight: halves the candidates until few are left to sort, O(ids) in all.
+fn nucleus(ids: &mut [u32], logits: &[f32], weights: &[f32], mass: f64) -> usize {
+    let better = |&a: &u32, &b: &u32| order(logits, a, b);
+    let weight = |&id: &u32| f64::from(weights[id as usize]);
+    // Those before `start` are in; those from `end` on are out, unless rounding hides that the rest suffices.
+    let (mut start, mut end, mut sum) = (0, ids.len(), 0.0);
+    while end - start > 32 {
+        let half = start + (end - start) / 2;
+        ids[start..end].select_nth_unstable_by(half - start, better);
+        let more: f64 = ids[start..half].iter().map(weight).sum();
+        if sum + more >= mass {
+            end = half;
+        } else {
+            (start, sum) = (half, sum + more);
         }
-        sorted = end;
     }
-    ids.len()
+    ids[start..end].sort_unstable_by(better);
+    let last = ids[start..end].iter().position(|id| {
+        sum += weight(id);
+        sum >= mass
+    });
+    last.map_or(end, |last| start + last + 1)
 }
 
 /// The first token whose running sum of weights exceeds `target`.
-fn pick(ids: impl Iterator<Item = u32>, weight: impl Fn(u32) -> f64, target: f64) -> u32 {
+fn pick(ids: impl Iterator<Item = u32>, weights: &[f32], target: f64) -> u32 {
     let mut sum = 0.0;
     let mut last = None;
     for id in ids {
-        let w = weight(id);
-        sum += w;
+        let weight = weights[id as usize];
+        sum += f64::from(weight);
         if sum > target {
             return id;
         }
-        if w > 0.0 {
+        if weight > 0.0 {
             last = Some(id);
         }
     }
@@ -188,10 +233,27 @@ fn pick(ids: impl Iterator<Item = u32>, weight: impl Fn(u32) -> f64, target: f64
     last.expect("the best token has weight 1")
 }
 
-/// ln(sum(exp(logit))), summed in id order.
-fn log_sum_exp(logits: &[f32], max: f32) -> f64 {
-    let max = f64::from(max);
-    max + logits.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
+/// exp(x) for x <= 0, to about 2 ulp; 0 where the result would be denormal. Plain multiplications and additions in a
+/// fixed order, so the same bits everywhere, and free of branches, so that a loop over it becomes vector code.
+/// Argument reduction and polynomial are those of Cephes' `expf` (Moshier).
+#[inline]
+fn exp_nonpositive(x: f32) -> f32 {
+    const LOWEST: f32 = -87.0;
+    /// 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = if x > LOWEST { x } else { LOWEST };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        p = p * r + c;
+    }
+    let fraction = p * r * r + r + 1.0;
+    let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
+    if x > LOWEST { fraction * power } else { 0.0 }
 }
 
 /// A number in [0, 1) that depends on seed and position only: 53 bits of ChaCha8 keyed by both.
@@ -218,8 +280,8 @@ mod tests {
         if s.top_k > 0 {
             ids.truncate(s.top_k);
         }
-        let max = f64::from(logits[ids[0] as usize]);
-        let weight = |id: u32| ((f64::from(logits[id as usize]) - max) / f64::from(s.temperature)).exp();
+        let max = logits[ids[0] as usize];
+        let weight = |id: u32| f64::from(exp_nonpositive((logits[id as usize] - max) / s.temperature));
         let mass: f64 = ids.iter().map(|&id| weight(id)).sum();
         let mut sum = 0.0;
         let mut kept = Vec::new();
@@ -231,6 +293,21 @@ mod tests {
             }
         }
         kept
+    }
+
+    #[test]
+    fn exp_is_accurate() {
+        assert_eq!(exp_nonpositive(0.0), 1.0);
+        assert_eq!(exp_nonpositive(-0.0), 1.0);
+        for x in [-87.0, -1000.0, f32::MIN, f32::NEG_INFINITY] {
+            assert_eq!(exp_nonpositive(x), 0.0);
+        }
+        for i in 1..200_000 {
+            let x = -86.9 * i as f32 / 200_000.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp_nonpositive(x)) - exact).abs() / exact;
+            assert!(error < 2.5e-7, "exp({x}): relative error {error:e}");
+        }
     }
 
     fn logit_rows() -> impl Strategy<Value = Vec<f32>> {
@@ -265,6 +342,17 @@ mod tests {
                 let token = sampler.sample(&logits, &s, position, None).token;
                 prop_assert!(kept.iter().any(|&(id, _)| id == token));
             }
+        }
+
+        /// Insertion and quickselect are one order.
+        #[test]
+        fn the_best_are_those_of_a_full_sort(logits in logit_rows(), n in 0usize..600) {
+            let mut sampler = Sampler::default();
+            sampler.select_best(&logits, n);
+            let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+            ids.sort_by(|&a, &b| order(&logits, a, b));
+            ids.truncate(n);
+            prop_assert_eq!(&sampler.ids, &ids);
         }
 
         #[test]

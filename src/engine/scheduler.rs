@@ -15,7 +15,7 @@ use super::RequestId;
 use super::kv_blocks::KvPool;
 use super::options::EngineOptions;
 use super::plan::{Phase, PlanLimits, RowJob, RowResult, SpanInfo, StepPlan, SubPlan, SubResults};
-use super::request::{Event, FinishReason, Request, TokenEvent};
+use super::request::{Event, FinishReason, Request};
 use super::sequence::Sequence;
 use super::stats::{EngineStats, KvStats};
 use std::cmp::Reverse;
@@ -36,8 +36,6 @@ struct Group {
     pool: KvPool,
     /// In order of arrival.
     running: Vec<Sequence>,
-    /// A sequence was put back in the plan under construction.
-    preempted: bool,
     /// What the plan under construction still takes.
     room: Room,
 }
@@ -64,7 +62,7 @@ impl Scheduler {
     /// A scheduler for `dp_ranks` pools.
     pub fn new(options: EngineOptions, dp_ranks: usize) -> Self {
         let pool = || KvPool::new(options.kv_blocks, options.block_size, options.prefix_caching);
-        let group = || Group { pool: pool(), running: Vec::new(), preempted: false, room: Room::default() };
+        let group = || Group { pool: pool(), running: Vec::new(), room: Room::default() };
         let groups = (0..dp_ranks).map(|_| group()).collect();
         Scheduler {
             options,
@@ -75,7 +73,8 @@ impl Scheduler {
         }
     }
 
-    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids must come in ascending order.
+    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids are unique; a lower one goes
+    /// first, even where threads that submit at once deliver them out of order.
     pub fn add(&mut self, id: RequestId, request: Arc<Request>) {
         let stored = request.prompt.len() + request.max_tokens.saturating_sub(1);
         let room = self.options.kv_tokens();
@@ -110,7 +109,6 @@ impl Scheduler {
         let room =
             Room { rows: self.options.max_num_batched_tokens, logit_rows: self.options.max_logit_rows };
         for (dp_rank, sub) in plan.sub_plans.iter_mut().enumerate() {
-            self.groups[dp_rank].preempted = false;
             self.groups[dp_rank].room = room;
             self.plan_decode(dp_rank, sub);
             self.plan_prefill(dp_rank, sub);
@@ -204,7 +202,6 @@ impl Scheduler {
             let newest = group.running.pop().expect("sequence i runs");
             let is_itself = group.running.len() == i;
             assert!(!(is_itself && i == 0), "request {} alone does not fit the pool", newest.id);
-            group.preempted = true;
             self.counters.preemptions += 1;
             self.enqueue(newest.preempt());
             if is_itself {
@@ -244,7 +241,7 @@ impl Scheduler {
     /// The DP rank with the longest cached prefix among those with room, then the one with the least load, then the first.
     fn choose_group(&self, sequence: &Sequence) -> Option<usize> {
         let candidate = |(dp_rank, group): (usize, &Group)| {
-            if group.preempted || group.room.rows == 0 || group.running.len() >= self.options.max_num_seqs {
+            if group.room.rows == 0 || group.running.len() >= self.options.max_num_seqs {
                 return None;
             }
             let cached = sequence.cached_prefix(&group.pool);
@@ -278,7 +275,7 @@ impl Scheduler {
     fn take_computed(&mut self, dp_rank: usize, sub: &SubPlan) {
         for (span, info) in sub.spans.iter().zip(&sub.infos) {
             let sequence = self.running_mut(dp_rank, info.request).expect("nobody leaves during a step");
-            sequence.computed(span.position as usize + span.rows as usize);
+            sequence.advance_to(span.position as usize + span.rows as usize);
         }
     }
 
@@ -297,18 +294,16 @@ impl Scheduler {
         if let Some(logits) = row.logits {
             sequence.take_logits(&logits);
         }
-        let sampled = match row.outcome {
-            Ok(Some(sampled)) => sampled,
+        let event = match row.outcome {
+            Ok(Some(event)) => event,
             Ok(None) => return,
             Err(why) => {
                 self.counters.nonfinite_logits += 1;
                 return self.finish_running(dp_rank, job.request_id, FinishReason::Error(why));
             }
         };
-        let token = sampled.token;
-        let reason = sequence.push(token);
+        let reason = sequence.push(event.token);
         self.counters.generated_tokens += 1;
-        let event = TokenEvent { token, logprob: sampled.logprob, top: sampled.top };
         self.updates.push((job.request_id, Update::Event(Event::Token(event))));
         if let Some(reason) = reason {
             self.finish_running(dp_rank, job.request_id, reason);

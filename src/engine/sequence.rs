@@ -138,7 +138,7 @@ impl Sequence {
     }
 
     /// The first `tokens` tokens are in the KV cache now.
-    pub fn computed(&mut self, tokens: usize) {
+    pub fn advance_to(&mut self, tokens: usize) {
         self.computed = tokens;
         self.reached = self.reached.max(tokens);
         let run =
