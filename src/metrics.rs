@@ -4,6 +4,8 @@
 //! House rules, checked by the tests below: prefix `moeyard_`, snake case, base units last in a name, `_total` on
 //! counters and nowhere else, no label whose values a client chooses.
 
+pub use router_sim::load::{Phase, entropy_ratio, imbalance_ratio, max_share};
+
 /// What a family measures.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
@@ -136,35 +138,6 @@ families! {
         "Id of the expert with the highest load in the last window.";
 }
 
-/// Whether rows belong to prompts or to generated text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Prompt tokens.
-    Prefill,
-    /// Generated tokens.
-    Decode,
-}
-
-impl Phase {
-    /// Both, in the order of [`RankLoad::counts`].
-    pub const ALL: [Phase; 2] = [Phase::Prefill, Phase::Decode];
-
-    /// Label value.
-    pub fn label(self) -> &'static str {
-        match self {
-            Phase::Prefill => "prefill",
-            Phase::Decode => "decode",
-        }
-    }
-}
-
-/// Tokens that the experts of one rank have computed since start.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RankLoad {
-    /// `[phase][layer][expert]`, by logical expert; two phases.
-    pub counts: Vec<u64>,
-}
-
 /// Expert load of the whole world since start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
@@ -172,64 +145,60 @@ pub struct LoadSnapshot {
     pub layer_ids: Vec<usize>,
     /// Logical experts per layer.
     pub experts: usize,
-    /// One entry per rank.
-    pub ranks: Vec<RankLoad>,
+    /// Expert-parallel ranks.
+    pub ranks: usize,
+    /// `[phase][layer][expert]`: tokens routed to each expert.
+    pub by_expert: Vec<u64>,
+    /// `[phase][layer][rank]`: the same tokens by the rank that computed them.
+    pub by_rank: Vec<u64>,
 }
 
 impl LoadSnapshot {
     /// All counts zero.
     pub fn zeros(layer_ids: Vec<usize>, experts: usize, ranks: usize) -> Self {
-        let counts = vec![0; Phase::ALL.len() * layer_ids.len() * experts];
-        LoadSnapshot { layer_ids, experts, ranks: vec![RankLoad { counts }; ranks] }
-    }
-
-    /// Tokens of `rank` in MoE layer number `layer` (an index into [`Self::layer_ids`]): `[expert]`.
-    pub fn row(&self, rank: usize, phase: Phase, layer: usize) -> &[u64] {
-        let first = (phase as usize * self.layer_ids.len() + layer) * self.experts;
-        &self.ranks[rank].counts[first..first + self.experts]
-    }
-
-    /// Tokens of each expert of a layer over ranks and phases: `[expert]`.
-    pub fn layer_experts(&self, layer: usize) -> Vec<u64> {
-        let mut sum = vec![0; self.experts];
-        for rank in 0..self.ranks.len() {
-            for phase in Phase::ALL {
-                for (total, count) in sum.iter_mut().zip(self.row(rank, phase, layer)) {
-                    *total += count;
-                }
-            }
+        let rows = Phase::ALL.len() * layer_ids.len();
+        LoadSnapshot {
+            layer_ids,
+            experts,
+            ranks,
+            by_expert: vec![0; rows * experts],
+            by_rank: vec![0; rows * ranks],
         }
-        sum
     }
 
-    /// Tokens of each rank in a layer: `[rank]`.
-    pub fn layer_ranks(&self, phase: Phase, layer: usize) -> Vec<u64> {
-        (0..self.ranks.len()).map(|rank| self.row(rank, phase, layer).iter().sum()).collect()
+    /// Tokens of each expert in MoE layer number `layer` (an index into [`Self::layer_ids`]).
+    pub fn experts_of(&self, phase: Phase, layer: usize) -> &[u64] {
+        let first = (phase as usize * self.layer_ids.len() + layer) * self.experts;
+        &self.by_expert[first..first + self.experts]
+    }
+
+    /// Tokens of each rank in MoE layer number `layer`.
+    pub fn ranks_of(&self, phase: Phase, layer: usize) -> &[u64] {
+        let first = (phase as usize * self.layer_ids.len() + layer) * self.ranks;
+        &self.by_rank[first..first + self.ranks]
+    }
+
+    /// Tokens of each expert of a layer, both phases.
+    pub fn layer_experts(&self, layer: usize) -> Vec<u64> {
+        let [prefill, decode] = Phase::ALL.map(|phase| self.experts_of(phase, layer));
+        prefill.iter().zip(decode).map(|(a, b)| a + b).collect()
     }
 
     /// Tokens of a rank over all layers.
     pub fn rank_total(&self, rank: usize, phase: Phase) -> u64 {
-        (0..self.layer_ids.len()).map(|layer| self.row(rank, phase, layer).iter().sum::<u64>()).sum()
+        (0..self.layer_ids.len()).map(|layer| self.ranks_of(phase, layer)[rank]).sum()
     }
 
     /// What was added since `earlier`, a snapshot of the same world. A count that went back counts as 0.
     pub fn since(&self, earlier: &LoadSnapshot) -> LoadSnapshot {
-        assert!(
-            self.ranks.len() == earlier.ranks.len()
-                && self.experts == earlier.experts
-                && self.layer_ids == earlier.layer_ids,
-            "snapshots of two worlds: {} ranks x {} layers x {} experts and {} x {} x {}",
-            self.ranks.len(),
-            self.layer_ids.len(),
-            self.experts,
-            earlier.ranks.len(),
-            earlier.layer_ids.len(),
-            earlier.experts,
-        );
-        let ranks = self.ranks.iter().zip(&earlier.ranks).map(|(now, then)| RankLoad {
-            counts: now.counts.iter().zip(&then.counts).map(|(n, t)| n.saturating_sub(*t)).collect(),
-        });
-        LoadSnapshot { layer_ids: self.layer_ids.clone(), experts: self.experts, ranks: ranks.collect() }
+        let shape = |s: &LoadSnapshot| (s.layer_ids.len(), s.experts, s.ranks);
+        assert_eq!(shape(self), shape(earlier), "layers, experts and ranks of two snapshots");
+        let minus = |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
+        LoadSnapshot {
+            by_expert: minus(&self.by_expert, &earlier.by_expert),
+            by_rank: minus(&self.by_rank, &earlier.by_rank),
+            ..self.clone()
+        }
     }
 }
 
@@ -238,31 +207,6 @@ pub trait LoadSource: Send + Sync {
     /// Counts since start. Shape and order never change while the process lives; counts never go back. Called about
     /// once a second from a thread that runs no model.
     fn snapshot(&self) -> LoadSnapshot;
-}
-
-/// Max over mean, minus 1: 0 is perfect balance. No load at all is balanced.
-pub fn imbalance_ratio(loads: &[u64]) -> f64 {
-    let sum: u64 = loads.iter().sum();
-    let max = loads.iter().copied().max().unwrap_or(0);
-    if sum == 0 { 0.0 } else { max as f64 * loads.len() as f64 / sum as f64 - 1.0 }
-}
-
-/// The largest share of the whole, 0 when there is no load.
-pub fn max_share_ratio(loads: &[u64]) -> f64 {
-    let sum: u64 = loads.iter().sum();
-    let max = loads.iter().copied().max().unwrap_or(0);
-    if sum == 0 { 0.0 } else { max as f64 / sum as f64 }
-}
-
-/// Shannon entropy over its maximum `ln(len)`; 1 for an even load, and for no load or a single expert.
-pub fn entropy_ratio(loads: &[u64]) -> f64 {
-    let sum: u64 = loads.iter().sum();
-    if sum == 0 || loads.len() < 2 {
-        return 1.0;
-    }
-    let share = |&load: &u64| load as f64 / sum as f64;
-    let entropy: f64 = loads.iter().map(share).filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum();
-    entropy / (loads.len() as f64).ln()
 }
 
 /// Index of the highest load, the lowest among equals; 0 for an empty slice.
@@ -310,29 +254,26 @@ mod tests {
 
     fn two_ranks() -> LoadSnapshot {
         let mut load = LoadSnapshot::zeros(vec![1, 3], 3, 2);
-        // [phase][layer][expert]
-        load.ranks[0].counts = vec![1, 2, 0, 4, 0, 0, 10, 20, 0, 40, 0, 0];
-        load.ranks[1].counts = vec![0, 0, 3, 0, 5, 6, 0, 0, 30, 0, 50, 60];
+        load.by_expert = vec![1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50, 60];
+        load.by_rank = vec![3, 3, 4, 11, 30, 30, 40, 110];
         load
     }
 
     #[test]
-    fn sums_agree_whichever_way_they_are_taken() {
+    fn rows_are_found() {
         let load = two_ranks();
-        assert_eq!(load.row(1, Phase::Decode, 1), [0, 50, 60]);
+        assert_eq!(load.experts_of(Phase::Decode, 1), [40, 50, 60]);
+        assert_eq!(load.ranks_of(Phase::Prefill, 1), [4, 11]);
         assert_eq!(load.layer_experts(0), [11, 22, 33]);
-        assert_eq!(load.layer_ranks(Phase::Prefill, 1), [4, 11]);
         assert_eq!(load.rank_total(0, Phase::Decode), 70);
-        let by_rank: u64 = (0..2).flat_map(|r| Phase::ALL.map(|p| load.rank_total(r, p))).sum();
-        let by_layer: u64 = (0..2).flat_map(|l| load.layer_experts(l)).sum();
-        assert_eq!(by_rank, by_layer);
     }
 
     #[test]
     fn a_window_is_the_difference_of_two_snapshots() {
         let then = two_ranks();
         let mut now = two_ranks();
-        now.ranks[1].counts[2] += 7;
+        now.by_expert[2] += 7;
+        now.by_rank[1] += 7;
         let window = now.since(&then);
         assert_eq!(window.rank_total(1, Phase::Prefill), 7);
         assert_eq!(window.rank_total(0, Phase::Prefill), 0);
@@ -340,18 +281,8 @@ mod tests {
     }
 
     #[test]
-    fn ratios_of_even_skewed_and_absent_load() {
-        for (loads, imbalance, share, entropy, hot) in [
-            (&[5, 5, 5, 5][..], 0.0, 0.25, 1.0, 0),
-            (&[0, 8, 0, 0][..], 3.0, 1.0, 0.0, 1),
-            (&[0, 0, 0, 0][..], 0.0, 0.0, 1.0, 0),
-            (&[7][..], 0.0, 1.0, 1.0, 0),
-            (&[][..], 0.0, 0.0, 1.0, 0),
-            (&[1, 3, 3, 1][..], 0.5, 0.375, 0.9056390622295665, 1),
-        ] {
-            assert!((imbalance_ratio(loads) - imbalance).abs() < 1e-12, "{loads:?}");
-            assert!((max_share_ratio(loads) - share).abs() < 1e-12, "{loads:?}");
-            assert!((entropy_ratio(loads) - entropy).abs() < 1e-12, "{loads:?}");
+    fn the_hottest_expert_is_the_first_of_equals() {
+        for (loads, hot) in [(&[0, 8, 0][..], 1), (&[1, 3, 3][..], 1), (&[0, 0][..], 0), (&[][..], 0)] {
             assert_eq!(hottest(loads), hot, "{loads:?}");
         }
     }

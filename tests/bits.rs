@@ -5,6 +5,7 @@ mod support;
 
 use moeyard::backend::DType;
 use moeyard::model::world::Degrees;
+use router_sim::load::Phase;
 use router_sim::placement::Placement;
 use support::{Sequence, Setup, World, argmax, cpu, model_dir};
 
@@ -199,13 +200,16 @@ fn at_equal_tensor_parallelism_expert_parallelism_leaves_the_bits() {
 
 #[test]
 fn every_choice_is_counted_once() {
-    use router_sim::load::Phase;
     let mut world =
         World::load(&model_dir("mixtral"), &Setup { redundant: 4, ..Setup::expert_parallel(DType::F32, 4) });
     bits(&mut world, Drive { chunk: 10, company: 0, group: 2 });
-    let top_k = world.family.spec.moe.top_k as u64;
-    for layer in 0..world.family.spec.moe_layers().len() {
-        assert_eq!(world.counted(Phase::Prefill, layer).iter().sum::<u64>(), PROMPT as u64 * top_k);
-        assert_eq!(world.counted(Phase::Decode, layer).iter().sum::<u64>(), STEPS as u64 * top_k);
+    let top_k = world.family.spec.moe.top_k;
+    let load = world.load_snapshot();
+    for layer in 0..load.layer_ids.len() {
+        for (phase, tokens) in [(Phase::Prefill, PROMPT), (Phase::Decode, STEPS)] {
+            let expected = (tokens * top_k) as u64;
+            assert_eq!(load.experts_of(phase, layer).iter().sum::<u64>(), expected);
+            assert_eq!(load.ranks_of(phase, layer).iter().sum::<u64>(), expected);
+        }
     }
 }

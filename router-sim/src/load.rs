@@ -14,6 +14,19 @@ pub enum Phase {
     Decode,
 }
 
+impl Phase {
+    /// Both, in the order of their numbers.
+    pub const ALL: [Phase; 2] = [Phase::Prefill, Phase::Decode];
+
+    /// As metrics and reports call it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
+        }
+    }
+}
+
 /// Tokens per MoE layer and expert over a window of steps, prefill and decode apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadWindow {

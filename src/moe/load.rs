@@ -1,8 +1,10 @@
 //! Counters of expert load. Each rank counts the tokens it *owns* and where it sends them, so that the sum over ranks
 //! counts every routed token once; rows in flight, padding and replicas never count twice.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::metrics::{LoadSnapshot, LoadSource};
 pub use router_sim::load::Phase;
 
 /// Tokens routed by one rank since it started. Written by that rank alone, read by anyone.
@@ -35,15 +37,6 @@ impl LoadCounters {
         add_one(&self.by_rank[(phase as usize * self.layers + layer) * self.ranks + rank]);
     }
 
-    /// Adds tokens per expert of one layer and phase into `totals` `[experts]`.
-    pub fn add_experts(&self, phase: Phase, layer: usize, totals: &mut [u64]) {
-        add_range(&self.by_expert, (phase as usize * self.layers + layer) * self.experts, totals);
-    }
-
-    /// Adds tokens per expert-parallel rank of one layer and phase into `totals` `[ranks]`.
-    pub fn add_ranks(&self, phase: Phase, layer: usize, totals: &mut [u64]) {
-        add_range(&self.by_rank, (phase as usize * self.layers + layer) * self.ranks, totals);
-    }
 }
 
 /// A plain load and store: there is one writer, so no locked read-modify-write is needed.
@@ -51,16 +44,28 @@ fn add_one(counter: &AtomicU64) {
     counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }
 
-fn add_range(counters: &[AtomicU64], start: usize, totals: &mut [u64]) {
-    for (total, counter) in totals.iter_mut().zip(&counters[start..]) {
+fn add_all(counters: &[AtomicU64], totals: &mut [u64]) {
+    for (total, counter) in totals.iter_mut().zip(counters) {
         *total += counter.load(Ordering::Relaxed);
     }
 }
 
-/// The counters of all ranks, as the metrics page reads them.
+/// The counters of all ranks: what the metrics page is filled from.
 pub struct WorldLoad {
     /// Absolute indices of the MoE layers.
     pub layer_ids: Vec<usize>,
-    /// One per rank of the world.
-    pub counters: Vec<std::sync::Arc<LoadCounters>>,
+    /// One per rank of the world; at least one.
+    pub counters: Vec<Arc<LoadCounters>>,
+}
+
+impl LoadSource for WorldLoad {
+    fn snapshot(&self) -> LoadSnapshot {
+        let LoadCounters { experts, ranks, .. } = *self.counters[0];
+        let mut sum = LoadSnapshot::zeros(self.layer_ids.clone(), experts, ranks);
+        for counters in &self.counters {
+            add_all(&counters.by_expert, &mut sum.by_expert);
+            add_all(&counters.by_rank, &mut sum.by_rank);
+        }
+        sum
+    }
 }

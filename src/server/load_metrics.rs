@@ -4,7 +4,7 @@ use metrics::{Counter, Gauge};
 
 use super::metrics::Registry;
 use crate::metrics::{
-    self as family, LoadSnapshot, Phase, entropy_ratio, hottest, imbalance_ratio, max_share_ratio,
+    self as family, LoadSnapshot, Phase, entropy_ratio, hottest, imbalance_ratio, max_share,
 };
 
 /// One series per expert up to this many of them over all layers; a page must stay readable.
@@ -39,7 +39,7 @@ impl LoadMetrics {
         let detail = now.layer_ids.len() * now.experts <= MAX_EXPERT_SERIES;
         let experts = if detail { now.experts } else { 0 };
         let mut metrics = LoadMetrics {
-            ranks: (0..now.ranks.len()).map(rank).collect(),
+            ranks: (0..now.ranks).map(rank).collect(),
             layers: now.layer_ids.iter().map(|&id| LayerMetrics::new(registry, id, experts)).collect(),
             window_began: now.clone(),
         };
@@ -70,11 +70,10 @@ impl LoadMetrics {
         let window = now.since(&self.window_began);
         for (index, layer) in self.layers.iter().enumerate() {
             for phase in Phase::ALL {
-                let ranks = window.layer_ranks(phase, index);
-                layer.imbalance[phase as usize].set(imbalance_ratio(&ranks));
+                layer.imbalance[phase as usize].set(imbalance_ratio(window.ranks_of(phase, index)));
             }
             let experts = window.layer_experts(index);
-            layer.max_share.set(max_share_ratio(&experts));
+            layer.max_share.set(max_share(&experts));
             layer.entropy.set(entropy_ratio(&experts));
             layer.hottest.set(hottest(&experts) as f64);
         }
@@ -114,13 +113,16 @@ mod tests {
     fn gauges_speak_of_the_last_window_and_counters_of_all_time() {
         let registry = Registry::new().unwrap();
         let mut load = LoadSnapshot::zeros(vec![3], 2, 2);
-        load.ranks[0].counts = vec![100, 0, 0, 0];
+        load.by_expert = vec![100, 0, 0, 0];
+        load.by_rank = vec![100, 0, 0, 0];
         let mut metrics = LoadMetrics::new(&registry, load.clone());
         let imbalance = r#"moeyard_layer_imbalance_ratio{layer="3",phase="prefill"}"#;
         assert_eq!(value(&registry, imbalance), Some(0.0), "what came before the start is no window");
 
-        load.ranks[0].counts[0] += 30;
-        load.ranks[1].counts[1] += 10;
+        load.by_expert[0] += 30;
+        load.by_expert[1] += 10;
+        load.by_rank[0] += 30;
+        load.by_rank[1] += 10;
         metrics.count(load.clone());
         assert_eq!(value(&registry, imbalance), Some(0.0), "the window is still open");
         metrics.close_window(load.clone());

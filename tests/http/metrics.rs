@@ -19,9 +19,9 @@ impl LoadSource for Table {
 
 fn table() -> Arc<Table> {
     let mut load = LoadSnapshot::zeros(vec![1, 2], 4, 2);
-    // [phase][layer][expert]: rank 0 has experts 0 and 1, rank 1 the others.
-    load.ranks[0].counts = vec![6, 2, 0, 0, 1, 1, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
-    load.ranks[1].counts = vec![0, 0, 2, 2, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0];
+    // [phase][layer][expert]; rank 0 has experts 0 and 1, rank 1 the others.
+    load.by_expert = vec![6, 2, 2, 2, 1, 1, 1, 1, 3, 0, 0, 1, 0, 0, 0, 0];
+    load.by_rank = vec![8, 4, 2, 2, 3, 1, 0, 0];
     Arc::new(Table(Mutex::new(load)))
 }
 

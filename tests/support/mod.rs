@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::{AttentionBatch, Backend, DType, SeqSpan};
+use moeyard::metrics::{LoadSnapshot, LoadSource};
 use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
 use moeyard::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
 use moeyard::model::{Batch, Model, Routing};
+use moeyard::moe::load::WorldLoad;
 use moeyard::weights::{Checkpoint, WeightReader, validate};
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
@@ -232,11 +234,13 @@ impl World {
         (logits, generated)
     }
 
-    /// Tokens counted by all ranks in one MoE layer and phase, per expert.
-    pub fn counted(&self, phase: router_sim::load::Phase, layer: usize) -> Vec<u64> {
-        let mut totals = vec![0; self.family.spec.moe.experts];
-        self.ranks.iter().for_each(|r| r.load.add_experts(phase, layer, &mut totals));
-        totals
+    /// What all ranks counted.
+    pub fn load_snapshot(&self) -> LoadSnapshot {
+        WorldLoad {
+            layer_ids: self.family.spec.moe_layers(),
+            counters: self.ranks.iter().map(|rank| Arc::clone(&rank.load)).collect(),
+        }
+        .snapshot()
     }
 
     pub fn degrees(&self) -> Degrees {
