@@ -272,3 +272,6 @@ fn softmax<S: Simd>(simd: S, x: &mut [f32], len: usize, sink: Option<f32>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
