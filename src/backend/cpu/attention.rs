@@ -191,25 +191,34 @@ impl<C: Context> Attend<'_, C> {
         }
     }
 
-    /// Weighted values of all rows, in ascending position. What four rows all see they share; before and after
-    /// it each goes alone.
+    /// Weighted values of all rows, in ascending position. Columns that a few rows all see they share.
     #[inline(always)]
     fn values<S: Simd>(&mut self, simd: S) {
         for (b, columns) in self.blocks() {
             let values = self.context.block(b).values;
             for (r, n) in self.quads() {
-                let start = self.own(r + n - 1).start;
-                let shared = start..self.own(r).end.max(start);
-                for row in r..r + n {
-                    let own = self.own(row);
-                    self.add(simd, (row, 1), own.start..shared.start.min(own.end), &columns, (b, values));
-                }
-                self.add(simd, (r, n), shared.clone(), &columns, (b, values));
-                for row in r..r + n {
-                    let own = self.own(row);
-                    self.add(simd, (row, 1), shared.end.max(own.start)..own.end, &columns, (b, values));
+                for step in 0..2 * n + 1 {
+                    let (rows, seen) = self.share((r, n), step);
+                    self.add(simd, rows, seen, &columns, (b, values));
                 }
             }
+        }
+    }
+
+    /// One of the `2 * n + 1` shares of rows `r..r + n`: which rows it is for, and the score columns they see. First what each sees
+    /// before the columns that all see, then those, then what each sees after them.
+    #[inline(always)]
+    fn share(&self, (r, n): (usize, usize), step: usize) -> ((usize, usize), Range<usize>) {
+        let start = self.own(r + n - 1).start;
+        let shared = start..self.own(r).end.max(start);
+        if step < n {
+            let own = self.own(r + step);
+            ((r + step, 1), own.start..own.end.min(shared.start))
+        } else if step == n {
+            ((r, n), shared)
+        } else {
+            let own = self.own(r + step - n - 1);
+            ((r + step - n - 1, 1), own.start.max(shared.end)..own.end)
         }
     }
 
@@ -272,3 +281,6 @@ fn softmax<S: Simd>(simd: S, x: &mut [f32], len: usize, sink: Option<f32>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

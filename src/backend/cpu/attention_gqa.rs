@@ -2,9 +2,9 @@
 
 use super::CpuBackend;
 use super::attention::{Attend, Block, Context, Shape, TileScratch, tile_rows};
-use super::elementwise::convert_row;
+use super::elementwise::{FloatRows, FloatRowsMut};
 use super::kv::{block_table, find_span, padded};
-use super::memory::{Rows, RowsMut, with_local_scratch};
+use super::memory::{Rows, with_local_scratch};
 use super::rows::with_float;
 use super::simd::Float;
 use super::tiles::{Keys, Strided};
@@ -35,23 +35,22 @@ unsafe impl<T: Float> Context for HeadContext<'_, T> {
 /// See [`crate::backend::Backend::attention_gqa`].
 pub(super) fn attention_gqa(backend: &CpuBackend, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
     let (kv_heads, head_dim) = check::attention_gqa(&args, &out);
-    with_float!(args.cache.dtype, T => with_float!(args.q.dtype(), Q => with_float!(out.dtype(), O => {
-        attend_all::<T, Q, O>(backend, &args, (kv_heads, head_dim), RowsMut::new(out));
-    })));
+    let out = FloatRowsMut::new(out);
+    with_float!(args.cache.dtype, T => attend_all::<T>(backend, &args, (kv_heads, head_dim), &out));
     Ok(())
 }
 
-fn attend_all<T: Float, Q: Float, O: Float>(
+fn attend_all<T: Float>(
     backend: &CpuBackend,
     args: &GqaArgs<'_>,
     (kv_heads, head_dim): (usize, usize),
-    out: RowsMut<'_, O>,
+    out: &FloatRowsMut<'_>,
 ) {
     let group = args.heads / kv_heads;
     let tile = tile_rows(backend.pool().threads(), args.batch.rows() * args.heads);
     let tiles = |span: &SeqSpan| (span.rows as usize * group).div_ceil(tile);
     let tasks = args.batch.spans.iter().map(|span| kv_heads * tiles(span)).sum();
-    let q = Rows::<Q>::new(args.q);
+    let q = FloatRows::new(args.q);
     let sinks = args.sinks.map(|sinks| Rows::<f32>::new(sinks).row(0));
     let [keys, values] = &args.cache.parts[..] else { panic!("a GQA cache has two parts") };
     let (keys, values) = (Rows::<T>::new(keys.view()), Rows::<T>::new(values.view()));
@@ -84,15 +83,14 @@ fn attend_all<T: Float, Q: Float, O: Float>(
             let scratch = TileScratch::new(&shape, &queries, scratch);
             for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
                 let (row, columns) = place(i);
-                convert_row(backend, &q.row(row)[columns], &mut to[..head_dim]);
-                to[head_dim..].fill(0.0);
+                q.read(backend, row, columns, to);
             }
             let result =
                 backend.dispatch(Attend { shape, queries: queries.clone(), context: &context, scratch });
             for (i, from) in queries.clone().zip(result.chunks_exact(shape.value_width)) {
                 let (row, columns) = place(i);
                 // SAFETY: each query is in one tile.
-                convert_row(backend, &from[..head_dim], unsafe { out.part(row, columns) });
+                unsafe { out.write(backend, row, columns, from) };
             }
         });
     });

@@ -16,7 +16,7 @@ use half::bf16;
 
 use super::CpuBackend;
 use super::attention::{Attend, Block, Context, MAX_TILE_ROWS, Shape, TileScratch, tile_rows};
-use super::elementwise::convert_row;
+use super::elementwise::{FloatRows, FloatRowsMut, convert_row};
 use super::kv::{block_table, find_span, padded};
 use super::memory::{self, Rows, RowsMut, with_local_scratch};
 use super::rows::with_float;
@@ -79,13 +79,13 @@ pub(super) fn mla_bytes(
 pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
     check::attention_mla(&args, &out);
     let KvShape::Mla { latent, rope_dim } = args.cache.shape else { unreachable!("checked above") };
-    with_float!(args.cache.dtype, T => with_float!(args.q.dtype(), Q => with_float!(out.dtype(), O => {
-        let call = Call::<T, Q, O> {
+    with_float!(args.cache.dtype, T => {
+        let call = Call::<T> {
             backend,
-            q: Rows::new(args.q),
+            q: FloatRows::new(args.q),
             cache: Rows::new(args.cache.parts[0].view()),
             kv_b: Rows::new(args.weights.parts[0].view()),
-            out: RowsMut::new(out),
+            out: FloatRowsMut::new(out),
             batch: args.batch,
             block_size: args.cache.block_size,
             scale: args.scale,
@@ -97,7 +97,7 @@ pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMu
         };
         call.expanded();
         call.absorbed();
-    })));
+    });
     Ok(())
 }
 
@@ -112,16 +112,16 @@ fn absorbed_rows(span: &SeqSpan) -> usize {
 }
 
 /// One call of [`attention_mla`]: activations and cache typed, dimensions by name.
-struct Call<'a, T, Q, O> {
+struct Call<'a, T> {
     backend: &'a CpuBackend,
     /// `[rows, heads * (nope + rope)]`
-    q: Rows<'a, Q>,
+    q: FloatRows<'a>,
     /// See [`super::kv`].
     cache: Rows<'a, T>,
     /// `[heads * latent, padded nope + padded v]`
     kv_b: Rows<'a, T>,
     /// `[rows, heads * v]`
-    out: RowsMut<'a, O>,
+    out: FloatRowsMut<'a>,
     batch: AttentionBatch<'a>,
     block_size: usize,
     scale: f32,
@@ -132,11 +132,17 @@ struct Call<'a, T, Q, O> {
     v: usize,
 }
 
-impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
-    /// The query of one row and head: (nope, rope).
-    fn query(&self, row: usize, head: usize) -> (&[Q], &[Q]) {
-        let width = self.nope + self.rope;
-        self.q.row(row)[head * width..][..width].split_at(self.nope)
+impl<T: Float> Call<'_, T> {
+    /// The part of a query without rotary, padded.
+    fn read_nope(&self, row: usize, head: usize, to: &mut [f32]) {
+        let start = head * (self.nope + self.rope);
+        self.q.read(self.backend, row, start..start + self.nope, to);
+    }
+
+    /// The rotary part of a query, padded.
+    fn read_rope(&self, row: usize, head: usize, to: &mut [f32]) {
+        let end = (head + 1) * (self.nope + self.rope);
+        self.q.read(self.backend, row, end - self.rope..end, to);
     }
 
     /// Stores the output of one row and head.
@@ -145,8 +151,7 @@ impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
     /// No other thread does.
     unsafe fn write(&self, row: usize, head: usize, value: &[f32]) {
         // SAFETY: the caller's promise.
-        let to = unsafe { self.out.part(row, head * self.v..(head + 1) * self.v) };
-        convert_row(self.backend, &value[..self.v], to);
+        unsafe { self.out.write(self.backend, row, head * self.v..(head + 1) * self.v, value) };
     }
 
     /// The matrix of a head from a column on.
@@ -214,9 +219,8 @@ impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
             with_local_scratch::<f32, _>(shape.scratch(&queries), |scratch| {
                 let scratch = TileScratch::new(&shape, &queries, scratch);
                 for (r, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
-                    let (q_nope, q_rope) = self.query(span.row as usize + r, head);
-                    self.widen(q_nope, &mut to[..nope]);
-                    self.widen(q_rope, &mut to[nope..]);
+                    self.read_nope(span.row as usize + r, head, &mut to[..nope]);
+                    self.read_rope(span.row as usize + r, head, &mut to[nope..]);
                 }
                 let attend = Attend { shape, queries: queries.clone(), context: &context, scratch };
                 let result = self.backend.dispatch(attend);
@@ -266,7 +270,7 @@ impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
         with_local_scratch::<f32, _>(chunk.len() * (width + self.latent), |scratch| {
             let (queries, products) = scratch.split_at_mut(chunk.len() * width);
             for (to, &row) in queries.chunks_exact_mut(width).zip(&rows[chunk.clone()]) {
-                self.widen(self.query(row as usize, head).0, to);
+                self.read_nope(row as usize, head, to);
             }
             let matrix = Keys::single(self.matrix(head, 0), width);
             self.backend.dispatch(ByRows { x: queries, width, matrix, out: products });
@@ -305,10 +309,10 @@ impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
                 let scratch = TileScratch::new(&shape, &queries, scratch);
                 for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
                     let i = before * self.heads + i;
-                    let (_, q_rope) = self.query(rows[i / self.heads] as usize, i % self.heads);
                     // SAFETY: a row and head are in one task.
-                    self.widen(unsafe { latents.get(i) }, &mut to[..latent]);
-                    self.widen(q_rope, &mut to[latent..]);
+                    convert_row(self.backend, unsafe { latents.get(i) }, &mut to[..self.latent]);
+                    to[self.latent..latent].fill(0.0);
+                    self.read_rope(rows[i / self.heads] as usize, i % self.heads, &mut to[latent..]);
                 }
                 let attend = Attend { shape, queries: queries.clone(), context: &context, scratch };
                 let result = self.backend.dispatch(attend);
@@ -336,13 +340,6 @@ impl<T: Float, Q: Float, O: Float> Call<'_, T, Q, O> {
                 unsafe { self.write(row as usize, head, value) };
             }
         });
-    }
-
-    /// Widens a vector and pads it with zeros.
-    fn widen<X: Float>(&self, from: &[X], to: &mut [f32]) {
-        let (head, padding) = to.split_at_mut(from.len());
-        convert_row(self.backend, from, head);
-        padding.fill(0.0);
     }
 
     /// `out = x . matrix`, `[rows, latent]` times `[latent, width]`.

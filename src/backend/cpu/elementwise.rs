@@ -1,5 +1,9 @@
 //! Operations on single elements and copies of rows: bound by memory, so one pass each.
 
+use std::ops::Range;
+
+use half::bf16;
+
 use super::CpuBackend;
 use super::memory::{Element, Rows, RowsMut};
 use super::rows::{for_rows, load_next, store_next, with_float};
@@ -113,6 +117,67 @@ impl Kernel for Sigmoid {
 /// One row to another, converted; also how other kernels round a row to its type.
 pub(super) fn convert_row<X: Float, Y: Float>(backend: &CpuBackend, x: &[X], y: &mut [Y]) {
     backend.dispatch(Zip { x, y, op: Copied });
+}
+
+/// Rows of activations, read as f32 whatever their type: for kernels that would else be compiled for each.
+pub(super) enum FloatRows<'a> {
+    /// Single precision.
+    F32(Rows<'a, f32>),
+    /// bfloat16.
+    Bf16(Rows<'a, bf16>),
+}
+
+impl<'a> FloatRows<'a> {
+    /// See [`Rows::new`].
+    pub(super) fn new(view: View<'a>) -> Self {
+        match view.dtype() {
+            DType::Bf16 => FloatRows::Bf16(Rows::new(view)),
+            _ => FloatRows::F32(Rows::new(view)),
+        }
+    }
+
+    /// Some columns of a row to the front of `to`, zeros to the rest of it.
+    pub(super) fn read(&self, backend: &CpuBackend, row: usize, cols: Range<usize>, to: &mut [f32]) {
+        let (head, padding) = to.split_at_mut(cols.len());
+        match self {
+            FloatRows::F32(rows) => convert_row(backend, &rows.row(row)[cols], head),
+            FloatRows::Bf16(rows) => convert_row(backend, &rows.row(row)[cols], head),
+        }
+        padding.fill(0.0);
+    }
+}
+
+/// Rows of activations, written from f32 and rounded to their type.
+pub(super) enum FloatRowsMut<'a> {
+    /// Single precision.
+    F32(RowsMut<'a, f32>),
+    /// bfloat16.
+    Bf16(RowsMut<'a, bf16>),
+}
+
+impl<'a> FloatRowsMut<'a> {
+    /// See [`RowsMut::new`].
+    pub(super) fn new(view: ViewMut<'a>) -> Self {
+        match view.dtype() {
+            DType::Bf16 => FloatRowsMut::Bf16(RowsMut::new(view)),
+            _ => FloatRowsMut::F32(RowsMut::new(view)),
+        }
+    }
+
+    /// The front of `from` to some columns of a row.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these elements meanwhile.
+    pub(super) unsafe fn write(&self, backend: &CpuBackend, row: usize, cols: Range<usize>, from: &[f32]) {
+        let from = &from[..cols.len()];
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                FloatRowsMut::F32(rows) => convert_row(backend, from, rows.part(row, cols)),
+                FloatRowsMut::Bf16(rows) => convert_row(backend, from, rows.part(row, cols)),
+            }
+        }
+    }
 }
 
 /// `dst[i] = src[from(i)]`, bits as they are.

@@ -55,3 +55,6 @@ pub(super) unsafe fn store_next<S: Simd, T: Float>(simd: S, to: *mut T, n: usize
     // SAFETY: the caller's promise.
     unsafe { if n >= S::LANES { T::store(simd, to, v) } else { T::store_head(simd, to, n, v) } }
 }
+
+#[cfg(test)]
+mod tests;
