@@ -1,0 +1,329 @@
+//! A fork-join pool: one per rank, the calling thread included. Made for steps of a few microseconds to a few
+//! milliseconds that follow each other closely, on machines where ranks x threads may exceed the cores:
+//! * a run allocates nothing; tasks are dealt by one atomic counter, so a slow core simply takes fewer;
+//! * the caller never waits for a worker that has not started: a worker joins a run only while it is open, and
+//!   a caller who has dealt the last task closes it;
+//! * workers spin for a short, adaptive while and then park.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crate::error::{Error, Result};
+
+/// Bit of [`Shared::state`]: workers may join the current run.
+const OPEN: u64 = 1;
+/// One worker inside the current run, in [`Shared::state`].
+const ACTIVE: u64 = 2;
+/// All bits of the count of workers.
+const ACTIVE_MASK: u64 = (1 << 32) - 2;
+/// One run, in [`Shared::state`]; the number wraps around.
+const RUN: u64 = 1 << 32;
+
+/// Looks at the state between two yields of the core.
+const SPINS_PER_YIELD: u32 = 64;
+/// Longest and shortest wait before parking, in yields. A yield lets another rank's thread have the core.
+const MAX_YIELDS: u32 = 32;
+const MIN_YIELDS: u32 = 1;
+
+/// A task body with its lifetime erased: it lives until its run is closed and left by all.
+type Body = *const (dyn Fn(usize) + Sync);
+
+/// What a worker needs to know about the current run.
+#[derive(Clone, Copy)]
+struct Job {
+    body: Option<Body>,
+    tasks: usize,
+}
+
+/// Keeps a hot atomic in a cache line of its own.
+#[repr(align(128))]
+struct OwnLine<T>(T);
+
+struct Shared {
+    /// `RUN * run number | ACTIVE * workers inside | OPEN`.
+    state: OwnLine<AtomicU64>,
+    /// The next task to deal.
+    next: OwnLine<AtomicUsize>,
+    /// Written by the caller while the state is closed with no worker inside; read by workers inside.
+    job: UnsafeCell<Job>,
+    /// The first panic of the current run.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Where the caller waits for the last worker to leave.
+    left: (Mutex<()>, Condvar),
+    stopping: AtomicBool,
+}
+
+// SAFETY: `job` is the only field that is not Sync by itself. It is written only by the caller that holds `Pool::caller`,
+// while the state is closed and no worker is inside (nobody reads); a worker reads it only after entering an open
+// run (acquire), which the write precedes (release).
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer in `job` refers to a `Sync` closure, which any thread may call.
+unsafe impl Send for Shared {}
+
+/// A fork-join pool of OS threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held by the thread whose run the workers serve.
+    caller: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller of [`Pool::run`] counting as one; 0 is taken as 1.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the operating system refuses a thread.
+    pub fn new(threads: usize) -> Result<Pool> {
+        let shared = Arc::new(Shared {
+            state: OwnLine(AtomicU64::new(0)),
+            next: OwnLine(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job { body: None, tasks: 0 }),
+            panic: Mutex::new(None),
+            left: (Mutex::new(()), Condvar::new()),
+            stopping: AtomicBool::new(false),
+        });
+        let mut pool = Pool { shared, workers: Vec::new(), caller: Mutex::new(()) };
+        for number in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("compute-{number}"))
+                .spawn(move || shared.serve())
+                .map_err(|why| Error::Memory {
+                    device: "cpu".into(),
+                    sum: format!("thread {number} of {threads}: {why}"),
+                })?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads that work on a run, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `body(0)`, ..., `body(tasks - 1)`, each once, in any order and on any thread of the pool; returns when
+    /// all have returned. A run from inside a task, or while another thread's run is going on, stays on its caller.
+    ///
+    /// # Panics
+    /// With the first panic of a task, once no task is running; tasks not yet started are dropped. The pool stays usable.
+    pub fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        if self.workers.is_empty() || tasks <= 1 {
+            return (0..tasks).for_each(body);
+        }
+        let Some(_caller) = try_lock(&self.caller) else {
+            return (0..tasks).for_each(body);
+        };
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. The pointer is followed by workers inside this run only, and this
+        // function returns (or unwinds) only after `close` has seen the last of them leave.
+        let body: Body = unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
+        shared.open(Job { body: Some(body), tasks });
+        for worker in self.workers.iter().take(tasks - 1) {
+            worker.thread().unpark();
+        }
+        shared.work(Job { body: Some(body), tasks });
+        shared.close();
+        let panic = lock(&shared.panic).take();
+        if let Some(panic) = panic {
+            drop(_caller);
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of tasks and has no others.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Starts a run. The state is closed and nobody is inside.
+    fn open(&self, job: Job) {
+        self.next.0.store(0, Ordering::Relaxed);
+        // SAFETY: see `unsafe impl Sync`: nobody else reads or writes while the state is closed and empty.
+        unsafe { *self.job.get() = job };
+        let state = self.state.0.load(Ordering::Relaxed);
+        assert_eq!(state & (OPEN | ACTIVE_MASK), 0, "a run is going on: state {state:#x}");
+        self.state.0.store(state.wrapping_add(RUN) | OPEN, Ordering::Release);
+    }
+
+    /// Ends a run: lets nobody in any more and waits until nobody is inside.
+    fn close(&self) {
+        let mut inside = self.state.0.fetch_and(!OPEN, Ordering::Acquire) & ACTIVE_MASK;
+        for _ in 0..SPINS_PER_YIELD * 4 {
+            if inside == 0 {
+                return;
+            }
+            std::hint::spin_loop();
+            inside = self.state.0.load(Ordering::Acquire) & ACTIVE_MASK;
+        }
+        let (mutex, left) = &self.left;
+        let mut guard = lock(mutex);
+        while self.state.0.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
+            guard = left.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes tasks until none is left.
+    fn work(&self, job: Job) {
+        let body = job.body.expect("an open run has a body");
+        let deal = || {
+            loop {
+                let task = self.next.0.fetch_add(1, Ordering::Relaxed);
+                if task >= job.tasks {
+                    return;
+                }
+                // SAFETY: the run is open or this thread is inside it, so its caller is still in `run` and the body lives.
+                unsafe { (*body)(task) };
+            }
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(deal)) {
+            // Deal no more; far from overflow, however many threads still count up.
+            self.next.0.store(usize::MAX / 2, Ordering::Relaxed);
+            lock(&self.panic).get_or_insert(panic);
+        }
+    }
+
+    /// The life of a worker.
+    fn serve(&self) {
+        let mut last_run = 0;
+        let mut patience = MAX_YIELDS;
+        while let Some(run) = self.enter(last_run, &mut patience) {
+            last_run = run;
+            // SAFETY: this thread is inside an open run; see `unsafe impl Sync`.
+            let job = unsafe { *self.job.get() };
+            self.work(job);
+            let before = self.state.0.fetch_sub(ACTIVE, Ordering::Release);
+            if before & (OPEN | ACTIVE_MASK) == ACTIVE {
+                // Taking the lock makes sure that the caller is either not yet looking or already waiting.
+                drop(lock(&self.left.0));
+                self.left.1.notify_one();
+            }
+        }
+    }
+
+    /// Waits for an open run other than `last_run` and enters it; `None` when the pool ends. `patience` adapts: a
+    /// wait that paid off doubles it, one that ended in parking halves it.
+    fn enter(&self, last_run: u64, patience: &mut u32) -> Option<u64> {
+        let mut spins = 0u32;
+        let mut parked = false;
+        loop {
+            let state = self.state.0.load(Ordering::Acquire);
+            if state & OPEN != 0 && state / RUN != last_run {
+                let entered = state + ACTIVE;
+                let done =
+                    self.state.0.compare_exchange_weak(state, entered, Ordering::Acquire, Ordering::Relaxed);
+                if done.is_ok() {
+                    *patience = if parked { *patience / 2 } else { *patience * 2 };
+                    *patience = (*patience).clamp(MIN_YIELDS, MAX_YIELDS);
+                    return Some(state / RUN);
+                }
+                continue;
+            }
+            if self.stopping.load(Ordering::Acquire) {
+                return None;
+            }
+            spins += 1;
+            if !spins.is_multiple_of(SPINS_PER_YIELD) {
+                std::hint::spin_loop();
+            } else if spins / SPINS_PER_YIELD < *patience {
+                thread::yield_now();
+            } else {
+                thread::park();
+                parked = true;
+                spins = 0;
+            }
+        }
+    }
+}
+
+/// Locks a mutex whose data stays valid whatever happens: a panic elsewhere is no reason to fail.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// [`lock`], or `None` when another thread (or this one, further up) holds it.
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(std::sync::TryLockError::WouldBlock) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count_each(pool: &Pool, tasks: usize) {
+        let hits: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        pool.run(tasks, &|t| {
+            hits[t].fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1), "{tasks} tasks");
+    }
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [0, 1, 2, 3, 7] {
+            let pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads.max(1));
+            for round in 0..300 {
+                count_each(&pool, round % 19);
+            }
+        }
+    }
+
+    #[test]
+    fn a_parked_pool_wakes() {
+        let pool = Pool::new(3).unwrap();
+        for _ in 0..3 {
+            thread::sleep(std::time::Duration::from_millis(5));
+            count_each(&pool, 100);
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_survives() {
+        for threads in [1, 2, 4] {
+            let pool = Pool::new(threads).unwrap();
+            for bad in [0, 5, 15] {
+                let result = catch_unwind(AssertUnwindSafe(|| {
+                    pool.run(16, &|t| assert!(t != bad, "task {t} fails"));
+                }));
+                let message = *result.unwrap_err().downcast::<String>().unwrap();
+                assert!(message.contains(&format!("task {bad} fails")), "{message}");
+                count_each(&pool, 16);
+            }
+        }
+    }
+
+    #[test]
+    fn nested_and_concurrent_runs_stay_on_their_caller() {
+        let pool = Pool::new(3).unwrap();
+        let inner = AtomicUsize::new(0);
+        let nest = || {
+            pool.run(8, &|_| {
+                pool.run(4, &|_| {
+                    inner.fetch_add(1, Ordering::Relaxed);
+                })
+            });
+        };
+        thread::scope(|s| {
+            s.spawn(nest);
+            s.spawn(nest);
+        });
+        assert_eq!(inner.load(Ordering::Relaxed), 64);
+    }
+}

@@ -1,0 +1,112 @@
+//! AVX2 and FMA: eight lanes, bf16 widened by shift and mask.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{Kernel, Simd};
+
+/// Proof of AVX2 and FMA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// Asks the processor.
+    pub fn detect() -> Option<Avx2> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Avx2(()))
+    }
+}
+
+/// Compiles `kernel` with the instruction set.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn enter<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+/// One intrinsic or a few, available because `self` is the proof.
+macro_rules! op {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:expr;)*) => { $(
+        #[inline(always)]
+        fn $name(self, $($arg: $type),*) -> $out {
+            // SAFETY: the proof; these intrinsics touch no memory.
+            unsafe { $body }
+        }
+    )* };
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+    type Pairs = __m256i;
+    const LANES: usize = 8;
+    // Of 16 registers; the others hold weights and a broadcast activation.
+    const ACCUMULATORS: usize = 12;
+    const NATIVE_DOT: bool = false;
+
+    op! {
+        fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
+        fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
+        fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
+        fn mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
+        fn div(a: __m256, b: __m256) -> __m256 = _mm256_div_ps(a, b);
+        fn fma(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
+        fn max(a: __m256, b: __m256) -> __m256 = _mm256_max_ps(a, b);
+        fn min(a: __m256, b: __m256) -> __m256 = _mm256_min_ps(a, b);
+        fn round(a: __m256) -> __m256 = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        fn exp2(n: __m256) -> __m256 = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(
+            _mm256_cvtps_epi32(n),
+            _mm256_set1_epi32(127),
+        )));
+        fn splat_pair(pair: u32) -> __m256i = _mm256_set1_epi32(pair as i32);
+        fn even(pairs: __m256i) -> __m256 = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+        fn odd(pairs: __m256i) -> __m256 =
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: __m256, a: __m256i, b: __m256i) -> __m256 {
+        let acc = self.fma(self.even(a), self.even(b), acc);
+        self.fma(self.odd(a), self.odd(b), acc)
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m256 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: __m256) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m256 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, v: __m256) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            // Half of the last kept place, less one where that place is even: ties go to even.
+            let lsb = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), lsb);
+            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+            // A NaN stays one: its upper bits with the quiet bit set.
+            let quiet = _mm256_or_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(0x40));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let words = _mm256_blendv_epi8(rounded, quiet, is_nan);
+            // Packing works per 128-bit half; the permutation brings the two results together.
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(words, words));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const bf16) -> __m256i {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+}

@@ -1,0 +1,117 @@
+//! AVX-512 with BF16: sixteen lanes, and a dot product of bf16 pairs in one instruction.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{Kernel, Simd};
+
+/// Proof of AVX-512 F, BW, DQ, VL and BF16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// Asks the processor. Without BF16, AVX2 serves: widening is what costs, and it is no cheaper here.
+    pub fn detect() -> Option<Avx512> {
+        let all = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bf16");
+        all.then_some(Avx512(()))
+    }
+}
+
+/// Compiles `kernel` with the instruction set.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn enter<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+/// One intrinsic or a few, available because `self` is the proof.
+macro_rules! op {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:expr;)*) => { $(
+        #[inline(always)]
+        fn $name(self, $($arg: $type),*) -> $out {
+            // SAFETY: the proof; these intrinsics touch no memory.
+            unsafe { $body }
+        }
+    )* };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    type Pairs = __m512i;
+    const LANES: usize = 16;
+    // Of 32 registers; the others hold weights and a broadcast activation.
+    const ACCUMULATORS: usize = 24;
+    const NATIVE_DOT: bool = true;
+
+    op! {
+        fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
+        fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
+        fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
+        fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
+        fn div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps(a, b);
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
+        fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+        fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
+        fn round(a: __m512) -> __m512 =
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        fn exp2(n: __m512) -> __m512 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
+            _mm512_cvtps_epi32(n),
+            _mm512_set1_epi32(127),
+        )));
+        fn splat_pair(pair: u32) -> __m512i = _mm512_set1_epi32(pair as i32);
+        fn even(pairs: __m512i) -> __m512 = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
+        fn odd(pairs: __m512i) -> __m512 =
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
+        // Both types are 512 plain bits.
+        fn dot(acc: __m512, a: __m512i, b: __m512i) -> __m512 = _mm512_dpbf16_ps(
+            acc,
+            std::mem::transmute::<__m512i, __m512bh>(a),
+            std::mem::transmute::<__m512i, __m512bh>(b),
+        );
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: __m512) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, v: __m512) {
+        // Not the instruction of that purpose: it flushes denormals, and bits should not depend on which path rounds.
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            // Half of the last kept place, less one where that place is even: ties go to even.
+            let lsb = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), lsb);
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            // A NaN stays one: its upper bits with the quiet bit set.
+            let quiet = _mm512_or_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(0x40));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let words = _mm512_mask_blend_epi32(is_nan, rounded, quiet);
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(words));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(self, from: *const bf16) -> __m512i {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+}
