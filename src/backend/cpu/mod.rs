@@ -7,14 +7,35 @@ pub mod memory;
 pub mod pool;
 pub mod simd;
 
+mod experts;
+mod gemm;
+mod operand;
+mod panel;
+mod tile;
+mod work;
+
 use crate::error::Result;
+use memory::Scratch;
 use pool::Pool;
 use simd::{Isa, Kernel};
+use work::WorkList;
 
 /// One rank's share of the machine: some threads and an instruction set.
 pub struct CpuBackend {
     pool: Pool,
     isa: Isa,
+    scratch: Buffers,
+}
+
+/// Working memory kept between calls. Locked in the order of the fields.
+#[derive(Default)]
+struct Buffers {
+    /// Activations converted for a product.
+    activations: Scratch,
+    /// What experts hold between their two matrices.
+    intermediate: Scratch,
+    /// The tasks of a product.
+    work: WorkList,
 }
 
 impl CpuBackend {
@@ -23,7 +44,7 @@ impl CpuBackend {
     /// # Errors
     /// [`crate::Error::Memory`] when the system refuses a thread.
     pub fn new(threads: usize, isa: Isa) -> Result<CpuBackend> {
-        Ok(CpuBackend { pool: Pool::new(threads)?, isa })
+        Ok(CpuBackend { pool: Pool::new(threads)?, isa, scratch: Buffers::default() })
     }
 
     /// [`CpuBackend::new`] with the best instruction set of this machine.
@@ -50,3 +71,6 @@ impl CpuBackend {
         self.isa.dispatch(kernel)
     }
 }
+
+#[cfg(test)]
+mod tests;

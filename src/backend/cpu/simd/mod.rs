@@ -201,6 +201,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
         unsafe { self.store(lanes.as_mut_ptr(), v) };
         lanes
     }
+    /// Each lane rounded to bf16 and widened again.
+    #[inline(always)]
+    fn round_to_bf16(self, v: Self::V) -> Self::V {
+        let mut lanes = [bf16::ZERO; MAX_LANES];
+        // SAFETY: the array holds a whole vector.
+        unsafe {
+            self.store_bf16(lanes.as_mut_ptr(), v);
+            self.load_bf16(lanes.as_ptr())
+        }
+    }
     /// Sum of the lanes, in a fixed order.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {

@@ -1,0 +1,300 @@
+//! `experts`: rows grouped by slot through the gated MLP of their slot, each weight read once per call.
+//!
+//! Gate and up are packed as alternating panels, so one task computes both halves of 48 intermediate columns and applies the
+//! activation while they are in the cache. The tasks of all slots form one list: threads share bytes, not experts, and a step
+//! with one row per expert is as well balanced as one large expert.
+
+use half::bf16;
+
+use super::CpuBackend;
+use super::memory::{self, Element, Rows, RowsMut, with_local_scratch};
+use super::operand::{Activations, Form, Output};
+use super::panel::{self, PANEL, Panels, Source, packed_bytes, padded_k, panels};
+use super::simd::{Float, Kernel, Simd, sigmoid};
+use super::tile::{self, PanelProduct, WIDE_LEN};
+use super::work::{Item, Segment, panel_products};
+use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut};
+use crate::error::Result;
+use crate::spec::Activation;
+
+/// Parts of a packed [`Mlp`], in order; the two biases are there together or not at all.
+const GATE_UP: usize = 0;
+const DOWN: usize = 1;
+const GATE_UP_BIAS: usize = 2;
+const DOWN_BIAS: usize = 3;
+
+/// See [`crate::backend::Backend::pack_mlp`]. Panel 2j holds 48 columns of gate, panel 2j + 1 the same of up; the bias of both is
+/// laid out alike, `[1, panels * PANEL]`.
+pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+    let (intermediate, hidden) = (host.gate.n, host.gate.k);
+    assert_eq!((host.up.n, host.up.k), (intermediate, hidden), "gate and up differ in shape");
+    assert_eq!((host.down.n, host.down.k), (hidden, intermediate), "down does not fit gate and up");
+    let gate_up = |panel| {
+        let matrix = if panel % 2 == 0 { &host.gate } else { &host.up };
+        Source { matrix, first: panel / 2 * PANEL }
+    };
+    let down = |panel| Source { matrix: &host.down, first: panel * PANEL };
+    let mut parts = vec![
+        panel::pack(backend.pool(), 2 * panels(intermediate), hidden, dtype, gate_up)?,
+        panel::pack(backend.pool(), panels(hidden), intermediate, dtype, down)?,
+    ];
+    if let Some(HostMlpBias { gate, up, down }) = &host.bias {
+        assert_eq!((gate.len(), up.len(), down.len()), (intermediate, intermediate, hidden), "biases");
+        let mut both = memory::tensor(DType::F32, 1, 2 * panels(intermediate) * PANEL)?;
+        let mut to = RowsMut::<f32>::new(both.view_mut());
+        let pairs = gate.chunks(PANEL).zip(up.chunks(PANEL));
+        for ((gate, up), to) in pairs.zip(to.row_mut(0).chunks_exact_mut(2 * PANEL)) {
+            to[..gate.len()].copy_from_slice(gate);
+            to[PANEL..][..up.len()].copy_from_slice(up);
+        }
+        let mut out = memory::tensor(DType::F32, 1, hidden)?;
+        RowsMut::<f32>::new(out.view_mut()).row_mut(0).copy_from_slice(down);
+        parts.extend([both, out]);
+    }
+    Ok(Mlp { parts, hidden, intermediate })
+}
+
+/// See [`crate::backend::Backend::mlp_bytes`].
+pub(super) fn mlp_bytes(
+    _: &CpuBackend,
+    hidden: usize,
+    intermediate: usize,
+    bias: bool,
+    dtype: DType,
+) -> usize {
+    let pairs = panels(intermediate);
+    let gate_up = packed_bytes(2 * pairs, hidden, dtype);
+    let down = packed_bytes(panels(hidden), intermediate, dtype);
+    let biases = if bias { (2 * pairs * PANEL).saturating_add(hidden).saturating_mul(4) } else { 0 };
+    gate_up.saturating_add(down).saturating_add(biases)
+}
+
+/// See [`crate::backend::Backend::experts`].
+pub(super) fn experts(backend: &CpuBackend, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+    let ExpertsArgs { rows, offsets, slots, activation } = args;
+    assert_eq!(offsets.len(), slots.len() + 1, "one offset more than slots");
+    assert_eq!((offsets[0], offsets[slots.len()]), (0, rows.rows()), "offsets do not cover the rows");
+    let of = |slot: usize| slots[slot].as_ref();
+    Grouped { offsets, mlp: &of, activation }.run(backend, rows, out)
+}
+
+/// See [`crate::backend::Backend::mlp`].
+pub(super) fn mlp(
+    backend: &CpuBackend,
+    x: View<'_>,
+    w: &Mlp,
+    activation: Activation,
+    out: ViewMut<'_>,
+) -> Result<()> {
+    Grouped { offsets: &[0, x.rows()], mlp: &|_| Some(w), activation }.run(backend, x, out)
+}
+
+/// Which rows go through which MLP.
+struct Grouped<'a> {
+    offsets: &'a [usize],
+    mlp: &'a (dyn Fn(usize) -> Option<&'a Mlp> + Sync),
+    activation: Activation,
+}
+
+impl Grouped<'_> {
+    fn run(&self, backend: &CpuBackend, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        let (rows, hidden, dtype) = (x.rows(), x.cols(), x.dtype());
+        assert_eq!((out.rows(), out.cols()), (rows, hidden), "out is not [rows, hidden]");
+        let Some(width) = self.check(hidden, dtype) else { return Ok(()) };
+        let activations = Activations::new(backend, x)?;
+        let form = Form::of(backend, dtype);
+        let stride = padded_k(width, dtype);
+        let mut buffer = backend.scratch.intermediate.lock(rows * stride * form.bytes())?;
+        match form {
+            Form::F32 => {
+                let between = Between { start: buffer.as_mut_slice::<f32>().as_mut_ptr(), stride };
+                let round = dtype == DType::Bf16;
+                self.gate_up(backend, activations.rows(), hidden, between, round);
+                let a = tile::Rows::F32 { start: between.start, stride };
+                self.down(backend, a, Output::new(out));
+            }
+            Form::Pairs => {
+                let between = Between { start: buffer.as_mut_slice::<bf16>().as_mut_ptr(), stride };
+                self.gate_up(backend, activations.rows(), hidden, between, false);
+                let a = tile::Rows::Pairs { start: between.start, stride };
+                self.down(backend, a, Output::new(out));
+            }
+        }
+        Ok(())
+    }
+
+    /// Slots that have rows, with their MLPs.
+    fn used(&self) -> impl Iterator<Item = (usize, std::ops::Range<usize>, &Mlp)> + Clone {
+        self.offsets
+            .windows(2)
+            .enumerate()
+            .filter(|(_, w)| w[0] != w[1])
+            .map(|(slot, w)| (slot, w[0]..w[1], self.of(slot)))
+    }
+
+    /// The MLP of a slot that has rows.
+    fn of(&self, slot: usize) -> &Mlp {
+        (self.mlp)(slot).unwrap_or_else(|| panic!("slot {slot} is empty and has rows"))
+    }
+
+    /// Checks every MLP in use and returns their widest intermediate; `None` without rows.
+    fn check(&self, hidden: usize, dtype: DType) -> Option<usize> {
+        self.used()
+            .map(|(slot, _, w)| {
+                assert_eq!(w.hidden, hidden, "the MLP of slot {slot} and the rows differ in width");
+                let types = [w.parts[GATE_UP].dtype(), w.parts[DOWN].dtype()];
+                assert_eq!(types, [dtype; 2], "activations and weights of slot {slot} differ in type");
+                w.intermediate
+            })
+            .max()
+    }
+
+    /// The segments of one pass.
+    fn segments(&self, units: impl Fn(&Mlp) -> usize + Clone) -> impl Iterator<Item = Segment> + Clone {
+        self.used().map(move |(slot, rows, w)| Segment { slot, rows, units: units(w) })
+    }
+
+    /// `between = act(gate x, up x)`.
+    fn gate_up<T: Float>(
+        &self,
+        backend: &CpuBackend,
+        a: tile::Rows,
+        hidden: usize,
+        between: Between<T>,
+        round: bool,
+    ) {
+        let mut work = backend.scratch.work.lock();
+        work.plan(backend, 2 * panel_products(hidden), self.segments(|w| panels(w.intermediate)));
+        work.run(backend, &|Item { slot, rows, unit }| {
+            let w = self.of(slot);
+            let weights = Panels::new(w.parts[GATE_UP].view());
+            let bias = w
+                .parts
+                .get(GATE_UP_BIAS)
+                .map(|b| &Rows::<f32>::new(b.view()).row(0)[2 * unit * PANEL..][..2 * PANEL]);
+            let columns = padded_k(w.intermediate, w.parts[DOWN].dtype()) - unit * PANEL;
+            let block = rows.len() * PANEL;
+            with_local_scratch::<f32, _>(2 * block + WIDE_LEN, |scratch| {
+                let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
+                let (gate, up) = sums.split_at_mut(block);
+                let a = a.skip(rows.start);
+                // SAFETY: `a` are the rows of the call prepared for weights of this type, as wide as the matrices' k.
+                unsafe {
+                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(2 * unit), gate, wide));
+                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(2 * unit + 1), up, wide));
+                }
+                backend.dispatch(Activate {
+                    gate,
+                    up,
+                    bias,
+                    activation: self.activation,
+                    round,
+                    to: between.skip(rows.start, unit * PANEL),
+                    columns: columns.min(PANEL),
+                });
+            });
+        });
+    }
+
+    /// `out = down between`.
+    fn down(&self, backend: &CpuBackend, a: tile::Rows, out: Output<'_>) {
+        let mut work = backend.scratch.work.lock();
+        let products = self.used().map(|(_, _, w)| panel_products(w.intermediate)).max().unwrap_or(0);
+        work.plan(backend, products, self.segments(|w| panels(w.hidden)));
+        work.run(backend, &|Item { slot, rows, unit }| {
+            let w = self.of(slot);
+            let weights = Panels::new(w.parts[DOWN].view());
+            let bias = w.parts.get(DOWN_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
+            with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
+                let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
+                let a = a.skip(rows.start);
+                // SAFETY: the first pass has written these rows, as wide as the matrix's k, zero padding included.
+                backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit), sums, wide) });
+                // SAFETY: an item is the only one with these rows and this panel.
+                unsafe { out.write(backend, sums, rows.start, unit, bias) };
+            });
+        });
+    }
+}
+
+/// The buffer between the two matrices, written by many tasks.
+struct Between<T> {
+    start: *mut T,
+    stride: usize,
+}
+
+impl<T> Clone for Between<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Between<T> {}
+
+// SAFETY: a plain address; tasks write disjoint blocks of rows and columns behind it.
+unsafe impl<T: Element> Sync for Between<T> {}
+
+impl<T> Between<T> {
+    /// The same buffer from another element on.
+    fn skip(self, row: usize, column: usize) -> Self {
+        Between { start: self.start.wrapping_add(row * self.stride + column), ..self }
+    }
+}
+
+/// `to[r][j] = act(gate[r][j] + bias, up[r][j] + bias)` for the first `columns` of one panel's columns.
+struct Activate<'a, T> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    /// `PANEL` of gate, then `PANEL` of up.
+    bias: Option<&'a [f32]>,
+    activation: Activation,
+    /// Round to bf16, for a buffer that holds widened bf16.
+    round: bool,
+    to: Between<T>,
+    columns: usize,
+}
+
+impl<T: Float> Kernel for Activate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (row, (gate, up)) in self.gate.chunks_exact(PANEL).zip(self.up.chunks_exact(PANEL)).enumerate() {
+            for column in (0..self.columns).step_by(S::LANES) {
+                let lanes = S::LANES.min(self.columns - column);
+                // SAFETY: LANES divides PANEL, so whole vectors of sums and biases exist; `to` has `columns` in each row.
+                unsafe {
+                    let mut gate = simd.load(gate.as_ptr().add(column));
+                    let mut up = simd.load(up.as_ptr().add(column));
+                    if let Some(bias) = self.bias {
+                        gate = simd.add(gate, simd.load(bias.as_ptr().add(column)));
+                        up = simd.add(up, simd.load(bias.as_ptr().add(PANEL + column)));
+                    }
+                    let mut v = activate(simd, self.activation, gate, up);
+                    if self.round {
+                        v = simd.round_to_bf16(v);
+                    }
+                    let to = self.to.start.add(row * self.to.stride + column);
+                    if lanes == S::LANES {
+                        T::store(simd, to, v);
+                    } else {
+                        T::store_head(simd, to, lanes, v);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// See [`Activation`]. Zero for zeros, so padding stays zero.
+#[inline(always)]
+fn activate<S: Simd>(simd: S, activation: Activation, gate: S::V, up: S::V) -> S::V {
+    match activation {
+        Activation::SiluMul => simd.mul(simd.mul(gate, sigmoid(simd, gate)), up),
+        Activation::ClampedSwiglu { limit, alpha } => {
+            let gate = simd.min(simd.splat(limit), gate);
+            let up = simd.max(simd.splat(-limit), simd.min(simd.splat(limit), up));
+            let glu = simd.mul(gate, sigmoid(simd, simd.mul(gate, simd.splat(alpha))));
+            simd.mul(glu, simd.add(up, simd.splat(1.0)))
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! `linear`: one weight matrix times all rows.
+
+use super::CpuBackend;
+use super::memory::{Rows, with_local_scratch};
+use super::operand::{Activations, Output};
+use super::panel::{self, PANEL, Panels, Source, packed_bytes, panels};
+use super::tile::{PanelProduct, WIDE_LEN};
+use super::work::{Item, Segment, panel_products};
+use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut};
+use crate::error::Result;
+
+/// See [`crate::backend::Backend::pack_matrix`].
+pub(super) fn pack_matrix(backend: &CpuBackend, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+    let source = |panel| Source { matrix: host, first: panel * PANEL };
+    let data = panel::pack(backend.pool(), panels(host.n), host.k, dtype, source)?;
+    Ok(Matrix { data, n: host.n, k: host.k })
+}
+
+/// See [`crate::backend::Backend::matrix_bytes`].
+pub(super) fn matrix_bytes(_: &CpuBackend, n: usize, k: usize, dtype: DType) -> usize {
+    packed_bytes(panels(n), k, dtype)
+}
+
+/// See [`crate::backend::Backend::linear`].
+pub(super) fn linear(
+    backend: &CpuBackend,
+    x: View<'_>,
+    w: &Matrix,
+    bias: Option<View<'_>>,
+    out: ViewMut<'_>,
+) -> Result<()> {
+    let rows = x.rows();
+    assert_eq!(x.cols(), w.k, "x is {} wide, the matrix takes {}", x.cols(), w.k);
+    assert_eq!(x.dtype(), w.data.dtype(), "activations and weights of different types");
+    assert_eq!((out.rows(), out.cols()), (rows, w.n), "out is not [rows, outputs]");
+    let bias = bias.map(|bias| Rows::<f32>::new(bias).row(0));
+    assert!(bias.is_none_or(|b| b.len() == w.n), "the bias is not as wide as the output");
+    if rows == 0 || w.n == 0 {
+        return Ok(());
+    }
+    let weights = Panels::new(w.data.view());
+    let activations = Activations::new(backend, x)?;
+    let a = activations.rows();
+    let out = Output::new(out);
+    let mut work = backend.scratch.work.lock();
+    let all = Segment { slot: 0, rows: 0..rows, units: panels(w.n) };
+    work.plan(backend, panel_products(w.k), std::iter::once(all));
+    work.run(backend, &|Item { rows, unit, .. }| {
+        with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
+            let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
+            let a = a.skip(rows.start);
+            // SAFETY: `a` is `x` prepared for weights of this type, `x` has the matrix's k, and the rows are in range.
+            backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit), sums, wide) });
+            // SAFETY: an item is the only one with these rows and this panel.
+            unsafe { out.write(backend, sums, rows.start, unit, bias) };
+        });
+    });
+    Ok(())
+}

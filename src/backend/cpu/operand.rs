@@ -1,0 +1,254 @@
+//! What goes into and comes out of a matrix product: activations in the form the instruction set wants, outputs in the form the
+//! caller wants.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::CpuBackend;
+use super::memory::{Rows, RowsMut, ScratchGuard};
+use super::panel::{PANEL, padded_k};
+use super::simd::{Float, Kernel, Simd};
+use super::tile;
+use crate::backend::{DType, View, ViewMut};
+use crate::error::Result;
+
+/// Elements converted by one task; a smaller conversion stays on the calling thread.
+const TASK_ELEMENTS: usize = 1 << 16;
+
+/// How a backend lays out activations that are multiplied with weights of `dtype`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Form {
+    /// f32, be it widened.
+    F32,
+    /// bf16 in whole pairs.
+    Pairs,
+}
+
+impl Form {
+    /// The form for weights of `dtype` on this backend.
+    pub fn of(backend: &CpuBackend, dtype: DType) -> Form {
+        if dtype == DType::Bf16 && backend.dispatch(NativeDot) { Form::Pairs } else { Form::F32 }
+    }
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Form::F32 => 4,
+            Form::Pairs => 2,
+        }
+    }
+}
+
+/// Asks an instruction set for [`Simd::NATIVE_DOT`].
+struct NativeDot;
+
+impl Kernel for NativeDot {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> bool {
+        S::NATIVE_DOT
+    }
+}
+
+/// Activations ready for [`tile::PanelProduct`], in place where they can be used as they are.
+pub struct Activations<'a> {
+    rows: tile::Rows,
+    /// Keeps the converted copy.
+    _copy: Option<ScratchGuard<'a>>,
+}
+
+impl<'a> Activations<'a> {
+    /// Prepares `x` for weights of its own type.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
+    pub fn new(backend: &'a CpuBackend, x: View<'a>) -> Result<Activations<'a>> {
+        let k = padded_k(x.cols(), x.dtype());
+        let form = Form::of(backend, x.dtype());
+        let stride = x.stride();
+        let rows = match (x.dtype(), form) {
+            (DType::F32, _) => tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride },
+            (DType::Bf16, Form::Pairs) if k == x.cols() => {
+                tile::Rows::Pairs { start: Rows::<bf16>::new(x).as_ptr(), stride }
+            }
+            (DType::Bf16, form) => return Self::converted(backend, Rows::new(x), k, form),
+            (DType::I32, _) => panic!("activations are F32 or Bf16"),
+        };
+        Ok(Activations { rows, _copy: None })
+    }
+
+    /// A copy in scratch: `x` padded with zeros to `k` columns, widened where the form asks for it.
+    fn converted(backend: &'a CpuBackend, x: Rows<'_, bf16>, k: usize, form: Form) -> Result<Self> {
+        let elements = x.rows() * k;
+        let mut copy = backend.scratch.activations.lock(elements * form.bytes())?;
+        let rows = match form {
+            Form::F32 => {
+                let to = &mut copy.as_mut_slice::<f32>()[..elements];
+                convert(backend, x, to, k);
+                tile::Rows::F32 { start: to.as_ptr(), stride: k }
+            }
+            Form::Pairs => {
+                let to = &mut copy.as_mut_slice::<bf16>()[..elements];
+                convert(backend, x, to, k);
+                tile::Rows::Pairs { start: to.as_ptr(), stride: k }
+            }
+        };
+        Ok(Activations { rows, _copy: Some(copy) })
+    }
+
+    /// The rows, valid as long as `self`.
+    pub fn rows(&self) -> tile::Rows {
+        self.rows
+    }
+}
+
+/// Fills `to` `[rows, k]` with the rows of `x`, zero beyond their width.
+fn convert<T: Float>(backend: &CpuBackend, x: Rows<'_, bf16>, to: &mut [T], k: usize) {
+    if to.is_empty() {
+        return;
+    }
+    let rows_per_task = TASK_ELEMENTS.div_ceil(k);
+    let rows = x.rows();
+    let to = Shared(to.as_mut_ptr());
+    backend.pool().run(rows.div_ceil(rows_per_task), &|task| {
+        let to = &to;
+        for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
+            // SAFETY: row `row` of `to`, which no other task touches.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.0.add(row * k), k) };
+            let (body, padding) = to.split_at_mut(x.cols());
+            backend.dispatch(Copy { from: x.row(row), to: body });
+            padding.fill(T::default());
+        }
+    });
+}
+
+/// An address that threads share.
+struct Shared<T>(*mut T);
+// SAFETY: whoever follows it answers for it.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+/// `to = from`, converted.
+struct Copy<'a, F, T> {
+    from: &'a [F],
+    to: &'a mut [T],
+}
+
+impl<F: Float, T: Float> Kernel for Copy<'_, F, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (from, to) in self.from.chunks(S::LANES).zip(self.to.chunks_mut(S::LANES)) {
+            // SAFETY: both chunks have the same length, LANES at most.
+            unsafe {
+                if from.len() == S::LANES {
+                    T::store(simd, to.as_mut_ptr(), F::load(simd, from.as_ptr()));
+                } else {
+                    let v = F::load_head(simd, from.as_ptr(), from.len());
+                    T::store_head(simd, to.as_mut_ptr(), to.len(), v);
+                }
+            }
+        }
+    }
+}
+
+/// Where finished sums go: rows of the caller's tensor, shared by tasks that write different parts.
+pub enum Output<'a> {
+    /// Full precision.
+    F32(RowsMut<'a, f32>),
+    /// Rounded to nearest even.
+    Bf16(RowsMut<'a, bf16>),
+}
+
+impl<'a> Output<'a> {
+    /// Wraps a view of either type.
+    pub fn new(view: ViewMut<'a>) -> Output<'a> {
+        match view.dtype() {
+            DType::F32 => Output::F32(RowsMut::new(view)),
+            DType::Bf16 => Output::Bf16(RowsMut::new(view)),
+            DType::I32 => panic!("products are F32 or Bf16"),
+        }
+    }
+
+    /// Columns of the matrix.
+    fn cols(&self) -> usize {
+        match self {
+            Output::F32(rows) => rows.cols(),
+            Output::Bf16(rows) => rows.cols(),
+        }
+    }
+
+    /// Writes a block of sums `[rows, PANEL]`, plus `bias` if any, to rows from `row` on of the panel's columns; those beyond the
+    /// matrix's width are padding and are dropped. `bias` is that of the whole matrix.
+    ///
+    /// # Safety
+    /// Nobody else touches this block of the matrix meanwhile.
+    pub unsafe fn write(
+        &self,
+        backend: &CpuBackend,
+        sums: &[f32],
+        row: usize,
+        panel: usize,
+        bias: Option<&[f32]>,
+    ) {
+        let first = panel * PANEL;
+        let columns = first..self.cols().min(first + PANEL);
+        let bias = bias.map(|bias| &bias[columns.clone()]);
+        // SAFETY: the caller's promise, passed on to the kernel that relies on it.
+        unsafe {
+            match self {
+                Output::F32(to) => backend.dispatch(Finish::new(sums, bias, to, row, columns)),
+                Output::Bf16(to) => backend.dispatch(Finish::new(sums, bias, to, row, columns)),
+            }
+        }
+    }
+}
+
+/// `to = sums (+ bias)`, rounded, for a block of rows and the columns of one panel.
+struct Finish<'a, T> {
+    sums: &'a [f32],
+    bias: Option<&'a [f32]>,
+    to: &'a RowsMut<'a, T>,
+    row: usize,
+    columns: Range<usize>,
+}
+
+impl<'a, T> Finish<'a, T> {
+    /// # Safety
+    /// Nobody else touches these columns of as many rows from `row` on as there are sums.
+    unsafe fn new(
+        sums: &'a [f32],
+        bias: Option<&'a [f32]>,
+        to: &'a RowsMut<'a, T>,
+        row: usize,
+        columns: Range<usize>,
+    ) -> Self {
+        Finish { sums, bias, to, row, columns }
+    }
+}
+
+impl<T: Float> Kernel for Finish<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (number, sums) in self.sums.chunks_exact(PANEL).enumerate() {
+            // SAFETY: `new` was promised this part.
+            let to = unsafe { self.to.part(self.row + number, self.columns.clone()) };
+            for at in (0..to.len()).step_by(S::LANES) {
+                let lanes = S::LANES.min(to.len() - at);
+                // SAFETY: LANES divides PANEL, so a whole vector of sums exists; `lanes` elements of the others do.
+                unsafe {
+                    let mut v = simd.load(sums.as_ptr().add(at));
+                    if let Some(bias) = self.bias {
+                        v = simd.add(v, simd.load_head(bias.as_ptr().add(at), lanes));
+                    }
+                    if lanes == S::LANES {
+                        T::store(simd, to.as_mut_ptr().add(at), v);
+                    } else {
+                        T::store_head(simd, to.as_mut_ptr().add(at), lanes, v);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! Matrix products and experts on every instruction set of this machine: against plain loops in f64, and against themselves
+//! in other batches, bit for bit.
+
+use half::bf16;
+
+use super::memory::{Element, Rows, RowsMut};
+use super::simd::{Float, Isa};
+use super::{CpuBackend, experts, gemm, memory};
+use crate::backend::{DType, ExpertsArgs, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Tensor, View};
+use crate::spec::Activation;
+
+/// A reproducible stream of numbers in (-1, 1) with many different bits.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+    fn vec(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+    /// `[n, k]` of a given type, values of the size trained weights have.
+    fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> HostMatrix {
+        let data = self.vec(n * k).into_iter().map(|x| x / (k as f32).sqrt());
+        let data = match dtype {
+            DType::Bf16 => HostData::Bf16(data.map(bf16::from_f32).collect()),
+            _ => HostData::F32(data.collect()),
+        };
+        HostMatrix { n, k, data }
+    }
+    /// Activations of a given type.
+    fn tensor(&mut self, rows: usize, cols: usize, dtype: DType) -> Tensor {
+        let mut t = memory::tensor(dtype, rows, cols).unwrap();
+        match dtype {
+            DType::F32 => self.fill::<f32>(&mut t),
+            _ => self.fill::<bf16>(&mut t),
+        }
+        t
+    }
+    fn fill<T: Element + Float>(&mut self, t: &mut Tensor) {
+        let mut rows = RowsMut::<T>::new(t.view_mut());
+        for r in 0..rows.rows() {
+            rows.row_mut(r).fill_with(|| T::from_f32(self.next()));
+        }
+    }
+    fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp {
+        HostMlp {
+            gate: self.matrix(intermediate, hidden, dtype),
+            up: self.matrix(intermediate, hidden, dtype),
+            down: self.matrix(hidden, intermediate, dtype),
+            bias: bias.then(|| HostMlpBias {
+                gate: self.vec(intermediate),
+                up: self.vec(intermediate),
+                down: self.vec(hidden),
+            }),
+        }
+    }
+}
+
+/// One row as f64.
+fn row(view: View<'_>, r: usize) -> Vec<f64> {
+    match view.dtype() {
+        DType::F32 => Rows::<f32>::new(view).row(r).iter().map(|&x| f64::from(x)).collect(),
+        _ => Rows::<bf16>::new(view).row(r).iter().map(|&x| f64::from(x.to_f32())).collect(),
+    }
+}
+
+/// The bits of one row.
+fn bits(view: View<'_>, r: usize) -> Vec<u32> {
+    row(view, r).into_iter().map(|x| (x as f32).to_bits()).collect()
+}
+
+/// Element [j, k] of a matrix as packed for `dtype`.
+fn weight(m: &HostMatrix, j: usize, k: usize, dtype: DType) -> f64 {
+    let x = match &m.data {
+        HostData::F32(data) => data[j * m.k + k],
+        HostData::Bf16(data) => data[j * m.k + k].to_f32(),
+    };
+    f64::from(if dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x })
+}
+
+/// `w x + bias` and the sum of the magnitudes of its terms, in f64.
+fn plain_linear(x: &[f64], w: &HostMatrix, bias: Option<&[f32]>, dtype: DType) -> Vec<(f64, f64)> {
+    (0..w.n)
+        .map(|j| {
+            let terms = x.iter().enumerate().map(|(k, x)| x * weight(w, j, k, dtype));
+            let bias = bias.map_or(0.0, |b| f64::from(b[j]));
+            terms.fold((bias, bias.abs()), |(sum, size), t| (sum + t, size + t.abs()))
+        })
+        .collect()
+}
+
+/// Backends of every instruction set, with one thread and with several.
+fn backends() -> Vec<CpuBackend> {
+    let isas = Isa::available().into_iter();
+    isas.flat_map(|isa| [1, 3].map(|threads| CpuBackend::new(threads, isa).unwrap())).collect()
+}
+
+const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
+
+#[test]
+fn linear_is_the_plain_sum() {
+    let mut noise = Noise(1);
+    for backend in backends() {
+        for dtype in DTYPES {
+            for (m, n, k) in [
+                (1, 1, 1),
+                (2, 5, 1),
+                (1, 48, 2),
+                (3, 49, 3),
+                (7, 97, 130),
+                (13, 33, 257),
+                (31, 100, 300),
+                (2, 3, 0),
+            ] {
+                for (out_type, with_bias) in [(DType::F32, true), (DType::Bf16, false)] {
+                    let host = noise.matrix(n, k, dtype);
+                    let packed = gemm::pack_matrix(&backend, &host, dtype).unwrap();
+                    assert_eq!(packed.data.bytes(), gemm::matrix_bytes(&backend, n, k, dtype));
+                    // Views inside wider matrices, whose other columns must neither count nor change.
+                    let x = noise.tensor(m, k + 5, dtype);
+                    let x = x.view().cols_range(3..3 + k);
+                    let mut bias = memory::tensor(DType::F32, 1, n).unwrap();
+                    noise.fill::<f32>(&mut bias);
+                    let bias = with_bias.then_some(&bias);
+                    let mut out = noise.tensor(m, n + 9, out_type);
+                    let before: Vec<_> = (0..m).map(|r| bits(out.view(), r)).collect();
+                    let to = out.view_mut().cols_range(4..4 + n);
+                    gemm::linear(&backend, x, &packed, bias.map(Tensor::view), to).unwrap();
+                    for r in 0..m {
+                        let got = row(out.view(), r);
+                        let bias = bias.map(|b| Rows::<f32>::new(b.view()).row(0));
+                        let want = plain_linear(&row(x, r), &host, bias, dtype);
+                        for (j, (want, size)) in want.into_iter().enumerate() {
+                            let rounding = if out_type == DType::Bf16 { 1.0 / 256.0 } else { 1e-7 };
+                            let limit = want.abs() * rounding + size * 1e-6;
+                            let error = (got[4 + j] - want).abs();
+                            assert!(
+                                error <= limit,
+                                "{} {dtype:?} {m}x{n}x{k} [{r},{j}]: {error}",
+                                backend.isa().name()
+                            );
+                        }
+                        let after = bits(out.view(), r);
+                        assert_eq!((&after[..4], &after[4 + n..]), (&before[r][..4], &before[r][4 + n..]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_every_batch() {
+    let mut noise = Noise(2);
+    let (n, k) = (101, 301);
+    for dtype in DTYPES {
+        let host = noise.matrix(n, k, dtype);
+        let x = noise.tensor(530, k, dtype);
+        for isa in Isa::available() {
+            let [one, three] = [1, 3].map(|threads| CpuBackend::new(threads, isa).unwrap());
+            let packed = gemm::pack_matrix(&one, &host, dtype).unwrap();
+            let alone: Vec<_> = (0..530)
+                .map(|r| {
+                    let mut out = memory::tensor(DType::F32, 1, n).unwrap();
+                    gemm::linear(&one, x.view().rows_range(r..r + 1), &packed, None, out.view_mut()).unwrap();
+                    bits(out.view(), 0)
+                })
+                .collect();
+            for m in (1..=130).chain([240, 241, 530]) {
+                for backend in [&one, &three] {
+                    // Not from the first row: a row's place in the batch differs too.
+                    let first = (530 - m).min(m * 7 % 11);
+                    let mut out = memory::tensor(DType::F32, m, n).unwrap();
+                    let rows = x.view().rows_range(first..first + m);
+                    gemm::linear(backend, rows, &packed, None, out.view_mut()).unwrap();
+                    for r in 0..m {
+                        assert_eq!(
+                            bits(out.view(), r),
+                            alone[first + r],
+                            "{} {dtype:?} row {r} of {m}",
+                            isa.name()
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The MLP of one row in f64, rounding between the matrices as the backend must, and a bound of what f32 sums may add.
+fn plain_mlp(x: &[f64], w: &HostMlp, activation: Activation, dtype: DType) -> Vec<(f64, f64)> {
+    let bias = w.bias.as_ref();
+    let gate = plain_linear(x, &w.gate, bias.map(|b| &b.gate[..]), dtype);
+    let up = plain_linear(x, &w.up, bias.map(|b| &b.up[..]), dtype);
+    let between: Vec<f64> =
+        gate.iter().zip(&up).map(|(&(gate, _), &(up, _))| activate(activation, gate, up)).collect();
+    plain_linear(&between, &w.down, bias.map(|b| &b.down[..]), dtype)
+}
+
+fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    match activation {
+        Activation::SiluMul => gate * sigmoid(gate) * up,
+        Activation::ClampedSwiglu { limit, alpha } => {
+            let (limit, alpha) = (f64::from(limit), f64::from(alpha));
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            gate * sigmoid(alpha * gate) * (up + 1.0)
+        }
+    }
+}
+
+/// Low enough for the clamps to bite.
+const CLAMPED: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.702 };
+
+#[test]
+fn experts_are_plain_mlps() {
+    let mut noise = Noise(3);
+    for backend in backends() {
+        for dtype in DTYPES {
+            for (hidden, intermediate) in [(1, 1), (33, 47), (64, 49), (50, 131)] {
+                for (activation, bias) in [(Activation::SiluMul, false), (CLAMPED, true)] {
+                    let hosts: Vec<_> =
+                        (0..3).map(|_| noise.mlp(hidden, intermediate, bias, dtype)).collect();
+                    let slots: Vec<_> =
+                        hosts.iter().map(|h| Some(experts::pack_mlp(&backend, h, dtype).unwrap())).collect();
+                    let bytes: usize = slots[0].as_ref().unwrap().parts.iter().map(Tensor::bytes).sum();
+                    assert_eq!(bytes, experts::mlp_bytes(&backend, hidden, intermediate, bias, dtype));
+                    let offsets = [0, 2, 2, 19];
+                    let rows = noise.tensor(19, hidden, dtype);
+                    let mut out = memory::tensor(DType::F32, 19, hidden).unwrap();
+                    let args =
+                        ExpertsArgs { rows: rows.view(), offsets: &offsets, slots: &slots, activation };
+                    experts::experts(&backend, args, out.view_mut()).unwrap();
+                    for r in 0..19 {
+                        let host = &hosts[if r < 2 { 0 } else { 2 }];
+                        let want = plain_mlp(&row(rows.view(), r), host, activation, dtype);
+                        for (got, (want, size)) in row(out.view(), r).into_iter().zip(want) {
+                            // What stands between the matrices is rounded to the activation type.
+                            let rounding = if dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 };
+                            assert!(
+                                (got - want).abs() <= size * rounding + 1e-6,
+                                "{} {dtype:?} {hidden}x{intermediate} row {r}: {got} for {want}",
+                                backend.isa().name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What each row must be, whatever else is in the call: `mlp` of the row alone.
+fn alone(
+    backend: &CpuBackend,
+    rows: View<'_>,
+    w: &Mlp,
+    activation: Activation,
+    out_type: DType,
+) -> Vec<Vec<u32>> {
+    (0..rows.rows())
+        .map(|r| {
+            let mut out = memory::tensor(out_type, 1, w.hidden).unwrap();
+            experts::mlp(backend, rows.rows_range(r..r + 1), w, activation, out.view_mut()).unwrap();
+            bits(out.view(), 0)
+        })
+        .collect()
+}
+
+#[test]
+fn a_row_does_not_see_its_neighbours_slots() {
+    let mut noise = Noise(4);
+    let (hidden, intermediate, rows) = (70, 99, 40);
+    for dtype in DTYPES {
+        let x = noise.tensor(rows, hidden, dtype);
+        let hosts: Vec<_> = (0..3).map(|_| noise.mlp(hidden, intermediate, true, dtype)).collect();
+        for backend in backends() {
+            let pack = |i: usize| Some(experts::pack_mlp(&backend, &hosts[i], dtype).unwrap());
+            let [a, b, c] = [0, 1, 2].map(|i| pack(i).unwrap());
+            let want = [&a, &b, &c].map(|w| alone(&backend, x.view(), w, CLAMPED, dtype));
+            // (order of the experts in the slot table, rows of each slot): empty slots, other orders, other groups.
+            let cases: [(&[Option<usize>], &[usize]); 5] = [
+                (&[Some(0), Some(1), Some(2)], &[1, 17, 22]),
+                (&[Some(2), Some(0), Some(1)], &[30, 3, 7]),
+                (&[None, Some(1), None, Some(1), Some(0)], &[0, 14, 0, 1, 25]),
+                (&[Some(0), Some(1), Some(2)], &[0, 0, 40]),
+                (&[Some(0), None], &[40, 0]),
+            ];
+            for (order, counts) in cases {
+                let slots: Vec<_> = order.iter().map(|i| i.and_then(pack)).collect();
+                let mut offsets = vec![0];
+                counts.iter().for_each(|n| offsets.push(offsets[offsets.len() - 1] + n));
+                let mut out = memory::tensor(dtype, rows, hidden).unwrap();
+                let args =
+                    ExpertsArgs { rows: x.view(), offsets: &offsets, slots: &slots, activation: CLAMPED };
+                experts::experts(&backend, args, out.view_mut()).unwrap();
+                for (slot, expert) in order.iter().enumerate() {
+                    for r in offsets[slot]..offsets[slot + 1] {
+                        assert_eq!(bits(out.view(), r), want[expert.unwrap()][r], "row {r} in slot {slot}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_rows_is_no_work() {
+    let backend = CpuBackend::detect(2).unwrap();
+    let x = memory::tensor(DType::Bf16, 0, 8).unwrap();
+    let mut out = memory::tensor(DType::F32, 0, 8).unwrap();
+    let args = ExpertsArgs {
+        rows: x.view(),
+        offsets: &[0, 0, 0],
+        slots: &[None, None],
+        activation: Activation::SiluMul,
+    };
+    experts::experts(&backend, args, out.view_mut()).unwrap();
+    let host = Noise(5).matrix(8, 8, DType::Bf16);
+    let packed = gemm::pack_matrix(&backend, &host, DType::Bf16).unwrap();
+    gemm::linear(&backend, x.view(), &packed, None, out.view_mut()).unwrap();
+}
+
+#[test]
+#[should_panic(expected = "slot 1 is empty and has rows")]
+fn rows_for_an_empty_slot_are_a_bug() {
+    let backend = CpuBackend::detect(1).unwrap();
+    let slots = [
+        Some(experts::pack_mlp(&backend, &Noise(6).mlp(4, 4, false, DType::F32), DType::F32).unwrap()),
+        None,
+    ];
+    let x = memory::tensor(DType::F32, 2, 4).unwrap();
+    let mut out = memory::tensor(DType::F32, 2, 4).unwrap();
+    let args =
+        ExpertsArgs { rows: x.view(), offsets: &[0, 1, 2], slots: &slots, activation: Activation::SiluMul };
+    let _ = experts::experts(&backend, args, out.view_mut());
+}
