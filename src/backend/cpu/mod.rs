@@ -3,18 +3,35 @@
 //! Threads come from [`pool`], memory from [`memory`], vectors from [`simd`]; the other files are one kernel family each. Every kernel
 //! splits its work so that an output element is computed by one thread in one fixed order.
 
+pub mod limits;
 pub mod memory;
 pub mod pool;
 pub mod simd;
 
+mod attention;
+mod attention_gqa;
+mod attention_mla;
+mod combine;
+mod elementwise;
 mod experts;
 mod gemm;
+mod kv;
+mod norm;
 mod operand;
 mod panel;
+mod rope;
+mod route;
+mod rows;
 mod tile;
+mod tiles;
 mod work;
 
+use crate::backend::{
+    AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix, HostMlp,
+    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut,
+};
 use crate::error::Result;
+use crate::spec::{Activation, Router};
 use memory::Scratch;
 use pool::Pool;
 use simd::{Isa, Kernel};
@@ -60,15 +77,145 @@ impl CpuBackend {
         &self.pool
     }
 
-    /// The instruction set of this rank.
-    pub(crate) fn isa(&self) -> Isa {
-        self.isa
-    }
-
     /// Runs a kernel on the calling thread.
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(&self, kernel: K) -> K::Output {
         self.isa.dispatch(kernel)
+    }
+}
+
+/// One line each: the files named after what they compute have the code.
+impl Backend for CpuBackend {
+    fn device(&self) -> DeviceId {
+        DeviceId::Cpu
+    }
+    fn describe(&self) -> String {
+        format!("cpu, {}, {} threads", self.isa.name(), self.pool.threads())
+    }
+
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        memory::tensor(dtype, rows, cols)
+    }
+    fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()> {
+        elementwise::upload(self, src, dst)
+    }
+    fn download(&self, src: View<'_>, dst: &mut [u8]) -> Result<()> {
+        elementwise::download(self, src, dst)
+    }
+    fn copy_rows(&self, src: View<'_>, dst: ViewMut<'_>) -> Result<()> {
+        elementwise::copy_rows(self, src, dst)
+    }
+    fn gather_rows(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()> {
+        elementwise::gather_rows(self, src, index, dst)
+    }
+
+    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+        gemm::pack_matrix(self, host, dtype)
+    }
+    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+        experts::pack_mlp(self, host, dtype)
+    }
+    fn pack_mla(
+        &self,
+        kv_b: &HostMatrix,
+        heads: usize,
+        nope_dim: usize,
+        v_dim: usize,
+        dtype: DType,
+    ) -> Result<MlaWeights> {
+        attention_mla::pack_mla(self, kv_b, heads, nope_dim, v_dim, dtype)
+    }
+    fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
+        gemm::matrix_bytes(self, n, k, dtype)
+    }
+    fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
+        experts::mlp_bytes(self, hidden, intermediate, bias, dtype)
+    }
+    fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize {
+        attention_mla::mla_bytes(self, heads, nope_dim, v_dim, latent, dtype)
+    }
+
+    fn embed(&self, table: View<'_>, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<()> {
+        elementwise::embed(self, table, ids, scale, out)
+    }
+    fn norm(&self, x: View<'_>, args: NormArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        norm::norm(self, x, args, out)
+    }
+    fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()> {
+        norm::norm_inplace(self, x, args)
+    }
+    fn square_sum(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        norm::square_sum(self, x, out)
+    }
+    fn scale_by_square_sum(
+        &self,
+        sums: View<'_>,
+        width: usize,
+        eps: f32,
+        weight: View<'_>,
+        x: ViewMut<'_>,
+    ) -> Result<()> {
+        norm::scale_by_square_sum(self, sums, width, eps, weight, x)
+    }
+    fn linear(&self, x: View<'_>, w: &Matrix, bias: Option<View<'_>>, out: ViewMut<'_>) -> Result<()> {
+        gemm::linear(self, x, w, bias, out)
+    }
+    fn rope(&self, x: ViewMut<'_>, args: RopeArgs<'_>) -> Result<()> {
+        rope::rope(self, x, args)
+    }
+    fn add_scaled(&self, x: View<'_>, scale: f32, y: ViewMut<'_>) -> Result<()> {
+        elementwise::add_scaled(self, x, scale, y)
+    }
+    fn scale(&self, scale: f32, x: ViewMut<'_>) -> Result<()> {
+        elementwise::scale(self, scale, x)
+    }
+    fn clamp(&self, limit: f32, x: ViewMut<'_>) -> Result<()> {
+        elementwise::clamp(self, limit, x)
+    }
+    fn sigmoid_gate(&self, gate: View<'_>, x: ViewMut<'_>) -> Result<()> {
+        elementwise::sigmoid_gate(self, gate, x)
+    }
+
+    fn alloc_kv(&self, shape: KvShape, dtype: DType, block_size: usize, blocks: usize) -> Result<KvCache> {
+        kv::alloc_kv(self, shape, dtype, block_size, blocks)
+    }
+    fn kv_block_bytes(&self, shape: KvShape, dtype: DType, block_size: usize) -> usize {
+        kv::kv_block_bytes(self, shape, dtype, block_size)
+    }
+    fn kv_write(
+        &self,
+        k: View<'_>,
+        v: View<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        kv::kv_write(self, k, v, batch, cache)
+    }
+    fn attention_gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        attention_gqa::attention_gqa(self, args, out)
+    }
+    fn attention_mla(&self, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        attention_mla::attention_mla(self, args, out)
+    }
+
+    fn route(
+        &self,
+        logits: View<'_>,
+        bias: Option<View<'_>>,
+        router: &Router,
+        ids: ViewMut<'_>,
+        weights: ViewMut<'_>,
+    ) -> Result<()> {
+        route::route(self, logits, bias, router, ids, weights)
+    }
+    fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        experts::experts(self, args, out)
+    }
+    fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()> {
+        experts::mlp(self, x, w, activation, out)
+    }
+    fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        combine::combine(self, args, out)
     }
 }
 

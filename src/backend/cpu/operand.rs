@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::CpuBackend;
 use super::memory::{Rows, RowsMut, ScratchGuard};
-use super::panel::{PANEL, padded_k};
+use super::panel::PANEL;
 use super::simd::{Float, Kernel, Simd};
 use super::tile;
 use crate::backend::{DType, View, ViewMut};
@@ -15,6 +15,8 @@ use crate::error::Result;
 
 /// Elements converted by one task; a smaller conversion stays on the calling thread.
 const TASK_ELEMENTS: usize = 1 << 16;
+/// Up to so many rows a copy is not worth its time.
+const FEW_ROWS: usize = 8;
 
 /// How a backend lays out activations that are multiplied with weights of `dtype`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +53,13 @@ impl Kernel for NativeDot {
     }
 }
 
+/// Elements from one row to the next in buffers of ours: an odd number of cache lines. Rows a power of two apart, as wide as models
+/// are, would all compete for the same few places of the L1 cache.
+pub fn row_stride(k: usize, form: Form) -> usize {
+    let line = 64 / form.bytes();
+    (k.div_ceil(line) | 1) * line
+}
+
 /// Activations ready for [`tile::PanelProduct`], in place where they can be used as they are.
 pub struct Activations<'a> {
     rows: tile::Rows,
@@ -64,34 +73,35 @@ impl<'a> Activations<'a> {
     /// # Errors
     /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
     pub fn new(backend: &'a CpuBackend, x: View<'a>) -> Result<Activations<'a>> {
-        let k = padded_k(x.cols(), x.dtype());
-        let form = Form::of(backend, x.dtype());
-        let stride = x.stride();
-        let rows = match (x.dtype(), form) {
-            (DType::F32, _) => tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride },
-            (DType::Bf16, Form::Pairs) if k == x.cols() => {
-                tile::Rows::Pairs { start: Rows::<bf16>::new(x).as_ptr(), stride }
+        match (x.dtype(), Form::of(backend, x.dtype())) {
+            (DType::F32, _) if x.rows() <= FEW_ROWS => {
+                let rows = tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride: x.stride() };
+                Ok(Activations { rows, _copy: None })
             }
-            (DType::Bf16, form) => return Self::converted(backend, Rows::new(x), k, form),
+            (DType::Bf16, Form::Pairs) if x.rows() <= FEW_ROWS && x.cols().is_multiple_of(2) => {
+                let rows = tile::Rows::Pairs { start: Rows::<bf16>::new(x).as_ptr(), stride: x.stride() };
+                Ok(Activations { rows, _copy: None })
+            }
+            (DType::F32, form) => Self::copied::<f32>(backend, x, form),
+            (DType::Bf16, form) => Self::copied::<bf16>(backend, x, form),
             (DType::I32, _) => panic!("activations are F32 or Bf16"),
-        };
-        Ok(Activations { rows, _copy: None })
+        }
     }
 
-    /// A copy in scratch: `x` padded with zeros to `k` columns, widened where the form asks for it.
-    fn converted(backend: &'a CpuBackend, x: Rows<'_, bf16>, k: usize, form: Form) -> Result<Self> {
-        let elements = x.rows() * k;
-        let mut copy = backend.scratch.activations.lock(elements * form.bytes())?;
+    /// A copy in scratch, padded with zeros, widened where the form asks for it.
+    fn copied<X: Float>(backend: &'a CpuBackend, x: View<'_>, form: Form) -> Result<Self> {
+        let stride = row_stride(x.cols(), form);
+        let mut copy = backend.scratch.activations.lock(x.rows() * stride * form.bytes())?;
         let rows = match form {
             Form::F32 => {
-                let to = &mut copy.as_mut_slice::<f32>()[..elements];
-                convert(backend, x, to, k);
-                tile::Rows::F32 { start: to.as_ptr(), stride: k }
+                let to = copy.as_mut_slice::<f32>();
+                convert(backend, Rows::<X>::new(x), to, stride);
+                tile::Rows::F32 { start: to.as_ptr(), stride }
             }
             Form::Pairs => {
-                let to = &mut copy.as_mut_slice::<bf16>()[..elements];
-                convert(backend, x, to, k);
-                tile::Rows::Pairs { start: to.as_ptr(), stride: k }
+                let to = copy.as_mut_slice::<bf16>();
+                convert(backend, Rows::<X>::new(x), to, stride);
+                tile::Rows::Pairs { start: to.as_ptr(), stride }
             }
         };
         Ok(Activations { rows, _copy: Some(copy) })
@@ -103,19 +113,17 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// Fills `to` `[rows, k]` with the rows of `x`, zero beyond their width.
-fn convert<T: Float>(backend: &CpuBackend, x: Rows<'_, bf16>, to: &mut [T], k: usize) {
-    if to.is_empty() {
-        return;
-    }
-    let rows_per_task = TASK_ELEMENTS.div_ceil(k);
+/// Fills rows of `stride` in `to` with those of `x`, zero beyond their width.
+fn convert<X: Float, T: Float>(backend: &CpuBackend, x: Rows<'_, X>, to: &mut [T], stride: usize) {
     let rows = x.rows();
+    assert!(to.len() >= rows * stride, "{} elements for {rows} rows of {stride}", to.len());
+    let rows_per_task = TASK_ELEMENTS.div_ceil(stride);
     let to = Shared(to.as_mut_ptr());
     backend.pool().run(rows.div_ceil(rows_per_task), &|task| {
         let to = &to;
         for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
             // SAFETY: row `row` of `to`, which no other task touches.
-            let to = unsafe { std::slice::from_raw_parts_mut(to.0.add(row * k), k) };
+            let to = unsafe { std::slice::from_raw_parts_mut(to.0.add(row * stride), stride) };
             let (body, padding) = to.split_at_mut(x.cols());
             backend.dispatch(Copy { from: x.row(row), to: body });
             padding.fill(T::default());

@@ -38,8 +38,7 @@ impl Simd for Avx2 {
     type V = __m256;
     type Pairs = __m256i;
     const LANES: usize = 8;
-    // Of 16 registers; the others hold weights and a broadcast activation.
-    const ACCUMULATORS: usize = 12;
+    const REGISTERS: usize = 16;
     const NATIVE_DOT: bool = false;
 
     op! {

@@ -43,8 +43,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type Pairs = __m512i;
     const LANES: usize = 16;
-    // Of 32 registers; the others hold weights and a broadcast activation.
-    const ACCUMULATORS: usize = 24;
+    const REGISTERS: usize = 32;
     const NATIVE_DOT: bool = true;
 
     op! {

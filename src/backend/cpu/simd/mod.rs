@@ -102,8 +102,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type Pairs: Copy;
     /// f32 in a vector; divides [`MAX_LANES`].
     const LANES: usize;
-    /// Vectors of accumulators that a register tile may hold.
-    const ACCUMULATORS: usize;
+    /// Vectors that registers hold.
+    const REGISTERS: usize;
     /// [`Simd::dot`] is one instruction that takes pairs as they are, so bf16 activations are left as they are. Otherwise
     /// kernels widen activations once and weights on the way.
     const NATIVE_DOT: bool;

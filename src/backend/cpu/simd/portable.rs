@@ -22,8 +22,8 @@ impl Simd for Portable {
     type V = [f32; LANES];
     type Pairs = [u32; LANES];
     const LANES: usize = LANES;
-    // Each is two registers of a 128-bit machine.
-    const ACCUMULATORS: usize = 4;
+    // Each vector takes two of the sixteen that 128-bit machines have at least.
+    const REGISTERS: usize = 8;
     const NATIVE_DOT: bool = false;
 
     #[inline(always)]

@@ -1,1 +1,0 @@
-//! Slow, plain loops: the formulas of Backend as code, the reference every fast path is tested against.
