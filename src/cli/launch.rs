@@ -1,0 +1,239 @@
+//! From an opened checkpoint and options to a running engine: what `serve`, `generate` and `verify` have in common.
+
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use router_sim::load::LoadWindow;
+use router_sim::placement::{ClusterShape, Expected, Linear, Placement, PlacementPolicy};
+
+use super::model::OpenModel;
+use super::progress;
+use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
+use crate::config::memory::{self, Demand, MemoryPlan};
+use crate::config::{Options, RawOptions, host_memory};
+use crate::engine::recorder::Recorder;
+use crate::engine::{Engine, EngineHandle, EngineOptions, Hooks, RankSetup, TimingObserver};
+use crate::error::Result;
+use crate::model::FormRules;
+use crate::model::footprint::{Footprint, Share};
+use crate::model::load::Sizes;
+use crate::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
+use crate::moe::load::{LoadCounters, WorldLoad};
+use crate::spec::ModelSpec;
+use crate::weights::{WeightReader, check_finite, check_manifest, stored_bytes};
+
+/// How long a trace may take to be written out after the engine has stopped.
+const TRACE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Everything that is known before a weight is read.
+pub struct Prepared {
+    /// The checkpoint.
+    pub model: OpenModel,
+    /// What the user's options came to.
+    pub options: Options,
+    /// Where experts live at the start.
+    pub placement: Arc<Placement>,
+    /// One per rank.
+    pub backends: Vec<Arc<dyn Backend>>,
+    /// What each rank will hold.
+    pub footprint: Footprint,
+    /// Context length and KV blocks that fit.
+    pub memory: MemoryPlan,
+    /// One counter set per rank: metrics are described before the model is loaded.
+    pub counters: Vec<Arc<LoadCounters>>,
+}
+
+/// A running engine and what to finish after it.
+pub struct Launched {
+    /// Takes requests.
+    pub engine: EngineHandle,
+    recorder: Option<Arc<Recorder>>,
+}
+
+/// What a command needs beyond the defaults.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Needs {
+    /// Logits of whole prompts: room for a chunk's logit rows, not only for one per sequence.
+    pub prompt_logits: bool,
+    /// Requests that may wait, when more than usual.
+    pub queue: Option<usize>,
+}
+
+/// Requests that may wait in a server's queue.
+const QUEUE: usize = 1024;
+
+impl Prepared {
+    /// Resolves options, checks that everything fits, and makes the ranks' devices.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] for options that do not fit the model, [`crate::Error::Memory`] when weights, KV cache and working space
+    /// exceed the device: no weight has been read then.
+    pub fn new(model: OpenModel, raw: RawOptions, needs: Needs) -> Result<Prepared> {
+        let spec = &model.family.spec;
+        let cores = available_parallelism().map_or(1, usize::from);
+        let options = Options::resolve(raw, spec, cores)?;
+        if options.model.check_weights {
+            check_manifest(&model.checkpoint)?;
+            check_finite(&model.checkpoint, spec, &model.family.names)?;
+        }
+        let placement = Arc::new(placement(spec, &options)?);
+        let backends = (0..options.parallel.world)
+            .map(|_| Ok(Arc::new(CpuBackend::detect(options.model.threads)?) as Arc<dyn Backend>))
+            .collect::<Result<Vec<_>>>()?;
+        let sizes = sizes(spec, &options, needs, None);
+        let share = Share {
+            backend: backends[0].as_ref(),
+            degrees: degrees(&options),
+            slots: placement.slots_per_rank(),
+            dtype: options.model.dtype,
+            sizes,
+        };
+        let footprint = Footprint::of(spec, share);
+        let memory = memory::plan(
+            host_memory::available().unwrap_or(u64::MAX),
+            &demand(spec, &options, footprint, backends[0].describe()),
+        )?;
+        let counters = (0..options.parallel.world)
+            .map(|_| {
+                Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep))
+            })
+            .collect();
+        Ok(Prepared { model, options, placement, backends, footprint, memory, counters })
+    }
+
+    /// The load counters as one source.
+    pub fn load(&self) -> WorldLoad {
+        WorldLoad { layer_ids: self.placement.layer_ids().to_vec(), counters: self.counters.clone() }
+    }
+
+    /// Reads the weights and starts the engine.
+    ///
+    /// # Errors
+    /// As [`load_world`] and [`Engine::start`]; [`crate::Error::Routing`] when the trace cannot be created.
+    pub fn launch(&self, needs: Needs, timing: Option<Arc<dyn TimingObserver>>) -> Result<Launched> {
+        let spec = &self.model.family.spec;
+        let sizes = sizes(spec, &self.options, needs, Some(self.memory));
+        let ranks = self.load_ranks(sizes)?;
+        let recorder = match &self.options.experts.record_routing {
+            Some(path) => Some(Arc::new(Recorder::create(path, spec, degrees(&self.options), &self.placement)?)),
+            None => None,
+        };
+        let setups = ranks
+            .into_iter()
+            .map(|rank| RankSetup {
+                model: Box::new(rank.model),
+                backend: rank.backend,
+                output: rank.output,
+                dp_rank: rank.dp_rank,
+            })
+            .collect();
+        let hooks = Hooks { steps: recorder.clone().map(|r| r as _), timing };
+        let engine = Engine::start(setups, self.engine_options(sizes, needs), hooks)?;
+        Ok(Launched { engine, recorder })
+    }
+
+    fn load_ranks(&self, sizes: Sizes) -> Result<Vec<LoadedRank>> {
+        let OpenModel { checkpoint, family, .. } = &self.model;
+        let world = WorldOptions {
+            degrees: degrees(&self.options),
+            dtype: self.options.model.dtype,
+            placement: Arc::clone(&self.placement),
+            sizes,
+            counters: self.counters.clone(),
+        };
+        let bytes = stored_bytes(checkpoint, &family.spec, &family.names).iter().map(|(_, n)| n).sum();
+        let bar = progress::bytes("loading weights", bytes);
+        let tell = |read| bar.inc(read);
+        let reader = WeightReader::new(checkpoint, &family.spec, &family.names, world.dtype);
+        let ranks = load_world(reader.with_progress(&tell), &family.spec, self.backends.clone(), &world);
+        bar.finish_and_clear();
+        ranks
+    }
+
+    fn engine_options(&self, sizes: Sizes, needs: Needs) -> EngineOptions {
+        let spec = &self.model.family.spec;
+        let scheduler = &self.options.scheduler;
+        EngineOptions {
+            vocab_size: spec.vocab_size,
+            max_model_len: sizes.max_model_len,
+            block_size: sizes.block_size,
+            kv_blocks: sizes.kv_blocks,
+            max_num_seqs: scheduler.max_num_seqs,
+            max_num_batched_tokens: scheduler.max_num_batched_tokens,
+            prefill_chunk_size: scheduler.prefill_chunk_size,
+            max_logit_rows: sizes.max_logit_rows,
+            prefix_caching: self.options.cache.prefix_caching,
+            form_rules: FormRules::of_spec(spec),
+            max_waiting: needs.queue.unwrap_or(QUEUE),
+        }
+    }
+}
+
+impl Launched {
+    /// Stops the engine, giving running requests `drain` to finish, and completes the trace. A trace that failed is told,
+    /// and is no failure of serving.
+    pub fn finish(self, drain: Duration) {
+        self.engine.shutdown(drain);
+        if let Some(recorder) = self.recorder
+            && let Err(error) = recorder.finish(TRACE_PATIENCE)
+        {
+            tracing::warn!("the routing trace is incomplete: {error}");
+        }
+    }
+}
+
+fn degrees(options: &Options) -> Degrees {
+    let parallel = options.parallel;
+    Degrees { tensor_parallel: parallel.tp, data_parallel: parallel.dp, expert_tp: parallel.expert_tp }
+}
+
+/// `memory` is `None` while it is still being planned.
+fn sizes(spec: &ModelSpec, options: &Options, needs: Needs, memory: Option<MemoryPlan>) -> Sizes {
+    let scheduler = &options.scheduler;
+    let longest = scheduler.max_model_len.unwrap_or(spec.max_position_embeddings);
+    Sizes {
+        max_model_len: memory.map_or(longest, |plan| plan.max_model_len),
+        block_size: options.cache.block_size,
+        kv_blocks: memory.map_or(0, |plan| plan.kv_blocks),
+        max_rows: scheduler.max_num_batched_tokens,
+        max_logit_rows: match needs.prompt_logits {
+            true => scheduler.max_num_seqs + scheduler.prefill_chunk_size,
+            false => scheduler.max_num_seqs,
+        },
+    }
+}
+
+fn demand(spec: &ModelSpec, options: &Options, footprint: Footprint, device: String) -> Demand {
+    let ranks = options.parallel.world;
+    Demand {
+        device,
+        weights: footprint.weights.saturating_mul(ranks as u64),
+        working: footprint.working.saturating_mul(ranks as u64),
+        ranks,
+        kv_block: footprint.kv_block,
+        block_size: options.cache.block_size,
+        kv_memory: options.cache.memory,
+        max_model_len: options.scheduler.max_model_len,
+        model_positions: spec.max_position_embeddings,
+        max_num_seqs: options.scheduler.max_num_seqs,
+    }
+}
+
+fn placement(spec: &ModelSpec, options: &Options) -> Result<Placement> {
+    let layer_ids = spec.moe_layers();
+    let ranks = options.parallel.ep;
+    match &options.experts.placement {
+        Some(path) => {
+            let expected =
+                Expected { ranks: Some(ranks), experts: spec.moe.experts, layer_ids: &layer_ids };
+            Ok(Placement::read(path, &expected)?)
+        }
+        None => {
+            let slots = options.experts.slots_per_rank * ranks;
+            let shape = ClusterShape { ranks, redundant: slots.saturating_sub(spec.moe.experts) };
+            Ok(Linear.place(&LoadWindow::new(&layer_ids, spec.moe.experts), &shape)?)
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! A checkpoint opened and understood, before anything of it is loaded.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::embedded;
+use crate::config::resolve::GenerationConfig;
+use crate::error::{Error, Problems, Result};
+use crate::model::families::{self, Family};
+use crate::server::SamplingDefaults;
+use crate::tokenizer::{Tokenizer, TokenizerFiles};
+use crate::weights::{Checkpoint, validate};
+
+/// A checkpoint with what its JSON files say.
+pub struct OpenModel {
+    /// The files.
+    pub checkpoint: Checkpoint,
+    /// What it is and how its tensors are called.
+    pub family: Family,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The folder's name, or the embedded model's.
+    pub name: String,
+}
+
+/// Sampling defaults and end-of-text tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// Where a request says nothing.
+    pub sampling: SamplingDefaults,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl OpenModel {
+    /// Opens a folder, or the embedded model without one. Everything wrong with the checkpoint is reported at once.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with all problems of config.json, of the tensors or of the tokenizer.
+    pub fn open(folder: Option<&Path>) -> Result<OpenModel> {
+        let checkpoint = match folder {
+            Some(folder) => Checkpoint::open(folder)?,
+            None => Checkpoint::embedded(embedded::FILES),
+        };
+        let family = family(&checkpoint)?;
+        for warning in validate(&checkpoint, &family.spec, &family.names)? {
+            tracing::warn!("{}: {warning}", checkpoint.name());
+        }
+        let tokenizer = Arc::new(tokenizer(&checkpoint, family.spec.vocab_size)?);
+        let name = match folder {
+            Some(folder) => folder_name(folder),
+            None => embedded::NAME.to_owned(),
+        };
+        Ok(OpenModel { checkpoint, family, tokenizer, name })
+    }
+
+    /// What generation_config.json (or the file given instead) says. End-of-text tokens always include config.json's.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the file is not what it should be.
+    pub fn generation(&self, choice: &GenerationConfig) -> Result<Generation> {
+        let mut eos = self.family.spec.eos_token_ids.clone();
+        let (name, bytes): (String, Option<Cow<'_, [u8]>>) = match choice {
+            GenerationConfig::File(path) => {
+                let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+                (path.display().to_string(), Some(Cow::Owned(bytes)))
+            }
+            GenerationConfig::Checkpoint | GenerationConfig::None => {
+                ("generation_config.json".to_owned(), self.checkpoint.text("generation_config.json")?)
+            }
+        };
+        let Some(bytes) = bytes else {
+            return Ok(Generation { sampling: SamplingDefaults::default(), eos_token_ids: eos });
+        };
+        let file: GenerationFile =
+            serde_json::from_slice(&bytes).map_err(|e| Error::config(&name, e.to_string()))?;
+        let named = file.eos_token_id.as_ref().map_or(Vec::new(), Ids::list);
+        eos.extend(named.into_iter().filter(|id| !self.family.spec.eos_token_ids.contains(id)));
+        let sampling = match choice {
+            GenerationConfig::None => SamplingDefaults::default(),
+            _ => file.sampling(&name)?,
+        };
+        Ok(Generation { sampling, eos_token_ids: eos })
+    }
+}
+
+fn family(checkpoint: &Checkpoint) -> Result<Family> {
+    let Some(config) = checkpoint.text("config.json")? else {
+        let mut problems = Problems::new(checkpoint.name());
+        problems.add("config.json", None, "a config.json in Hugging Face layout", "no such file");
+        return Err(Error::Checkpoint(problems));
+    };
+    families::resolve(&config).map_err(|error| match error {
+        // The family knows the file but not the folder it came from.
+        Error::Checkpoint(problems) => {
+            Error::Checkpoint(Problems { checkpoint: checkpoint.name().to_owned(), ..problems })
+        }
+        other => other,
+    })
+}
+
+fn tokenizer(checkpoint: &Checkpoint, embedding_rows: usize) -> Result<Tokenizer> {
+    let [json, config, special, template] =
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+            .map(|name| checkpoint.text(name));
+    let (json, config, special, template) = (json?, config?, special?, template?);
+    let files = TokenizerFiles {
+        checkpoint: checkpoint.name(),
+        tokenizer_json: json.as_deref(),
+        tokenizer_config: config.as_deref(),
+        special_tokens_map: special.as_deref(),
+        chat_template: template.as_deref(),
+    };
+    Tokenizer::from_parts(&files, embedding_rows)
+}
+
+/// The last part of a path, also of `.` and of paths that end in `..`.
+fn folder_name(folder: &Path) -> String {
+    let whole: PathBuf = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The keys of generation_config.json that serving reads; the file belongs to others and has many more. `do_sample` is
+/// about transformers' `generate()`: an API samples unless a request asks for temperature 0.
+#[derive(Debug, Default, Deserialize)]
+struct GenerationFile {
+    eos_token_id: Option<Ids>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl Ids {
+    fn list(&self) -> Vec<u32> {
+        match self {
+            Ids::One(id) => vec![*id],
+            Ids::Many(ids) => ids.clone(),
+        }
+    }
+}
+
+impl GenerationFile {
+    fn sampling(&self, file: &str) -> Result<SamplingDefaults> {
+        let openai = SamplingDefaults::default();
+        let temperature = self.temperature.unwrap_or(openai.temperature);
+        let top_p = self.top_p.unwrap_or(openai.top_p);
+        let top_k = self.top_k.unwrap_or(0);
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            return Err(Error::config(file, format!("temperature: expected 0 or more, found {temperature}")));
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return Err(Error::config(file, format!("top_p: expected above 0 to 1, found {top_p}")));
+        }
+        // -1 and 0 both mean all.
+        Ok(SamplingDefaults { temperature, top_p, top_k: usize::try_from(top_k).unwrap_or(0) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_model_is_whole() {
+        let model = OpenModel::open(None).unwrap();
+        assert_eq!(model.name, "demo-mixtral");
+        let generation = model.generation(&GenerationConfig::Checkpoint).unwrap();
+        assert_eq!(generation.eos_token_ids, [1, 6]);
+        assert_eq!((generation.sampling.temperature, generation.sampling.top_p), (0.8, 0.95));
+        let none = model.generation(&GenerationConfig::None).unwrap();
+        assert_eq!((none.sampling, none.eos_token_ids), (SamplingDefaults::default(), vec![1, 6]));
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        for (json, message) in [
+            (r#"{"temperature": -1}"#, "temperature: expected 0 or more, found -1"),
+            (r#"{"top_p": 0}"#, "top_p: expected above 0 to 1, found 0"),
+        ] {
+            let file: GenerationFile = serde_json::from_str(json).unwrap();
+            assert!(file.sampling("g.json").unwrap_err().to_string().contains(message));
+        }
+    }
+}
