@@ -118,7 +118,7 @@ impl StepObserver for Gate {
         false
     }
 
-    fn on_step(&self, _: &StepPlan, _: usize, _: usize, _: &StepOutput) {
+    fn on_step(&self, _: &StepPlan, _: usize, _: usize, _: &StepOutput, _: Duration) {
         *self.reached.lock().unwrap() += 1;
         self.changed.notify_all();
         let open = self.open.lock().unwrap();
@@ -401,7 +401,7 @@ struct Tally {
 }
 
 impl StepObserver for Tally {
-    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput) {
+    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput, _: Duration) {
         *self.rows.lock().unwrap() += output.routing.rows;
         if rank.is_multiple_of(2) {
             *self.planned_rows.lock().unwrap() += plan.sub_plans[dp_rank].rows();

@@ -21,6 +21,7 @@ mod sequence;
 // threads
 mod driver;
 pub mod rank;
+pub mod recorder;
 // a model without weights, for tests of everything above it
 pub mod scripted;
 

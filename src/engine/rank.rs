@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// One rank as the engine takes it over. The ranks of one tensor-parallel group have the same `dp_rank`; together they
 /// own every row of its sub-plan exactly once.
@@ -36,7 +37,15 @@ pub trait StepObserver: Send + Sync {
 
     /// The step is computed. `rank` is the index of the [`RankSetup`]; `output` describes the rows it owns of
     /// `plan.sub_plans[dp_rank]`.
-    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput);
+    /// It took `duration` on this rank.
+    fn on_step(
+        &self,
+        plan: &StepPlan,
+        rank: usize,
+        dp_rank: usize,
+        output: &StepOutput,
+        duration: Duration,
+    );
 }
 
 /// Refuses setups that do not fit together or not the options.
@@ -206,6 +215,7 @@ impl Rank {
     }
 
     fn step(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        let started = Instant::now();
         let RankSetup { model, output, dp_rank, .. } = &mut self.setup;
         let sub = &plan.sub_plans[*dp_rank];
         model.forward(&sub.batch(sub.capture_routing || plan.observe_routing), output)?;
@@ -213,7 +223,8 @@ impl Rank {
         report.routing = sub.capture_routing.then(|| output.routing.clone());
         self.sample(plan, report)?;
         if let Some(observer) = &self.observer {
-            observer.on_step(plan, self.index, self.setup.dp_rank, &self.setup.output);
+            let RankSetup { dp_rank, output, .. } = &self.setup;
+            observer.on_step(plan, self.index, *dp_rank, output, started.elapsed());
         }
         Ok(())
     }

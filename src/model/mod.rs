@@ -9,6 +9,7 @@ pub mod world;
 
 use crate::backend::{AttentionBatch, Tensor};
 use crate::error::Result;
+use crate::spec::{Attention, ModelSpec, RopeScaling};
 
 /// One data-parallel rank's share of a step. Every rank of that tensor-parallel group gets the same batch; an idle
 /// group gets one without rows and still takes part in every collective.
@@ -78,6 +79,17 @@ pub struct FormRules {
 }
 
 impl FormRules {
+    /// What a model distinguishes.
+    pub fn of_spec(spec: &ModelSpec) -> FormRules {
+        FormRules {
+            generated: matches!(spec.attention, Attention::Mla { .. }),
+            long_above: match spec.rope.scaling {
+                RopeScaling::LongRope { original_max_position, .. } => Some(original_max_position),
+                _ => None,
+            },
+        }
+    }
+
     /// The form of the token at `position` of a request whose prompt has `prompt_len` tokens.
     pub fn of(&self, position: usize, prompt_len: usize) -> TokenForm {
         let due_len = prompt_len.max(position + 1);

@@ -54,8 +54,6 @@ pub struct LoadedRank {
     pub backend: Arc<dyn Backend>,
     /// The data-parallel rank it belongs to.
     pub dp_rank: usize,
-    /// What its router has counted.
-    pub load: Arc<LoadCounters>,
 }
 
 /// What all ranks have in common.
@@ -69,6 +67,8 @@ pub struct WorldOptions {
     pub placement: Arc<Placement>,
     /// Sizes of what is not weights.
     pub sizes: Sizes,
+    /// Where each rank's router counts; one per rank.
+    pub counters: Vec<Arc<LoadCounters>>,
 }
 
 /// Loads every rank in parallel, one backend each, and returns them in rank order.
@@ -86,6 +86,7 @@ pub fn load_world(
 ) -> Result<Vec<LoadedRank>> {
     let degrees = options.degrees;
     assert_eq!(backends.len(), degrees.world(), "one backend per rank");
+    assert_eq!(options.counters.len(), degrees.world(), "one set of counters per rank");
     assert_eq!(options.placement.ranks(), degrees.expert_parallel(), "ranks of the placement");
     let results: Vec<Result<LoadedRank>> = thread::scope(|scope| {
         let threads: Vec<_> = communicators(&backends)
@@ -115,6 +116,7 @@ fn load_rank(
     backend: Arc<dyn Backend>,
     options: &WorldOptions,
 ) -> Result<LoadedRank> {
+    let counters = Arc::clone(&options.counters[world.rank()]);
     let dp_rank = world.rank() / options.degrees.tensor_parallel;
     let tp = match options.degrees.tensor_parallel {
         1 => Box::new(Solo::new(Arc::clone(&backend))) as Box<dyn Communicator>,
@@ -127,9 +129,7 @@ fn load_rank(
         expert_tp: options.degrees.expert_tp,
         dtype: options.dtype,
     };
-    let ranks = options.degrees.expert_parallel();
-    let counters = Arc::new(LoadCounters::new(options.placement.layers(), spec.moe.experts, ranks));
     let placement = Arc::clone(&options.placement);
-    let (model, output) = load(reader, spec, rank, placement, Arc::clone(&counters), options.sizes)?;
-    Ok(LoadedRank { model, output, backend, dp_rank, load: counters })
+    let (model, output) = load(reader, spec, rank, placement, counters, options.sizes)?;
+    Ok(LoadedRank { model, output, backend, dp_rank })
 }

@@ -12,7 +12,7 @@ use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
 use moeyard::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
 use moeyard::model::{Batch, Model, Routing};
-use moeyard::moe::load::WorldLoad;
+use moeyard::moe::load::{LoadCounters, WorldLoad};
 use moeyard::weights::{Checkpoint, WeightReader, validate};
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
@@ -93,6 +93,7 @@ pub struct Sequence {
 pub struct World {
     pub family: Family,
     ranks: Vec<LoadedRank>,
+    counters: Vec<Arc<LoadCounters>>,
     degrees: Degrees,
     next_block: u32,
     blocks: u32,
@@ -117,7 +118,14 @@ impl World {
             Linear.place(&LoadWindow::new(&layers, family.spec.moe.experts), &shape).unwrap()
         });
         let blocks = 64 * setup.max_model_len.div_ceil(BLOCK).max(1);
+        let counters: Vec<_> = (0..setup.degrees.world())
+            .map(|_| {
+                let ranks = setup.degrees.expert_parallel();
+                Arc::new(LoadCounters::new(layers.len(), family.spec.moe.experts, ranks))
+            })
+            .collect();
         let options = WorldOptions {
+            counters: counters.clone(),
             degrees: setup.degrees,
             dtype: setup.dtype,
             placement: Arc::new(placement),
@@ -132,7 +140,8 @@ impl World {
         let backends = (0..setup.degrees.world()).map(|_| (setup.backend)()).collect();
         let reader = WeightReader::new(&checkpoint, &family.spec, &family.names, setup.dtype);
         let ranks = load_world(reader, &family.spec, backends, &options).unwrap();
-        World { degrees: setup.degrees, ranks, next_block: 0, blocks: blocks as u32, family }
+        let (degrees, blocks) = (setup.degrees, blocks as u32);
+        World { degrees, ranks, counters, next_block: 0, blocks, family }
     }
 
     pub fn sequence(&mut self, prompt: &[u32]) -> Sequence {
@@ -238,7 +247,7 @@ impl World {
     pub fn load_snapshot(&self) -> LoadSnapshot {
         WorldLoad {
             layer_ids: self.family.spec.moe_layers(),
-            counters: self.ranks.iter().map(|rank| Arc::clone(&rank.load)).collect(),
+            counters: self.counters.clone(),
         }
         .snapshot()
     }

@@ -1,0 +1,142 @@
+//! Records the routing of every step to a trace: each rank writes its own rows, none waits for another, and a disk that
+//! fails or stalls costs the trace only.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use router_sim::load::Phase;
+use router_sim::placement::Placement;
+use router_sim::trace::{
+    Degrees, Piece, RowInfo, StepInfo, TraceCounters, TraceHeader, TraceWriter, WeightFormat,
+};
+
+use super::plan::{StepPlan, SubPlan};
+use super::rank::StepObserver;
+use crate::error::{Error, Result};
+use crate::model::{StepOutput, world};
+use crate::spec::ModelSpec;
+
+/// A [`StepObserver`] that writes a routing trace.
+pub struct Recorder {
+    began: Instant,
+    placement_version: u64,
+    counters: Arc<TraceCounters>,
+    /// Ranks take turns for the microseconds it takes to pack their rows; `None` once finished.
+    writer: Mutex<Option<Open>>,
+}
+
+struct Open {
+    writer: TraceWriter,
+    /// Reused from step to step.
+    rows: Vec<RowInfo>,
+}
+
+impl Recorder {
+    /// Starts a trace at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Routing`] when the file cannot be created.
+    pub fn create(
+        path: &Path,
+        spec: &ModelSpec,
+        degrees: world::Degrees,
+        placement: &Placement,
+    ) -> Result<Recorder> {
+        let header = TraceHeader {
+            spec_digest: spec_digest(spec),
+            family: spec.family.to_owned(),
+            top_k: spec.moe.top_k,
+            degrees: Degrees {
+                tensor: degrees.tensor_parallel,
+                data: degrees.data_parallel,
+                expert: degrees.expert_parallel(),
+                pipeline: 1,
+            },
+            node_of_rank: vec![0; degrees.world()],
+            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), "even".to_owned())].into(),
+            cost: Default::default(),
+            weights: WeightFormat::None,
+            placement: placement.clone(),
+        };
+        let writer = TraceWriter::create(path, header).map_err(Error::Routing)?;
+        Ok(Recorder {
+            began: Instant::now(),
+            placement_version: placement.version(),
+            counters: writer.counters(),
+            writer: Mutex::new(Some(Open { writer, rows: Vec::new() })),
+        })
+    }
+
+    /// What became of the records so far.
+    pub fn counters(&self) -> &TraceCounters {
+        &self.counters
+    }
+
+    /// Ends the trace and waits up to `patience` for it to be written.
+    ///
+    /// # Errors
+    /// [`Error::Routing`] with the first failure of the trace.
+    pub fn finish(&self, patience: Duration) -> Result<()> {
+        let open = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        open.map_or(Ok(()), |open| Ok(open.writer.finish(patience)?))
+    }
+}
+
+impl StepObserver for Recorder {
+    fn on_step(
+        &self,
+        plan: &StepPlan,
+        rank: usize,
+        dp_rank: usize,
+        output: &StepOutput,
+        duration: Duration,
+    ) {
+        let routing = &output.routing;
+        if routing.rows == 0 {
+            return;
+        }
+        let end_us = self.began.elapsed().as_micros() as u64;
+        let duration_us = duration.as_micros() as u64;
+        let mut guard = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Open { writer, rows }) = guard.as_mut() else { return };
+        owned_rows(&plan.sub_plans[dp_rank], routing.first_row, routing.rows, rows);
+        let info = StepInfo {
+            step: plan.step,
+            start_us: end_us.saturating_sub(duration_us),
+            duration_us,
+            placement_version: self.placement_version,
+            rows: plan.rows() as u64,
+        };
+        writer.step(&info, &[Piece { rank, rows, ids: &routing.ids, weights: &routing.weights }]);
+    }
+}
+
+/// Describes `count` batch rows from `first` on.
+fn owned_rows(sub: &SubPlan, first: usize, count: usize, rows: &mut Vec<RowInfo>) {
+    rows.clear();
+    for (span, info) in sub.spans.iter().zip(&sub.infos) {
+        for i in 0..span.rows {
+            let row = (span.row + i) as usize;
+            if row < first || row >= first + count {
+                continue;
+            }
+            let position = span.position + i;
+            rows.push(RowInfo {
+                request: info.request,
+                position: u64::from(position),
+                phase: if position < span.prompt_len { Phase::Prefill } else { Phase::Decode },
+                recomputed: i < info.recomputed,
+            });
+        }
+    }
+    assert_eq!(rows.len(), count, "rows {first}..{} of a step", first + count);
+}
+
+/// Equal for models that route alike: FNV-1a over the specification's text.
+fn spec_digest(spec: &ModelSpec) -> String {
+    let hash = format!("{spec:?}").bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
+}
