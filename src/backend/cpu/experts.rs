@@ -13,7 +13,7 @@ use super::panel::{self, PANEL, Panels, Source, packed_bytes, padded_k, panels};
 use super::simd::{Float, Kernel, Simd, sigmoid};
 use super::tile::{self, PanelProduct, WIDE_LEN};
 use super::work::{Item, Segment, panel_products};
-use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut};
+use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::Activation;
 
@@ -26,9 +26,8 @@ const DOWN_BIAS: usize = 3;
 /// See [`crate::backend::Backend::pack_mlp`]. Panel 2j holds 48 columns of gate, panel 2j + 1 the same of up; the bias of both is
 /// laid out alike, `[1, panels * PANEL]`.
 pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+    check::pack_mlp(host);
     let (intermediate, hidden) = (host.gate.n, host.gate.k);
-    assert_eq!((host.up.n, host.up.k), (intermediate, hidden), "gate and up differ in shape");
-    assert_eq!((host.down.n, host.down.k), (hidden, intermediate), "down does not fit gate and up");
     let gate_up = |panel| {
         let matrix = if panel % 2 == 0 { &host.gate } else { &host.up };
         Source { matrix, first: panel / 2 * PANEL }
@@ -39,7 +38,6 @@ pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Re
         panel::pack(backend.pool(), panels(hidden), intermediate, dtype, down)?,
     ];
     if let Some(HostMlpBias { gate, up, down }) = &host.bias {
-        assert_eq!((gate.len(), up.len(), down.len()), (intermediate, intermediate, hidden), "biases");
         let mut both = memory::tensor(DType::F32, 1, 2 * panels(intermediate) * PANEL)?;
         let mut to = RowsMut::<f32>::new(both.view_mut());
         let pairs = gate.chunks(PANEL).zip(up.chunks(PANEL));
@@ -71,9 +69,8 @@ pub(super) fn mlp_bytes(
 
 /// See [`crate::backend::Backend::experts`].
 pub(super) fn experts(backend: &CpuBackend, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+    check::experts(&args, &out);
     let ExpertsArgs { rows, offsets, slots, activation } = args;
-    assert_eq!(offsets.len(), slots.len() + 1, "one offset more than slots");
-    assert_eq!((offsets[0], offsets[slots.len()]), (0, rows.rows()), "offsets do not cover the rows");
     let of = |slot: usize| slots[slot].as_ref();
     Grouped { offsets, mlp: &of, activation }.run(backend, rows, out)
 }
@@ -86,6 +83,7 @@ pub(super) fn mlp(
     activation: Activation,
     out: ViewMut<'_>,
 ) -> Result<()> {
+    check::mlp(&x, w, &out);
     Grouped { offsets: &[0, x.rows()], mlp: &|_| Some(w), activation }.run(backend, x, out)
 }
 
@@ -99,8 +97,7 @@ struct Grouped<'a> {
 impl Grouped<'_> {
     fn run(&self, backend: &CpuBackend, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
         let (rows, hidden, dtype) = (x.rows(), x.cols(), x.dtype());
-        assert_eq!((out.rows(), out.cols()), (rows, hidden), "out is not [rows, hidden]");
-        let Some(width) = self.check(hidden, dtype) else { return Ok(()) };
+        let Some(width) = self.used().map(|(_, _, w)| w.intermediate).max() else { return Ok(()) };
         let activations = Activations::new(backend, x)?;
         let form = Form::of(backend, dtype);
         let stride = row_stride(width, form);
@@ -137,18 +134,6 @@ impl Grouped<'_> {
         (self.mlp)(slot).unwrap_or_else(|| panic!("slot {slot} is empty and has rows"))
     }
 
-    /// Checks every MLP in use and returns their widest intermediate; `None` without rows.
-    fn check(&self, hidden: usize, dtype: DType) -> Option<usize> {
-        self.used()
-            .map(|(slot, _, w)| {
-                assert_eq!(w.hidden, hidden, "the MLP of slot {slot} and the rows differ in width");
-                let types = [w.parts[GATE_UP].dtype(), w.parts[DOWN].dtype()];
-                assert_eq!(types, [dtype; 2], "activations and weights of slot {slot} differ in type");
-                w.intermediate
-            })
-            .max()
-    }
-
     /// The segments of one pass.
     fn segments(&self, units: impl Fn(&Mlp) -> usize + Clone) -> impl Iterator<Item = Segment> + Clone {
         self.used().map(move |(slot, rows, w)| Segment { slot, rows, units: units(w) })
@@ -167,7 +152,7 @@ impl Grouped<'_> {
         work.plan(backend, 2 * panel_products(hidden), self.segments(|w| panels(w.intermediate)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
-            let weights = Panels::new(w.parts[GATE_UP].view());
+            let weights = Panels::new(w.parts[GATE_UP].view(), 2 * panels(w.intermediate), w.hidden);
             let bias = w
                 .parts
                 .get(GATE_UP_BIAS)
@@ -203,7 +188,7 @@ impl Grouped<'_> {
         work.plan(backend, products, self.segments(|w| panels(w.hidden)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
-            let weights = Panels::new(w.parts[DOWN].view());
+            let weights = Panels::new(w.parts[DOWN].view(), panels(w.hidden), w.intermediate);
             let bias = w.parts.get(DOWN_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
             with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
                 let (wide, sums) = scratch.split_at_mut(WIDE_LEN);

@@ -6,11 +6,12 @@ use super::operand::{Activations, Output};
 use super::panel::{self, PANEL, Panels, Source, packed_bytes, panels};
 use super::tile::{PanelProduct, WIDE_LEN};
 use super::work::{Item, Segment, panel_products};
-use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut};
+use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut, check};
 use crate::error::Result;
 
 /// See [`crate::backend::Backend::pack_matrix`].
 pub(super) fn pack_matrix(backend: &CpuBackend, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+    check::host_matrix("matrix", host);
     let source = |panel| Source { matrix: host, first: panel * PANEL };
     let data = panel::pack(backend.pool(), panels(host.n), host.k, dtype, source)?;
     Ok(Matrix { data, n: host.n, k: host.k })
@@ -29,16 +30,13 @@ pub(super) fn linear(
     bias: Option<View<'_>>,
     out: ViewMut<'_>,
 ) -> Result<()> {
+    check::linear(&x, w, bias.as_ref(), &out);
     let rows = x.rows();
-    assert_eq!(x.cols(), w.k, "x is {} wide, the matrix takes {}", x.cols(), w.k);
-    assert_eq!(x.dtype(), w.data.dtype(), "activations and weights of different types");
-    assert_eq!((out.rows(), out.cols()), (rows, w.n), "out is not [rows, outputs]");
     let bias = bias.map(|bias| Rows::<f32>::new(bias).row(0));
-    assert!(bias.is_none_or(|b| b.len() == w.n), "the bias is not as wide as the output");
     if rows == 0 || w.n == 0 {
         return Ok(());
     }
-    let weights = Panels::new(w.data.view());
+    let weights = Panels::new(w.data.view(), panels(w.n), w.k);
     let activations = Activations::new(backend, x)?;
     let a = activations.rows();
     let out = Output::new(out);

@@ -11,7 +11,7 @@ use crate::backend::DType;
 use crate::error::Result;
 
 /// Repetitions; the best counts.
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 30;
 /// Steps of [`Multiply`] per task and tasks per thread: a few milliseconds together.
 const STEPS: usize = 20_000;
 const TASKS_PER_THREAD: usize = 16;

@@ -77,11 +77,6 @@ impl CpuBackend {
         &self.pool
     }
 
-    /// The instruction set of this rank.
-    pub(crate) fn isa(&self) -> Isa {
-        self.isa
-    }
-
     /// Runs a kernel on the calling thread.
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(&self, kernel: K) -> K::Output {

@@ -56,7 +56,13 @@ pub enum Panels<'a> {
 
 impl<'a> Panels<'a> {
     /// A tensor made by [`pack`].
-    pub fn new(packed: View<'a>) -> Self {
+    ///
+    /// # Panics
+    /// When it is not `panels` panels of `k`: kernels rely on it.
+    pub fn new(packed: View<'a>, panels: usize, k: usize) -> Self {
+        let (rows, cols) = (packed.rows(), packed.cols());
+        let expected = (panels, padded_k(k, packed.dtype()) * PANEL);
+        assert!((rows, cols) == expected, "weights packed as [{rows}, {cols}], expected {expected:?}");
         match packed.dtype() {
             DType::F32 => Panels::F32(Rows::new(packed)),
             DType::Bf16 => Panels::Bf16(Rows::new(packed)),

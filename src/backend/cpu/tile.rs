@@ -132,7 +132,13 @@ unsafe fn blocks<S: Simd, P: Product<S>>(
         // SAFETY: k lies in the panel, and so in the activations.
         unsafe {
             let a = Strided { start: a.at(0, k), ..a };
-            strips::<S, P>(simd, a, rows, panel[k * PANEL..].as_ptr(), length, sums, k == 0);
+            strips::<S, P>(
+                simd,
+                a,
+                rows,
+                Block { w: panel[k * PANEL..].as_ptr(), k: length, first: k == 0 },
+                sums,
+            );
         }
         k += length;
         if k == depth {
@@ -160,7 +166,8 @@ unsafe fn widened_blocks<S: Simd>(
         // SAFETY: the block lies in the panel, and so in the activations.
         unsafe {
             let a = Strided { start: a.at(0, number * BLOCK_F32), ..a };
-            strips::<S, Plain>(simd, a, rows, wide.as_ptr(), pairs.len() / PANEL, sums, number == 0);
+            let block = Block { w: wide.as_ptr(), k: pairs.len() / PANEL, first: number == 0 };
+            strips::<S, Plain>(simd, a, rows, block, sums);
         }
     }
 }
@@ -330,16 +337,31 @@ impl<S: Simd> Product<S> for Native {
     }
 }
 
-/// All rows times one block of a panel, strip by strip.
+/// One block of a panel.
+struct Block<W> {
+    /// Its first weight.
+    w: *const W,
+    /// Its k.
+    k: usize,
+    /// It is the panel's first: sums start from 0. Otherwise they go on from where the last block left them.
+    first: bool,
+}
+
+impl<W> Clone for Block<W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<W> Copy for Block<W> {}
+
+/// All rows times one block, strip by strip.
 #[inline(always)]
 unsafe fn strips<S: Simd, P: Product<S>>(
     simd: S,
     a: Strided<P::A>,
     rows: usize,
-    w: *const P::W,
-    k: usize,
+    block: Block<P::W>,
     sums: *mut f32,
-    first: bool,
 ) {
     let mut row = 0;
     while row < rows {
@@ -349,37 +371,35 @@ unsafe fn strips<S: Simd, P: Product<S>>(
             let a = Strided { start: a.at(row, 0), ..a };
             let sums = sums.add(row * PANEL);
             match height {
-                1 => strip::<S, P, 1>(simd, a, w, k, sums, first),
-                2 => strip::<S, P, 2>(simd, a, w, k, sums, first),
-                3 => strip::<S, P, 3>(simd, a, w, k, sums, first),
-                4 => strip::<S, P, 4>(simd, a, w, k, sums, first),
-                5 => strip::<S, P, 5>(simd, a, w, k, sums, first),
-                6 => strip::<S, P, 6>(simd, a, w, k, sums, first),
-                7 => strip::<S, P, 7>(simd, a, w, k, sums, first),
-                _ => strip::<S, P, 8>(simd, a, w, k, sums, first),
+                1 => strip::<S, P, 1>(simd, a, block, sums),
+                2 => strip::<S, P, 2>(simd, a, block, sums),
+                3 => strip::<S, P, 3>(simd, a, block, sums),
+                4 => strip::<S, P, 4>(simd, a, block, sums),
+                5 => strip::<S, P, 5>(simd, a, block, sums),
+                6 => strip::<S, P, 6>(simd, a, block, sums),
+                7 => strip::<S, P, 7>(simd, a, block, sums),
+                _ => strip::<S, P, 8>(simd, a, block, sums),
             }
         }
         row += height;
     }
 }
 
-/// R rows times one block of a panel, in tiles as wide as the accumulators allow.
+/// R rows times one block, in tiles as wide as the registers allow.
 #[inline(always)]
 unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(
     simd: S,
     a: Strided<P::A>,
-    w: *const P::W,
-    k: usize,
+    block: Block<P::W>,
     sums: *mut f32,
-    first: bool,
 ) {
     // SAFETY: the caller's promise, passed on.
     unsafe {
         match const { widest::<S>(R) } {
-            6 => tiles::<S, P, R, 6>(simd, a, w, k, sums, first),
-            3 => tiles::<S, P, R, 3>(simd, a, w, k, sums, first),
-            2 => tiles::<S, P, R, 2>(simd, a, w, k, sums, first),
-            _ => tiles::<S, P, R, 1>(simd, a, w, k, sums, first),
+            6 => tiles::<S, P, R, 6>(simd, a, block, sums),
+            3 => tiles::<S, P, R, 3>(simd, a, block, sums),
+            2 => tiles::<S, P, R, 2>(simd, a, block, sums),
+            _ => tiles::<S, P, R, 1>(simd, a, block, sums),
         }
     }
 }
@@ -404,32 +424,32 @@ const fn tallest<S: Simd>() -> usize {
     rows
 }
 
+/// R rows times one block, tile by tile.
 #[inline(always)]
 unsafe fn tiles<S: Simd, P: Product<S>, const R: usize, const V: usize>(
     simd: S,
     a: Strided<P::A>,
-    w: *const P::W,
-    k: usize,
+    block: Block<P::W>,
     sums: *mut f32,
-    first: bool,
 ) {
     for column in (0..PANEL).step_by(V * S::LANES) {
         // SAFETY: the V vectors from `column` on are in the panel.
-        unsafe { tile::<S, P, R, V>(simd, a, w.add(column * P::STEP), k, sums.add(column), first) }
+        unsafe {
+            let block = Block { w: block.w.add(column * P::STEP), ..block };
+            tile::<S, P, R, V>(simd, a, block, sums.add(column));
+        }
     }
 }
 
-/// The register tile: R rows times V vectors of columns over one block of k. `first` starts the sums from 0, otherwise they go on from
-/// where the last block left them.
+/// The register tile: R rows times V vectors of columns over one block.
 #[inline(always)]
 unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
     simd: S,
     a: Strided<P::A>,
-    w: *const P::W,
-    k: usize,
+    block: Block<P::W>,
     sums: *mut f32,
-    first: bool,
 ) {
+    let Block { w, k, first } = block;
     let mut acc = [[simd.zero(); V]; R];
     // SAFETY: the caller vouches for R rows of k activations, the block of weights and R rows of sums.
     unsafe {

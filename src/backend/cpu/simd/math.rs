@@ -12,11 +12,11 @@ pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     // Beyond these the result is 0 or infinity anyway. The constants stand first, so that a NaN passes.
     let x = simd.min(k(89.0), simd.max(k(-104.0), x));
     let n = simd.round(simd.mul(x, k(std::f32::consts::LOG2_E)));
-    // The upper part has few bits: n times it is exact.
-    let r = simd.fma(n, k(-0.693_359_375), x);
+    // The upper part, 355 / 512, has few bits: n times it is exact.
+    let r = simd.fma(n, k(-355.0 / 512.0), x);
     let r = simd.fma(n, k(2.121_944_4e-4), r);
     let mut p = k(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = simd.fma(p, r, k(c));
     }
     let p = simd.add(simd.fma(p, simd.mul(r, r), r), k(1.0));
