@@ -193,7 +193,8 @@ impl LoadSnapshot {
     pub fn since(&self, earlier: &LoadSnapshot) -> LoadSnapshot {
         let shape = |s: &LoadSnapshot| (s.layer_ids.len(), s.experts, s.ranks);
         assert_eq!(shape(self), shape(earlier), "layers, experts and ranks of two snapshots");
-        let minus = |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
+        let minus =
+            |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
         LoadSnapshot {
             by_expert: minus(&self.by_expert, &earlier.by_expert),
             by_rank: minus(&self.by_rank, &earlier.by_rank),

@@ -2,8 +2,13 @@
 
 use std::fmt::Write;
 
-use crate::config::Parallel;
+use std::thread::available_parallelism;
+
+use super::Run;
+use super::model::OpenModel;
 use crate::config::size::ByteSize;
+use crate::config::{Options, Parallel};
+use crate::error::Result;
 use crate::spec::{Attention, FeedForward, ModelSpec};
 
 /// What a report needs to know about a run besides the model.
@@ -17,6 +22,22 @@ pub struct RunShape {
     pub bytes_per_number: u64,
     /// Tokens per KV block.
     pub block_size: usize,
+}
+
+/// Prints the report of a checkpoint under the given flags. Reads headers only.
+pub(super) fn run(run: Run) -> Result<()> {
+    let raw = run.settings.read()?;
+    let model = OpenModel::open(run.model.as_deref())?;
+    let spec = &model.family.spec;
+    let options = Options::resolve(raw, spec, available_parallelism().map_or(1, usize::from))?;
+    let shape = RunShape {
+        parallel: options.parallel,
+        slots_per_rank: options.experts.slots_per_rank,
+        bytes_per_number: options.model.dtype.bytes() as u64,
+        block_size: options.cache.block_size,
+    };
+    print!("{}", report(spec, &shape));
+    Ok(())
 }
 
 /// The report: one `label: value` per line, bytes without the padding a backend may add.

@@ -76,7 +76,7 @@ impl Prepared {
         let options = Options::resolve(raw, spec, cores)?;
         if options.model.check_weights {
             check_manifest(&model.checkpoint)?;
-            check_finite(&model.checkpoint, spec, &model.family.names)?;
+            check_finite(&model.checkpoint, spec, &model.family.names, None)?;
         }
         let placement = Arc::new(placement(spec, &options)?);
         let backends = (0..options.parallel.world)
@@ -96,9 +96,7 @@ impl Prepared {
             &demand(spec, &options, footprint, backends[0].describe()),
         )?;
         let counters = (0..options.parallel.world)
-            .map(|_| {
-                Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep))
-            })
+            .map(|_| Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep)))
             .collect();
         Ok(Prepared { model, options, placement, backends, footprint, memory, counters })
     }
@@ -117,7 +115,9 @@ impl Prepared {
         let sizes = sizes(spec, &self.options, needs, Some(self.memory));
         let ranks = self.load_ranks(sizes)?;
         let recorder = match &self.options.experts.record_routing {
-            Some(path) => Some(Arc::new(Recorder::create(path, spec, degrees(&self.options), &self.placement)?)),
+            Some(path) => {
+                Some(Arc::new(Recorder::create(path, spec, degrees(&self.options), &self.placement)?))
+            }
             None => None,
         };
         let setups = ranks
@@ -226,8 +226,7 @@ fn placement(spec: &ModelSpec, options: &Options) -> Result<Placement> {
     let ranks = options.parallel.ep;
     match &options.experts.placement {
         Some(path) => {
-            let expected =
-                Expected { ranks: Some(ranks), experts: spec.moe.experts, layer_ids: &layer_ids };
+            let expected = Expected { ranks: Some(ranks), experts: spec.moe.experts, layer_ids: &layer_ids };
             Ok(Placement::read(path, &expected)?)
         }
         None => {

@@ -38,14 +38,7 @@ pub trait StepObserver: Send + Sync {
     /// The step is computed. `rank` is the index of the [`RankSetup`]; `output` describes the rows it owns of
     /// `plan.sub_plans[dp_rank]`.
     /// It took `duration` on this rank.
-    fn on_step(
-        &self,
-        plan: &StepPlan,
-        rank: usize,
-        dp_rank: usize,
-        output: &StepOutput,
-        duration: Duration,
-    );
+    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput, duration: Duration);
 }
 
 /// Refuses setups that do not fit together or not the options.

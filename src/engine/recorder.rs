@@ -54,7 +54,8 @@ impl Recorder {
                 pipeline: 1,
             },
             node_of_rank: vec![0; degrees.world()],
-            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), "even".to_owned())].into(),
+            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), "even".to_owned())]
+                .into(),
             cost: Default::default(),
             weights: WeightFormat::None,
             placement: placement.clone(),
@@ -84,14 +85,7 @@ impl Recorder {
 }
 
 impl StepObserver for Recorder {
-    fn on_step(
-        &self,
-        plan: &StepPlan,
-        rank: usize,
-        dp_rank: usize,
-        output: &StepOutput,
-        duration: Duration,
-    ) {
+    fn on_step(&self, plan: &StepPlan, rank: usize, dp_rank: usize, output: &StepOutput, duration: Duration) {
         let routing = &output.routing;
         if routing.rows == 0 {
             return;

@@ -36,7 +36,6 @@ impl LoadCounters {
         add_one(&self.by_expert[(phase as usize * self.layers + layer) * self.experts + expert]);
         add_one(&self.by_rank[(phase as usize * self.layers + layer) * self.ranks + rank]);
     }
-
 }
 
 /// A plain load and store: there is one writer, so no locked read-modify-write is needed.

@@ -245,11 +245,7 @@ impl World {
 
     /// What all ranks counted.
     pub fn load_snapshot(&self) -> LoadSnapshot {
-        WorldLoad {
-            layer_ids: self.family.spec.moe_layers(),
-            counters: self.counters.clone(),
-        }
-        .snapshot()
+        WorldLoad { layer_ids: self.family.spec.moe_layers(), counters: self.counters.clone() }.snapshot()
     }
 
     pub fn degrees(&self) -> Degrees {
