@@ -387,7 +387,7 @@ pub trait Backend: Send + Sync {
     ///
     /// Softmax / Sigmoid: s = score(logits); c = s + bias; with groups, experts outside the `keep` best groups (ties: lowest
     /// group) drop to 0 (`Max`) or -inf (`Top2Sum`); ids = top-k of c; w = s at ids, renormalised, times `scale`.
-    /// SoftmaxOverChosen: ids = top-k of logits; w = softmax over those k. SparseMixer: see ROUTERS in ARCHITECTURE.md.
+    /// SoftmaxOverChosen: ids = top-k of logits; w = softmax over those k. SparseMixer: see "Routers" in ARCHITECTURE.md.
     fn route(
         &self,
         logits: View<'_>,
