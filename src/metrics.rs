@@ -121,6 +121,10 @@ families! {
         "Tokens computed once more after a preemption.";
     NONFINITE_LOGITS_TOTAL: Kind::Counter, "moeyard_nonfinite_logits_total", [],
         "Logit rows with a NaN or an infinity; each ended its sequence.";
+    TRACE_ERRORS_TOTAL: Kind::Counter, "moeyard_trace_errors_total", [],
+        "Failed writes of the routing trace; the first one stops the trace, not the serving.";
+    TRACE_LOST_RECORDS_TOTAL: Kind::Counter, "moeyard_trace_lost_records_total", [],
+        "Steps and events that the routing trace could not take.";
 
     RANK_EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_rank_expert_tokens_total", ["rank", "phase"],
         "Tokens computed by the experts of a rank, over all layers.";

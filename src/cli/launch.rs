@@ -43,6 +43,8 @@ pub struct Prepared {
     pub memory: MemoryPlan,
     /// One counter set per rank: metrics are described before the model is loaded.
     pub counters: Vec<Arc<LoadCounters>>,
+    /// The routing trace, when one was asked for.
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 /// A running engine and what to finish after it.
@@ -69,7 +71,8 @@ impl Prepared {
     ///
     /// # Errors
     /// [`crate::Error::Config`] for options that do not fit the model, [`crate::Error::Memory`] when weights, KV cache and working space
-    /// exceed the device: no weight has been read then.
+    /// exceed the device: no weight has been read then. [`crate::Error::Routing`] for a placement file that does not fit or a
+    /// trace that cannot be created.
     pub fn new(model: OpenModel, raw: RawOptions, needs: Needs) -> Result<Prepared> {
         let spec = &model.family.spec;
         let cores = available_parallelism().map_or(1, usize::from);
@@ -98,7 +101,12 @@ impl Prepared {
         let counters = (0..options.parallel.world)
             .map(|_| Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep)))
             .collect();
-        Ok(Prepared { model, options, placement, backends, footprint, memory, counters })
+        // A path that cannot be written is told before minutes go into loading.
+        let recorder = match &options.experts.record_routing {
+            Some(path) => Some(Arc::new(Recorder::create(path, spec, degrees(&options), &placement)?)),
+            None => None,
+        };
+        Ok(Prepared { model, options, placement, backends, footprint, memory, counters, recorder })
     }
 
     /// The load counters as one source.
@@ -109,17 +117,11 @@ impl Prepared {
     /// Reads the weights and starts the engine.
     ///
     /// # Errors
-    /// As [`load_world`] and [`Engine::start`]; [`crate::Error::Routing`] when the trace cannot be created.
+    /// As [`load_world`] and [`Engine::start`].
     pub fn launch(&self, needs: Needs, timing: Option<Arc<dyn TimingObserver>>) -> Result<Launched> {
         let spec = &self.model.family.spec;
         let sizes = sizes(spec, &self.options, needs, Some(self.memory));
         let ranks = self.load_ranks(sizes)?;
-        let recorder = match &self.options.experts.record_routing {
-            Some(path) => {
-                Some(Arc::new(Recorder::create(path, spec, degrees(&self.options), &self.placement)?))
-            }
-            None => None,
-        };
         let setups = ranks
             .into_iter()
             .map(|rank| RankSetup {
@@ -129,6 +131,7 @@ impl Prepared {
                 dp_rank: rank.dp_rank,
             })
             .collect();
+        let recorder = self.recorder.clone();
         let hooks = Hooks { steps: recorder.clone().map(|r| r as _), timing };
         let engine = Engine::start(setups, self.engine_options(sizes, needs), hooks)?;
         Ok(Launched { engine, recorder })

@@ -24,7 +24,8 @@ pub(super) fn run(run: Run) -> Result<()> {
         // The port is taken before minutes go into loading; nothing is answered until the model is there.
         let host = &prepared.options.server.host;
         let listener = server::bind(host, prepared.options.server.port).await?;
-        let metrics = Arc::new(Metrics::new(&info(&prepared), Some(Arc::new(prepared.load())))?);
+        let trace = prepared.recorder.as_ref().map(|recorder| recorder.counters());
+        let metrics = Arc::new(Metrics::new(&info(&prepared), Some(Arc::new(prepared.load())), trace)?);
         let shutdown = Shutdown::on_signals()?;
         let launched = launch(&prepared, needs, Arc::clone(&metrics))?;
         announce(&prepared, &listener);

@@ -69,9 +69,9 @@ impl Recorder {
         })
     }
 
-    /// What became of the records so far.
-    pub fn counters(&self) -> &TraceCounters {
-        &self.counters
+    /// What becomes of the records; stays valid after the trace.
+    pub fn counters(&self) -> Arc<TraceCounters> {
+        Arc::clone(&self.counters)
     }
 
     /// Ends the trace and waits up to `patience` for it to be written.

@@ -118,7 +118,7 @@ impl Loader<'_> {
                 let slice = shard::even(intermediate, rank, tp);
                 FeedForward::Dense(self.mlp(MlpKind::Dense, index, slice, Activation::SiluMul)?)
             }
-            spec::FeedForward::Moe => FeedForward::Moe(self.moe(index, moe_index, placement)?),
+            spec::FeedForward::Moe => FeedForward::Moe(Box::new(self.moe(index, moe_index, placement)?)),
         };
         Ok(DecoderLayer {
             input_norm: self.norm(Role::InputNorm, index)?,

@@ -51,7 +51,7 @@ pub(super) enum FeedForward {
     /// Tensor-parallel over the intermediate width.
     Dense(GatedMlp),
     /// Expert-parallel.
-    Moe(MoeLayer),
+    Moe(Box<MoeLayer>),
 }
 
 /// Working space of a step; nothing in it outlives the step.

@@ -8,6 +8,8 @@ use http::StatusCode;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use router_sim::trace::TraceCounters;
+
 use super::load_metrics::LoadMetrics;
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineStats, TimingObserver};
@@ -110,14 +112,20 @@ pub struct Metrics {
     /// A std lock: taken once per page and per window, never across an await.
     load: Option<Mutex<LoadMetrics>>,
     source: Option<Arc<dyn LoadSource>>,
+    trace: Option<Arc<TraceCounters>>,
 }
 
 impl Metrics {
-    /// Metrics of a server with this model; `source` tells the expert load.
+    /// Metrics of a server with this model; `source` tells the expert load, `trace` what becomes of the
+    /// routing trace.
     ///
     /// # Errors
     /// [`Error::Config`] when a family of [`FAMILIES`] is not renderable.
-    pub fn new(info: &Info, source: Option<Arc<dyn LoadSource>>) -> Result<Self> {
+    pub fn new(
+        info: &Info,
+        source: Option<Arc<dyn LoadSource>>,
+        trace: Option<Arc<TraceCounters>>,
+    ) -> Result<Self> {
         let registry = Registry::new()?;
         registry.describe(info);
         let requests = |name| registry.counter(&family::REQUESTS_TOTAL, &[COMPLETIONS, name]);
@@ -144,6 +152,7 @@ impl Metrics {
             steps: ["prefill", "decode", "mixed"].map(step),
             load,
             source,
+            trace,
             registry,
         })
     }
@@ -151,6 +160,7 @@ impl Metrics {
     /// The page, with the engine's and the experts' counts as they are now.
     pub fn render(&self, engine: &EngineStats) -> String {
         self.registry.copy(engine);
+        self.registry.copy_trace(self.trace.as_deref());
         self.with_load(LoadMetrics::count);
         self.registry.render()
     }
@@ -313,6 +323,13 @@ impl Registry {
         self.gauge(&family::KV_CACHE_USAGE_RATIO, &[]).set(kv.used as f64 / blocks as f64);
         self.gauge(&family::REQUESTS_RUNNING, &[]).set(stats.running as f64);
         self.gauge(&family::REQUESTS_WAITING, &[]).set(stats.waiting as f64);
+    }
+
+    /// Zero without a trace.
+    fn copy_trace(&self, trace: Option<&TraceCounters>) {
+        let [errors, lost] = trace.map_or([0; 2], |trace| [trace.errors(), trace.lost_records()]);
+        self.counter(&family::TRACE_ERRORS_TOTAL, &[]).absolute(errors);
+        self.counter(&family::TRACE_LOST_RECORDS_TOTAL, &[]).absolute(lost);
     }
 }
 

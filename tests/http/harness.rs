@@ -74,7 +74,7 @@ impl Server {
 
     pub fn with(config: Config) -> Server {
         let tokenizer = Arc::new(tokenizer());
-        let metrics = Arc::new(Metrics::new(&info(), config.load).expect("metrics"));
+        let metrics = Arc::new(Metrics::new(&info(), config.load, None).expect("metrics"));
         let mut script = Script::of(&config.engine);
         script.pause = config.pause;
         script.fault = config.fault;
