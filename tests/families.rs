@@ -1,7 +1,9 @@
 //! config.json to spec: the fixtures, published configurations, other shapes of the same families, and refusals.
 
-use std::path::Path;
+#[path = "support/fixtures.rs"]
+mod fixtures;
 
+use fixtures::{FIXTURES, model_dir};
 use moeyard::Error;
 use moeyard::model::families::{Family, known, resolve};
 use moeyard::spec::*;
@@ -9,28 +11,8 @@ use moeyard::weights::names::ExpertNames;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-const FIXTURES: [&str; 14] = [
-    "deepseek_v2",
-    "deepseek_v2_group",
-    "deepseek_v3",
-    "deepseek_v3_fp8",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "mixtral",
-    "mixtral_awq",
-    "mixtral_gptq",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-];
-
 fn config(folder: &str) -> Value {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = if folder.starts_with("demo-") { root.join("models") } else { root.join("tests/fixtures") }
-        .join(folder);
-    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(model_dir(folder).join("config.json")).unwrap()).unwrap()
 }
 
 /// A fixture's config with some keys replaced.

@@ -1,39 +1,21 @@
 //! Tokenizers, streams and chat templates against the goldens of every fixture and demo model, and what a damaged
 //! tokenizer is refused with.
 
+#[path = "support/fixtures.rs"]
+mod fixtures;
+
+use fixtures::{FIXTURES, model_dir};
 use moeyard::tokenizer::chat::from_json;
 use moeyard::tokenizer::{ChatError, ChatInput, Detokenizer, Tokenizer, TokenizerFiles};
 use moeyard::{Error, Result};
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-
-/// The 14 fixture checkpoints of tests/fixtures.
-const FIXTURES: [&str; 14] = [
-    "deepseek_v2",
-    "deepseek_v2_group",
-    "deepseek_v3",
-    "deepseek_v3_fp8",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "mixtral",
-    "mixtral_awq",
-    "mixtral_gptq",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-];
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(ROOT).join("tests/fixtures").join(name)
-}
 
 /// A checkpoint's tokenizer files, so that tests can damage them.
 #[derive(Clone)]
@@ -133,7 +115,7 @@ fn check_golden(folder: &Path, tokenizer: &Tokenizer) -> (usize, usize) {
 #[test]
 fn goldens_of_all_fixtures() {
     for name in FIXTURES {
-        let folder = fixture(name);
+        let folder = model_dir(name);
         let config: Json = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
         let rows = config["vocab_size"].as_u64().unwrap() as usize;
         let tokenizer = Files::of(&folder).load(rows).unwrap();
@@ -169,20 +151,21 @@ fn goldens_of_the_demo_models() {
     }
 }
 
-static LLAMA: LazyLock<Tokenizer> = LazyLock::new(|| Files::of(&fixture("mixtral_llama")).load(512).unwrap());
+static LLAMA: LazyLock<Tokenizer> =
+    LazyLock::new(|| Files::of(&model_dir("mixtral_llama")).load(512).unwrap());
 static LLAMA_REFERENCE: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| reference("mixtral_llama"));
 static BYTE_LEVEL: LazyLock<Tokenizer> =
-    LazyLock::new(|| Files::of(&fixture("qwen3_moe")).load(544).unwrap());
+    LazyLock::new(|| Files::of(&model_dir("qwen3_moe")).load(544).unwrap());
 static BYTE_LEVEL_REFERENCE: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| reference("qwen3_moe"));
 
 /// The `tokenizers` library's own decoder, the slow reference of ours.
 fn reference(name: &str) -> tokenizers::Tokenizer {
-    tokenizers::Tokenizer::from_file(fixture(name).join("tokenizer.json")).unwrap()
+    tokenizers::Tokenizer::from_file(model_dir(name).join("tokenizer.json")).unwrap()
 }
 
 #[test]
 fn a_llama_tokenizer_equals_the_tokenizers_library() {
-    let folder = fixture("mixtral_llama");
+    let folder = model_dir("mixtral_llama");
     assert_eq!(check_golden(&folder, &LLAMA).0, 28);
     for case in list(&golden(&folder), "decode") {
         for (skip_special, key) in [(true, "decoded"), (false, "decoded_with_special")] {
@@ -297,7 +280,7 @@ fn refused(files: &Files, rows: usize) -> Vec<String> {
 
 #[test]
 fn damaged_tokenizers_are_refused_with_every_problem() {
-    let good = Files::of(&fixture("mixtral_llama"));
+    let good = Files::of(&model_dir("mixtral_llama"));
     let check = |rows: usize, words: &[&str], damage: &dyn Fn(&mut Files)| {
         let mut files = good.clone();
         damage(&mut files);
@@ -336,7 +319,7 @@ fn damaged_tokenizers_are_refused_with_every_problem() {
 
 #[test]
 fn a_tokenizer_truncated_anywhere_is_refused() {
-    let good = Files::of(&fixture("mixtral_llama"));
+    let good = Files::of(&model_dir("mixtral_llama"));
     let bytes = good.tokenizer_json.clone().unwrap();
     let end = bytes.trim_ascii_end().len();
     for cut in (0..end).step_by(97).chain([end - 1]) {
@@ -347,7 +330,7 @@ fn a_tokenizer_truncated_anywhere_is_refused() {
 #[test]
 fn bos_and_eos_switches_of_llama_classes_go_before_the_post_processor() {
     let ids_with = |class: &str, bos: Json, eos: Json, processor: bool| {
-        let mut files = Files::of(&fixture("mixtral_llama"));
+        let mut files = Files::of(&model_dir("mixtral_llama"));
         Files::edit(&mut files.tokenizer_config, |c| {
             c["tokenizer_class"] = json!(class);
             c["add_bos_token"] = bos;
@@ -369,7 +352,7 @@ fn bos_and_eos_switches_of_llama_classes_go_before_the_post_processor() {
 
 #[test]
 fn truncation_and_padding_of_the_file_do_not_change_prompts() {
-    let mut files = Files::of(&fixture("mixtral_llama"));
+    let mut files = Files::of(&model_dir("mixtral_llama"));
     Files::edit(&mut files.tokenizer_json, |t| {
         t["truncation"] =
             json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
@@ -382,7 +365,7 @@ fn truncation_and_padding_of_the_file_do_not_change_prompts() {
 
 #[test]
 fn a_chat_needs_a_template_and_jinja_goes_before_the_config() {
-    let mut files = Files::of(&fixture("mixtral_llama"));
+    let mut files = Files::of(&model_dir("mixtral_llama"));
     let messages = json!([{"role": "user", "content": "x"}]);
     files.chat_template = Some(b"{{ messages[0].content }}{{ pad_token is defined }}".to_vec());
     assert_eq!(files.load(512).unwrap().render_chat(&chat(&messages, true)).unwrap(), "xFalse");

@@ -1,6 +1,7 @@
 //! Copies of fixtures in a temporary folder, taken apart and put together wrongly.
 
-use crate::specs::{describe, fixture};
+use crate::fixtures::model_dir;
+use crate::specs::describe;
 use moeyard::Error;
 use moeyard::error::Problem;
 use moeyard::spec::ModelSpec;
@@ -28,7 +29,7 @@ pub struct Copy {
 impl Copy {
     pub fn of(name: &str) -> Copy {
         let folder = TempDir::new().unwrap();
-        for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        for entry in std::fs::read_dir(model_dir(name)).unwrap() {
             let path = entry.unwrap().path();
             let file = path.file_name().unwrap().to_str().unwrap();
             if file == "config.json" || file.starts_with("model") {

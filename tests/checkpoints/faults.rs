@@ -1,7 +1,8 @@
 //! Faults of files, headers, indices and tensors (the messages are part of the contract with users).
 
 use crate::broken::{Copy, Loose};
-use crate::specs::{FIXTURES, describe, fixture};
+use crate::fixtures::{FIXTURES, model_dir};
+use crate::specs::describe;
 use moeyard::spec::Quantization;
 use moeyard::weights::{Checkpoint, check_finite, check_manifest, validate};
 use safetensors::tensor::Dtype;
@@ -20,8 +21,8 @@ fn data_start(bytes: &[u8]) -> usize {
 fn fixtures_and_demo_models_are_accepted_without_warnings() {
     let demos = ["../../models/demo-mixtral", "../../models/demo-deepseek"];
     for name in FIXTURES.into_iter().chain(demos) {
-        let (spec, names) = describe(&fixture(name));
-        let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+        let (spec, names) = describe(&model_dir(name));
+        let checkpoint = Checkpoint::open(&model_dir(name)).unwrap();
         let warnings = validate(&checkpoint, &spec, &names).unwrap_or_else(|error| panic!("{error}"));
         assert!(warnings.is_empty(), "{name}: {warnings:?}");
         check_finite(&checkpoint, &spec, &names, None).unwrap();
@@ -337,7 +338,7 @@ fn a_flipped_bit_is_found_by_the_manifest() {
     let checkpoint = Checkpoint::open(copy.path()).unwrap();
     assert!(!check_manifest(&checkpoint).unwrap());
     // The published sums of the fixture, cut to its folder.
-    let all = std::fs::read_to_string(fixture("SHA256SUMS")).unwrap();
+    let all = std::fs::read_to_string(model_dir("SHA256SUMS")).unwrap();
     let sum = all
         .lines()
         .find_map(|line| line.strip_suffix("olmoe/model.safetensors"))

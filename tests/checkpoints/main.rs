@@ -3,5 +3,7 @@
 
 mod broken;
 mod faults;
+#[path = "../support/fixtures.rs"]
+mod fixtures;
 mod specs;
 mod values;

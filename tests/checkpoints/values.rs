@@ -1,7 +1,8 @@
 //! What a reader hands out, against the tensors read by the reference implementation.
 
 use crate::broken::{Copy, Loose, load};
-use crate::specs::{FIXTURES, describe, fixture};
+use crate::fixtures::{FIXTURES, model_dir};
+use crate::specs::describe;
 use half::{bf16, f16};
 use moeyard::backend::{DType, HostData, HostMatrix};
 use moeyard::spec::Quantization;
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// All tensors of a fixture.
 fn tensors(name: &str) -> BTreeMap<String, Loose> {
     let mut all = BTreeMap::new();
-    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+    for entry in std::fs::read_dir(model_dir(name)).unwrap() {
         let path = entry.unwrap().path();
         let file = path.file_name().unwrap().to_str().unwrap().to_owned();
         if file.starts_with("model") && file.ends_with(".safetensors") {
@@ -62,8 +63,8 @@ fn transpose(matrix: &[f32], rows: usize) -> Vec<f32> {
 #[test]
 fn slices_of_a_sharded_checkpoint() {
     let all = tensors("mixtral");
-    let (spec, names) = describe(&fixture("mixtral"));
-    let checkpoint = Checkpoint::open(&fixture("mixtral")).unwrap();
+    let (spec, names) = describe(&model_dir("mixtral"));
+    let checkpoint = Checkpoint::open(&model_dir("mixtral")).unwrap();
     for dtype in [DType::F32, DType::Bf16] {
         let reader = WeightReader::new(&checkpoint, &spec, &names, dtype);
         let q = reader.matrix(Role::Q, 1, 16..40, 3..20).unwrap();
@@ -97,8 +98,8 @@ fn slices_of_a_sharded_checkpoint() {
 #[test]
 fn fused_experts_of_granite_and_a_tied_head() {
     let all = tensors("granitemoe");
-    let (spec, names) = describe(&fixture("granitemoe"));
-    let checkpoint = Checkpoint::open(&fixture("granitemoe")).unwrap();
+    let (spec, names) = describe(&model_dir("granitemoe"));
+    let checkpoint = Checkpoint::open(&model_dir("granitemoe")).unwrap();
     let reader = WeightReader::new(&checkpoint, &spec, &names, DType::F32);
     let (hidden, inner) = (64, 32);
     let input = all["model.layers.1.block_sparse_moe.input_linear.weight"].floats();
@@ -117,8 +118,8 @@ fn fused_experts_of_granite_and_a_tied_head() {
 #[test]
 fn interleaved_experts_of_gpt_oss_with_biases() {
     let all = tensors("gpt_oss");
-    let (spec, names) = describe(&fixture("gpt_oss"));
-    let checkpoint = Checkpoint::open(&fixture("gpt_oss")).unwrap();
+    let (spec, names) = describe(&model_dir("gpt_oss"));
+    let checkpoint = Checkpoint::open(&model_dir("gpt_oss")).unwrap();
     let (hidden, inner) = (64, 48);
     let gate_up = all["model.layers.1.mlp.experts.gate_up_proj"].floats();
     let down = all["model.layers.1.mlp.experts.down_proj"].floats();
@@ -215,8 +216,8 @@ fn mxfp4_experts_of_gpt_oss() {
 #[test]
 fn quantised_matrices_in_bf16_are_the_f32_ones_rounded_once() {
     for name in ["deepseek_v3_fp8", "mixtral_awq", "mixtral_gptq"] {
-        let (spec, names) = describe(&fixture(name));
-        let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+        let (spec, names) = describe(&model_dir(name));
+        let checkpoint = Checkpoint::open(&model_dir(name)).unwrap();
         let reader = WeightReader::new(&checkpoint, &spec, &names, DType::F32);
         for rows in [0..90, 3..80] {
             let wide = f32s(reader.matrix(Role::O, 1, rows.clone(), 10..75).unwrap());
@@ -231,8 +232,8 @@ fn quantised_matrices_in_bf16_are_the_f32_ones_rounded_once() {
 #[test]
 fn everything_can_be_read_and_progress_adds_up() {
     for name in FIXTURES {
-        let (spec, names) = describe(&fixture(name));
-        let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+        let (spec, names) = describe(&model_dir(name));
+        let checkpoint = Checkpoint::open(&model_dir(name)).unwrap();
         let read = AtomicU64::new(0);
         let progress = |bytes| {
             read.fetch_add(bytes, Ordering::Relaxed);
@@ -332,8 +333,8 @@ fn everything_can_be_read_and_progress_adds_up() {
 
 #[test]
 fn parts_of_a_model_are_counted() {
-    let (spec, names) = describe(&fixture("mixtral"));
-    let checkpoint = Checkpoint::open(&fixture("mixtral")).unwrap();
+    let (spec, names) = describe(&model_dir("mixtral"));
+    let checkpoint = Checkpoint::open(&model_dir("mixtral")).unwrap();
     let expected = [
         (Part::Embedding, 512 * 64),
         (Part::Head, 512 * 64),
@@ -348,11 +349,11 @@ fn parts_of_a_model_are_counted() {
 
 #[test]
 fn a_checkpoint_inside_the_program() {
-    let read = |file: &str| &*std::fs::read(fixture("olmoe").join(file)).unwrap().leak();
+    let read = |file: &str| &*std::fs::read(model_dir("olmoe").join(file)).unwrap().leak();
     let files: Vec<EmbeddedFile> =
         vec![("config.json", read("config.json")), ("model.safetensors", read("model.safetensors"))];
     let checkpoint = Checkpoint::embedded(files.leak());
-    let (spec, names) = describe(&fixture("olmoe"));
+    let (spec, names) = describe(&model_dir("olmoe"));
     assert!(validate(&checkpoint, &spec, &names).unwrap().is_empty());
     let reader = WeightReader::new(&checkpoint, &spec, &names, DType::F32);
     let norm = reader.whole_vector(Role::FinalNorm, 0).unwrap();

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use moeyard::backend::cpu::CpuBackend;
@@ -17,33 +17,12 @@ use moeyard::weights::{Checkpoint, WeightReader, validate};
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 
+pub mod fixtures;
+
+pub use fixtures::{FIXTURES, model_dir};
+
 /// Tokens per KV block in these tests.
 pub const BLOCK: usize = 16;
-
-/// The folder of a fixture or demo model.
-pub fn model_dir(name: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = if name.starts_with("demo-") { "models" } else { "tests/fixtures" };
-    root.join(folder).join(name)
-}
-
-/// All fixtures with golden outputs.
-pub const FIXTURES: &[&str] = &[
-    "deepseek_v2",
-    "deepseek_v2_group",
-    "deepseek_v3",
-    "deepseek_v3_fp8",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "mixtral",
-    "mixtral_awq",
-    "mixtral_gptq",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-];
 
 /// How to run a model.
 #[derive(Clone)]
