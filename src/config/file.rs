@@ -89,4 +89,19 @@ mod tests {
         let error = read(Path::new("no/such.toml")).unwrap_err().to_string();
         assert!(error.starts_with("no/such.toml: "), "{error}");
     }
+
+    #[test]
+    fn every_shipped_file_is_understood() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let mut found = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "toml") {
+                let options = read(&path).unwrap();
+                assert_ne!(options, RawOptions::default(), "{} says nothing", path.display());
+                found += 1;
+            }
+        }
+        assert!(found >= 2, "{found} files in configs/");
+    }
 }

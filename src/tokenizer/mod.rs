@@ -1,6 +1,6 @@
 //! Text to tokens and back: a checkpoint's `tokenizer.json`, its special tokens and its chat template.
 //!
-//! Encoding is the `tokenizers` crate's. Decoding is [`pieces`]: every token becomes bytes once, at load, so that whole
+//! Encoding is the `tokenizers` crate's. Decoding is `pieces`: every token becomes bytes once, at load, so that whole
 //! texts and streams ([`Detokenizer`]) go through the same few lines and agree by construction.
 
 pub mod chat;

@@ -1,4 +1,4 @@
-//! The CPU backend: the semantics of [`Backend`](crate::backend::Backend), fast.
+//! The CPU backend: the semantics of [`Backend`], fast.
 //!
 //! Threads come from [`pool`], memory from [`memory`], vectors from [`simd`]; the other files are one kernel family each. Every kernel
 //! splits its work so that an output element is computed by one thread in one fixed order.

@@ -1,6 +1,6 @@
 //! The slow reference: the formulas of [`Backend`] as plain loops, which every fast path is tested against.
 //!
-//! Each method reads its operands into [`Host`] matrices of f32, computes, and stores the result once. Sums run in
+//! Each method reads its operands into `Host` matrices of f32, computes, and stores the result once. Sums run in
 //! f64, so that the reference is closer to the true value than any fast path; it is compared with tolerances and
 //! makes no promise about bits. Packed layouts are the plain ones: row-major matrices, tokens in cache order.
 
