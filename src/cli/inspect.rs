@@ -62,7 +62,8 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
     line("ranks", format!("{world} (TP {tp}, DP {dp}, EP {ep}, tensor split inside an expert {expert_tp})"));
     line("slots per rank", format!("{} per MoE layer", run.slots_per_rank));
     let rank = spec.rank_parameters(run.parallel.split(run.slots_per_rank));
-    let bytes = |numbers: u64, dtype: DType| ByteSize(numbers.saturating_mul(dtype.bytes() as u64)).to_string();
+    let bytes =
+        |numbers: u64, dtype: DType| ByteSize(numbers.saturating_mul(dtype.bytes() as u64)).to_string();
     let Precision { weights, activations } = run.precision;
     let kv_token = spec.kv_numbers_per_token(tp);
     line("bytes per rank", bytes(rank.total(), weights));

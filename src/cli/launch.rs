@@ -9,8 +9,8 @@ use router_sim::placement::{ClusterShape, Expected, Linear, Placement, Placement
 
 use super::model::OpenModel;
 use super::progress;
-use crate::backend::{Backend, Precision};
 use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions, host_memory};
 use crate::engine::recorder::Recorder;

@@ -109,7 +109,8 @@ impl Share<'_> {
 
     fn working(&self, spec: &ModelSpec) -> usize {
         let tp = self.degrees.tensor_parallel;
-        let (rows, hidden, wire) = (self.sizes.max_rows, spec.hidden_size, self.precision.activations.bytes());
+        let (rows, hidden, wire) =
+            (self.sizes.max_rows, spec.hidden_size, self.precision.activations.bytes());
         let owned = rows.div_ceil(tp);
         // residual, normed, output, shared expert in f32; rounded rows; gathered rows and partial sums of the group
         let stream = owned * hidden * (4 * 4 + wire) + rows * hidden * (wire + 4);
