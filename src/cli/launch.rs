@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Expected, Linear, Placement, PlacementPolicy};
+use router_sim::trace::TraceCounters;
 
 use super::model::OpenModel;
 use super::progress;
@@ -172,6 +173,11 @@ impl Prepared {
 }
 
 impl Launched {
+    /// What became of the routing trace so far, where one is written.
+    pub fn trace(&self) -> Option<&TraceCounters> {
+        self.recorder.as_deref().map(Recorder::counters)
+    }
+
     /// Stops the engine, giving running requests `drain` to finish, and completes the trace. A trace that failed is told,
     /// and is no failure of serving.
     pub fn finish(self, drain: Duration) {
