@@ -114,14 +114,15 @@ impl Prepared {
     pub fn launch(&self, needs: Needs, timing: Option<Arc<dyn TimingObserver>>) -> Result<Launched> {
         let spec = &self.model.family.spec;
         let sizes = sizes(spec, &self.options, needs, Some(self.memory));
-        let ranks = self.load_ranks(sizes)?;
+        // Before minutes go into loading: its path may be wrong.
         let recorder = match &self.options.experts.record_routing {
             Some(path) => {
                 Some(Arc::new(Recorder::create(path, spec, degrees(&self.options), &self.placement)?))
             }
             None => None,
         };
-        let setups = ranks
+        let setups = self
+            .load_ranks(sizes)?
             .into_iter()
             .map(|rank| RankSetup {
                 model: Box::new(rank.model),
