@@ -10,7 +10,8 @@ use moeyard::backend::cpu::simd::Isa;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::backend::{Backend, DType};
 use moeyard::model::world::Degrees;
-use support::{FIXTURES, Golden, Setup, Stepped, World, argmax, ids, model_dir};
+use support::fixtures::FIXTURES;
+use support::{Golden, Setup, Stepped, World, argmax, ids, model_dir};
 
 fn check(setup: Setup) {
     for fixture in FIXTURES {

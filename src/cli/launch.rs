@@ -121,8 +121,8 @@ impl Prepared {
     pub fn launch(&self, needs: Needs, timing: Option<Arc<dyn TimingObserver>>) -> Result<Launched> {
         let spec = &self.model.family.spec;
         let sizes = sizes(spec, &self.options, needs, Some(self.memory));
-        let ranks = self.load_ranks(sizes)?;
-        let setups = ranks
+        let setups = self
+            .load_ranks(sizes)?
             .into_iter()
             .map(|rank| RankSetup {
                 model: Box::new(rank.model),

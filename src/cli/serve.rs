@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Run;
 use super::launch::{Launched, Needs, Prepared};
-use super::model::OpenModel;
+use super::model::{Generation, OpenModel};
 use crate::backend::DType;
 use crate::error::{Error, Result};
 use crate::server::{self, AppState, Info, Metrics, RankMemory, ServerOptions, Setup, Shutdown};
@@ -15,6 +15,7 @@ pub(super) fn run(run: Run) -> Result<()> {
     let model = OpenModel::open(run.model.as_deref())?;
     let needs = Needs::default();
     let prepared = Prepared::new(model, raw, needs)?;
+    let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -30,7 +31,7 @@ pub(super) fn run(run: Run) -> Result<()> {
         let launched = launch(&prepared, needs, Arc::clone(&metrics))?;
         announce(&prepared, &listener);
         let drain = prepared.options.server.drain_timeout;
-        let state = state(&prepared, &launched, metrics, shutdown)?;
+        let state = state(&prepared, &launched, generation, metrics, shutdown);
         let outcome = server::serve(listener, state).await;
         tokio::task::spawn_blocking(move || launched.finish(drain))
             .await
@@ -82,11 +83,11 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
 fn state(
     prepared: &Prepared,
     launched: &Launched,
+    generation: Generation,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
-) -> Result<AppState> {
-    let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
-    Ok(AppState::new(Setup {
+) -> AppState {
+    AppState::new(Setup {
         engine: launched.engine.clone(),
         tokenizer: Arc::clone(&prepared.model.tokenizer),
         served_names: vec![served_name(prepared)],
@@ -98,7 +99,7 @@ fn state(
             ..ServerOptions::default()
         },
         shutdown,
-    }))
+    })
 }
 
 fn announce(prepared: &Prepared, listener: &tokio::net::TcpListener) {

@@ -30,6 +30,8 @@ struct Open {
     writer: TraceWriter,
     /// Reused from step to step.
     rows: Vec<RowInfo>,
+    /// Of the step recorded last: its ranks measure it apart, but the pieces of one step must agree on it.
+    info: Option<StepInfo>,
 }
 
 impl Recorder {
@@ -65,7 +67,7 @@ impl Recorder {
             began: Instant::now(),
             placement_version: placement.version(),
             counters: writer.counters(),
-            writer: Mutex::new(Some(Open { writer, rows: Vec::new() })),
+            writer: Mutex::new(Some(Open { writer, rows: Vec::new(), info: None })),
         })
     }
 
@@ -93,15 +95,16 @@ impl StepObserver for Recorder {
         let end_us = self.began.elapsed().as_micros() as u64;
         let duration_us = duration.as_micros() as u64;
         let mut guard = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Open { writer, rows }) = guard.as_mut() else { return };
+        let Some(Open { writer, rows, info: latest }) = guard.as_mut() else { return };
         owned_rows(&plan.sub_plans[dp_rank], routing.first_row, routing.rows, rows);
-        let info = StepInfo {
+        let info = latest.filter(|info| info.step == plan.step).unwrap_or_else(|| StepInfo {
             step: plan.step,
             start_us: end_us.saturating_sub(duration_us),
             duration_us,
             placement_version: self.placement_version,
             rows: plan.rows() as u64,
-        };
+        });
+        *latest = Some(info);
         writer.step(&info, &[Piece { rank, rows, ids: &routing.ids, weights: &routing.weights }]);
     }
 }

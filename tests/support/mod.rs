@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod launch;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +21,7 @@ use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 
 pub mod fixtures;
 
-pub use fixtures::{FIXTURES, model_dir};
+pub use fixtures::model_dir;
 
 /// Tokens per KV block in these tests.
 pub const BLOCK: usize = 16;
@@ -231,6 +233,16 @@ impl World {
     pub fn degrees(&self) -> Degrees {
         self.degrees
     }
+
+    /// Runs `body` on every rank, each on a thread of its own that stays for all of it.
+    pub fn on_ranks<T: Send>(&mut self, body: impl Fn(usize, &mut LoadedRank) -> T + Sync) -> Vec<T> {
+        let body = &body;
+        std::thread::scope(|scope| {
+            let ranks = self.ranks.iter_mut().enumerate();
+            let threads: Vec<_> = ranks.map(|(i, rank)| scope.spawn(move || body(i, rank))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    }
 }
 
 /// The most probable token; ties go to the lowest id.
@@ -252,9 +264,20 @@ pub struct Golden {
 
 impl Golden {
     pub fn open(dir: &Path) -> Golden {
-        let json = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
-        let tensors = std::fs::read(dir.join("golden.safetensors")).unwrap_or_default();
-        Golden { json, tensors }
+        Golden::read(&dir.join("golden.json"))
+    }
+
+    /// Any file of the same schema, such as an engine's dump.
+    pub fn read(path: &Path) -> Golden {
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let tensors =
+            json["tensors_file"].as_str().map(|name| std::fs::read(path.with_file_name(name)).unwrap());
+        Golden { json, tensors: tensors.unwrap_or_default() }
+    }
+
+    /// The bytes of the tensors' file.
+    pub fn tensor_bytes(&self) -> &[u8] {
+        &self.tensors
     }
 
     /// A tensor referred to as `{"tensor": name}`, as f64 (exact for F32 and I32), row-major.

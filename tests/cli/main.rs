@@ -1,0 +1,15 @@
+//! The binary as a user meets it: exit codes, messages, files, and an endpoint on a real socket.
+
+#[path = "../http/client.rs"]
+#[allow(dead_code, reason = "the tests of tests/http use the rest")]
+mod client;
+#[path = "../support/mod.rs"]
+mod support;
+
+mod dump;
+mod process;
+
+mod faults;
+mod generate;
+mod serve;
+mod verify;
