@@ -21,7 +21,7 @@ fn read(path: &Path) -> (TraceHeader, Vec<StepRecord>) {
     let mut reader = TraceReader::open(path).unwrap();
     let mut joiner = StepJoiner::default();
     let mut steps = Vec::new();
-    while let Some(record) = reader.next() {
+    for record in reader.by_ref() {
         match record.unwrap() {
             Record::Step(part) => steps.extend(joiner.push(part).unwrap()),
             other => panic!("nothing but steps happened: {other:?}"),

@@ -59,6 +59,9 @@ impl Launch {
     }
 }
 
+/// A token, the bits of its log-probability, and those of the best tokens.
+pub type TokenBits = (u32, u32, Vec<(u32, u32)>);
+
 /// Greedy, with log-probabilities and without end-of-text tokens.
 pub fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
     Request {
@@ -97,7 +100,7 @@ impl Answer {
     }
 
     /// Tokens and the bits of every log-probability reported.
-    pub fn bits(&self) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+    pub fn bits(&self) -> Vec<TokenBits> {
         let top = |event: &TokenEvent| event.top.iter().map(|&(id, p)| (id, p.to_bits())).collect();
         self.tokens.iter().map(|t| (t.token, t.logprob.unwrap().to_bits(), top(t))).collect()
     }
