@@ -117,8 +117,11 @@ impl Share<'_> {
         // sent, arrived, grouped, computed, returned; ids, weights and logits of the router
         let moe = &spec.moe;
         let routed = owned * (moe.top_k * (5 * hidden * wire + 8) + 4 * moe.experts);
+        // What a backend keeps inside: routed rows in the form its kernels want, and between an expert's two matrices.
+        let slice = shard::even(moe.intermediate, 0, self.degrees.expert_tp).len();
+        let inside = owned * moe.top_k * (hidden + slice) * 4;
         let logits = self.sizes.max_logit_rows * (spec.vocab_size + hidden) * 4;
-        stream + routed + logits + rows * self.attention_row(spec)
+        stream + routed + inside + logits + rows * self.attention_row(spec)
     }
 
     /// Working bytes of attention per row.
