@@ -26,7 +26,7 @@ pub(super) struct Arguments {
     #[arg(short = 'n', long, default_value_t = 128, value_name = "TOKENS")]
     max_tokens: usize,
     /// 0 takes the most probable token each time [default: the checkpoint's, else 1]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Sample from the smallest set of tokens that has this probability [default: the checkpoint's, else 1]
     #[arg(long)]
