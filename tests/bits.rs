@@ -9,7 +9,7 @@ use router_sim::load::Phase;
 use router_sim::placement::Placement;
 use support::{Sequence, Setup, World, argmax, cpu, model_dir};
 
-const MODELS: &[&str] = &["mixtral", "deepseek_v3", "demo-mixtral", "demo-deepseek"];
+const MODELS: &[&str] = &["mixtral", "deepseek_v3", "phimoe", "demo-mixtral", "demo-deepseek"];
 const PROMPT: usize = 41;
 const STEPS: usize = 6;
 

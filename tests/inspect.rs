@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use moeyard::backend::Precision;
 use moeyard::cli::inspect::{RunShape, report};
 use moeyard::config::Parallel;
 use moeyard::model::families::resolve;
@@ -108,7 +109,7 @@ fn a_rank_holds_its_share() {
 fn the_report_names_what_a_rank_holds() {
     let demo = spec(&folders().into_iter().find(|f| f.ends_with("demo-deepseek")).unwrap());
     let parallel = Parallel { dp: 4, ep: 4, world: 4, ..Parallel::SINGLE };
-    let run = RunShape { parallel, slots_per_rank: 9, bytes_per_number: 2, block_size: 32 };
+    let run = RunShape { parallel, slots_per_rank: 9, precision: Precision::BF16, block_size: 32 };
     let text = report(&demo, &run);
     for line in [
         "family:             deepseek_v3",
@@ -123,8 +124,9 @@ fn the_report_names_what_a_rank_holds() {
         assert!(text.lines().any(|l| l == line), "no line {line:?} in\n{text}");
     }
     let experts = 4 * 9 * 3 * 256 * 64 * 2;
-    assert!(
-        text.contains(&format!("  experts:          {:.1} MiB", f64::from(experts) / 1048576.0)),
-        "{text}"
-    );
+    let experts = format!("  experts:          {:.1} MiB", f64::from(experts) / 1048576.0);
+    assert!(text.contains(&experts), "{text}");
+    // f32 activations double the cache and nothing else.
+    let text = report(&demo, &RunShape { precision: Precision::MIXED, ..run });
+    assert!(text.contains(&experts) && text.contains("KV per token:       1.6 KiB"), "{text}");
 }

@@ -3,7 +3,7 @@
 
 use super::{
     AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp, KvCache,
-    KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, View, ViewMut,
+    KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, Precision, RopeArgs, View, ViewMut,
 };
 use crate::spec::{GroupScore, NormKind, Router, Score};
 
@@ -34,6 +34,12 @@ fn below(name: &str, index: &[u32], limit: usize) {
     for (i, &n) in index.iter().enumerate() {
         assert!((n as usize) < limit, "{name}[{i}]: {n} of {limit}");
     }
+}
+
+/// Asserts that activations of one type may be multiplied with weights of another.
+fn multiplied(name: &str, activations: DType, weights: DType) {
+    let known = Precision::ALL.contains(&Precision { weights, activations });
+    assert!(known, "{name}: {activations:?} activations for {weights:?} weights");
 }
 
 /// Whether activations may have this type.
@@ -167,7 +173,7 @@ pub fn scale_by_square_sum(sums: &View<'_>, width: usize, weight: &View<'_>, x: 
 /// [`super::Backend::linear`].
 pub fn linear(x: &View<'_>, w: &Matrix, bias: Option<&View<'_>>, out: &ViewMut<'_>) {
     float("linear x", x);
-    dtype("linear x", x, w.data.dtype());
+    multiplied("linear x", x.dtype(), w.data.dtype());
     float("linear out", &out.as_view());
     shape("linear x", x, out.rows(), w.k);
     shape("linear out", &out.as_view(), x.rows(), w.n);
@@ -307,7 +313,7 @@ pub fn attention_mla(args: &MlaArgs<'_>, out: &ViewMut<'_>) -> (usize, usize) {
     float("attention out", &out.as_view());
     shape("attention q", &args.q, rows, w.heads * (w.nope_dim + rope_dim));
     shape("attention out", &out.as_view(), rows, w.heads * w.v_dim);
-    dtype("kv_b", &w.parts[0].view(), args.cache.dtype);
+    multiplied("kv_b", args.cache.dtype, w.parts[0].dtype());
     batch(&args.batch, rows, args.cache);
     (latent, rope_dim)
 }
@@ -359,8 +365,8 @@ pub fn route(
     }
 }
 
-/// The matrices of an MLP fit the rows: `[_, hidden]` in and out, one activation type. (In every backend part 0 is
-/// a matrix; other parts may be biases.)
+/// The matrices of an MLP fit the rows: `[_, hidden]` in and out, types that go together. (In every backend part 0 is a
+/// matrix; other parts may be biases.)
 fn mlp_rows(rows: &View<'_>, w: &Mlp, out: &ViewMut<'_>) {
     assert!(
         rows.cols() == w.hidden && out.cols() == w.hidden,
@@ -369,7 +375,7 @@ fn mlp_rows(rows: &View<'_>, w: &Mlp, out: &ViewMut<'_>) {
         rows.cols(),
         out.cols()
     );
-    dtype("mlp rows", rows, w.parts[0].dtype());
+    multiplied("mlp rows", rows.dtype(), w.parts[0].dtype());
 }
 
 /// [`super::Backend::experts`].
@@ -386,11 +392,16 @@ pub fn experts(args: &ExpertsArgs<'_>, out: &ViewMut<'_>) {
         offsets[slots],
         args.rows.rows()
     );
+    let first = args.slots.iter().flatten().next();
     for (s, slot) in args.slots.iter().enumerate() {
         let (from, to) = (offsets[s], offsets[s + 1]);
         assert!(from <= to, "slot {s}: rows {from}..{to}");
         match slot {
-            Some(w) => mlp_rows(&args.rows, w, out),
+            Some(w) => {
+                mlp_rows(&args.rows, w, out);
+                let (own, others) = (w.parts[0].dtype(), first.unwrap_or(w).parts[0].dtype());
+                assert!(own == others, "slot {s}: {own:?} weights among those of {others:?}");
+            }
             None => assert!(from == to, "slot {s} is empty and has rows {from}..{to}"),
         }
     }

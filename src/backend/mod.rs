@@ -7,11 +7,13 @@
 
 pub mod check;
 pub mod cpu;
+mod precision;
 pub mod reference;
 mod tensor;
 
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
+pub use precision::Precision;
 pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
 /// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, already dequantised, before a backend packs it.
@@ -248,7 +250,8 @@ pub struct CombineArgs<'a> {
 ///
 /// Shapes are asserted (a wrong one is a bug above); `Err` means the device itself failed or is full.
 /// "activation type" is F32 or Bf16; every method that reads activations takes either, and writes `out` in the
-/// type of `out`, rounding to nearest even once, from f32.
+/// type of `out`, rounding to nearest even once, from f32. Weights have the activation type, or are Bf16 where it is
+/// F32 ([`Precision::ALL`]): they are widened exactly, and what the docs round to the activation type stays f32.
 pub trait Backend: Send + Sync {
     /// The memory space of all tensors made here.
     fn device(&self) -> DeviceId;
@@ -329,8 +332,8 @@ pub trait Backend: Send + Sync {
         x: ViewMut<'_>,
     ) -> Result<()>;
 
-    /// `out[i, j] = sum_k x[i, k] * w[j, k] (+ bias[j])`. `x` and `w` have the same type (F32 or Bf16); `bias` is
-    /// `[1, n]` f32, added after the sum.
+    /// `out[i, j] = sum_k x[i, k] * w[j, k] (+ bias[j])`. The activation type is that of `x`; `bias` is `[1, n]` f32, added
+    /// after the sum.
     fn linear(&self, x: View<'_>, w: &Matrix, bias: Option<View<'_>>, out: ViewMut<'_>) -> Result<()>;
 
     /// Rotates pairs (a, b) of every head by the row's angles: `a' = a cos - b sin`, `b' = b cos + a sin`; an
@@ -377,7 +380,8 @@ pub trait Backend: Send + Sync {
     /// * absorbed (the others): q' = W_k^T q_nope rounded to the activation type, scores `(q' . c + q_rope . r) * scale`,
     ///   o = sum p c rounded, out = W_v o.
     ///
-    /// The form belongs to the row, never to the batch. `out` is `[rows, heads * v_dim]`.
+    /// The form belongs to the row, never to the batch. The activation type is that of the cache. `out` is
+    /// `[rows, heads * v_dim]`.
     fn attention_mla(&self, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()>;
 
     // ---- mixture of experts
@@ -398,7 +402,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<()>;
 
     /// Every row through the MLP of its slot, as one operation: `out = down(act(gate x, up x))` with biases. The
-    /// product of the activation is rounded to the activation type before `down`. `rows` and weights have one type.
+    /// product of the activation is rounded to the activation type, that of `rows`, before `down`. All slots have weights of
+    /// one type.
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()>;
 
     /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.

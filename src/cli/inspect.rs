@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 
 use super::Run;
 use super::model::OpenModel;
+use crate::backend::{DType, Precision};
 use crate::config::size::ByteSize;
 use crate::config::{Options, Parallel};
 use crate::error::Result;
@@ -18,8 +19,8 @@ pub struct RunShape {
     pub parallel: Parallel,
     /// Expert slots per rank and MoE layer.
     pub slots_per_rank: usize,
-    /// Bytes of one weight and of one number in the KV cache.
-    pub bytes_per_number: u64,
+    /// Types of weights and of the KV cache.
+    pub precision: Precision,
     /// Tokens per KV block.
     pub block_size: usize,
 }
@@ -33,7 +34,7 @@ pub(super) fn run(run: Run) -> Result<()> {
     let shape = RunShape {
         parallel: options.parallel,
         slots_per_rank: options.experts.slots_per_rank,
-        bytes_per_number: options.model.dtype.bytes() as u64,
+        precision: Precision::of(options.model.dtype, &spec.moe.router),
         block_size: options.cache.block_size,
     };
     print!("{}", report(spec, &shape));
@@ -61,9 +62,11 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
     line("ranks", format!("{world} (TP {tp}, DP {dp}, EP {ep}, tensor split inside an expert {expert_tp})"));
     line("slots per rank", format!("{} per MoE layer", run.slots_per_rank));
     let rank = spec.rank_parameters(run.parallel.split(run.slots_per_rank));
-    let bytes = |numbers: u64| ByteSize(numbers.saturating_mul(run.bytes_per_number)).to_string();
+    let bytes =
+        |numbers: u64, dtype: DType| ByteSize(numbers.saturating_mul(dtype.bytes() as u64)).to_string();
+    let Precision { weights, activations } = run.precision;
     let kv_token = spec.kv_numbers_per_token(tp);
-    line("bytes per rank", bytes(rank.total()));
+    line("bytes per rank", bytes(rank.total(), weights));
     for (label, numbers) in [
         ("  attention", rank.attention),
         ("  experts", rank.experts),
@@ -74,10 +77,10 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
         ("  head", rank.head),
         ("  norms", rank.norms),
     ] {
-        line(label, bytes(numbers));
+        line(label, bytes(numbers, weights));
     }
-    line("KV per token", bytes(kv_token));
-    let block = bytes(kv_token.saturating_mul(run.block_size as u64));
+    line("KV per token", bytes(kv_token, activations));
+    let block = bytes(kv_token.saturating_mul(run.block_size as u64), activations);
     line("KV per block", format!("{block} ({} tokens)", run.block_size));
     text
 }

@@ -9,8 +9,8 @@ use router_sim::placement::{ClusterShape, Expected, Linear, Placement, Placement
 
 use super::model::OpenModel;
 use super::progress;
-use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions, host_memory};
 use crate::engine::recorder::Recorder;
@@ -87,7 +87,7 @@ impl Prepared {
             backend: backends[0].as_ref(),
             degrees: degrees(&options),
             slots: placement.slots_per_rank(),
-            dtype: options.model.dtype,
+            precision: precision(spec, &options),
             sizes,
         };
         let footprint = Footprint::of(spec, share);
@@ -138,7 +138,7 @@ impl Prepared {
         let OpenModel { checkpoint, family, .. } = &self.model;
         let world = WorldOptions {
             degrees: degrees(&self.options),
-            dtype: self.options.model.dtype,
+            precision: precision(&family.spec, &self.options),
             placement: Arc::clone(&self.placement),
             sizes,
             counters: self.counters.clone(),
@@ -146,7 +146,7 @@ impl Prepared {
         let bytes = stored_bytes(checkpoint, &family.spec, &family.names).iter().map(|(_, n)| n).sum();
         let bar = progress::bytes("loading weights", bytes);
         let tell = |read| bar.inc(read);
-        let reader = WeightReader::new(checkpoint, &family.spec, &family.names, world.dtype);
+        let reader = WeightReader::new(checkpoint, &family.spec, &family.names, world.precision.weights);
         let ranks = load_world(reader.with_progress(&tell), &family.spec, self.backends.clone(), &world);
         bar.finish_and_clear();
         ranks
@@ -187,6 +187,10 @@ impl Launched {
 fn degrees(options: &Options) -> Degrees {
     let parallel = options.parallel;
     Degrees { tensor_parallel: parallel.tp, data_parallel: parallel.dp, expert_tp: parallel.expert_tp }
+}
+
+fn precision(spec: &ModelSpec, options: &Options) -> Precision {
+    Precision::of(options.model.dtype, &spec.moe.router)
 }
 
 /// `memory` is `None` while it is still being planned.

@@ -56,7 +56,7 @@ pub enum GenerationConfig {
 /// How the model is loaded and computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelOptions {
-    /// Type of weights and activations.
+    /// `--dtype`; what it means for a model is [`crate::backend::Precision::of`]'s to say.
     pub dtype: DType,
     /// Compute threads of each rank.
     pub threads: usize,

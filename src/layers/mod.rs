@@ -13,7 +13,7 @@ pub mod rope;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::{Backend, DType, Tensor, View, ViewMut};
+use crate::backend::{Backend, DType, Precision, Tensor, View, ViewMut};
 use crate::comm::Communicator;
 use crate::error::Result;
 
@@ -27,8 +27,8 @@ pub struct Rank {
     pub tp: Box<dyn Communicator>,
     /// Ranks that share each expert (tensor split inside an expert); divides the world.
     pub expert_tp: usize,
-    /// Type of activations, weights, KV cache and of rows that travel.
-    pub dtype: DType,
+    /// Types of weights and activations.
+    pub precision: Precision,
 }
 
 impl Rank {

@@ -1,7 +1,7 @@
 //! What one rank will hold, computed before anything is read: the counterpart of [`super::load`], allocation by
 //! allocation.
 
-use crate::backend::{Backend, DType, KvShape};
+use crate::backend::{Backend, DType, KvShape, Precision};
 use crate::layers::rope::RopeTable;
 use crate::model::load::{Sizes, kv_shape};
 use crate::model::world::Degrees;
@@ -29,8 +29,8 @@ pub struct Share<'a> {
     pub degrees: Degrees,
     /// Expert slots per MoE layer.
     pub slots: usize,
-    /// Type of activations, weights and KV cache.
-    pub dtype: DType,
+    /// Types of weights and activations.
+    pub precision: Precision,
     /// `kv_blocks` is not looked at.
     pub sizes: Sizes,
 }
@@ -39,7 +39,7 @@ impl Footprint {
     /// The largest rank of the world: the first.
     pub fn of(spec: &ModelSpec, share: Share<'_>) -> Footprint {
         let kv = kv_shape(&spec.attention, 0, share.degrees.tensor_parallel);
-        let block = share.backend.kv_block_bytes(kv, share.dtype, share.sizes.block_size);
+        let block = share.backend.kv_block_bytes(kv, share.precision.activations, share.sizes.block_size);
         Footprint {
             weights: share.weights(spec) as u64,
             working: share.working(spec) as u64,
@@ -50,13 +50,13 @@ impl Footprint {
 
 impl Share<'_> {
     fn matrix(&self, outputs: usize, inputs: usize) -> usize {
-        self.backend.matrix_bytes(outputs, inputs, self.dtype)
+        self.backend.matrix_bytes(outputs, inputs, self.precision.weights)
     }
 
     fn weights(&self, spec: &ModelSpec) -> usize {
         let hidden = spec.hidden_size;
         let norms = hidden * 4 * if spec.norm.kind == NormKind::Layer { 2 } else { 1 };
-        let ends = spec.vocab_size * hidden * self.dtype.bytes()
+        let ends = spec.vocab_size * hidden * self.precision.weights.bytes()
             + self.matrix(spec.vocab_size, hidden)
             + if spec.lm_head_bias { spec.vocab_size * 4 } else { 0 };
         let layers: usize = spec
@@ -83,7 +83,7 @@ impl Share<'_> {
                 let queries = own * (nope_dim + rope_dim);
                 let down = q_lora_rank.unwrap_or(queries) + kv_lora_rank + rope_dim;
                 let up = q_lora_rank.map_or(0, |rank| self.matrix(queries, rank) + 4 * rank);
-                let kv_b = self.backend.mla_bytes(own, nope_dim, v_dim, kv_lora_rank, self.dtype);
+                let kv_b = self.backend.mla_bytes(own, nope_dim, v_dim, kv_lora_rank, self.precision.weights);
                 self.matrix(down, hidden) + up + kv_b + self.matrix(hidden, own * v_dim) + 4 * kv_lora_rank
             }
         }
@@ -91,7 +91,7 @@ impl Share<'_> {
 
     fn feed_forward(&self, spec: &ModelSpec, ffn: FeedForward) -> usize {
         let hidden = spec.hidden_size;
-        let mlp = |width, bias| self.backend.mlp_bytes(hidden, width, bias, self.dtype);
+        let mlp = |width, bias| self.backend.mlp_bytes(hidden, width, bias, self.precision.weights);
         match ffn {
             FeedForward::Dense { intermediate } => {
                 mlp(shard::even(intermediate, 0, self.degrees.tensor_parallel).len(), false)
@@ -109,7 +109,8 @@ impl Share<'_> {
 
     fn working(&self, spec: &ModelSpec) -> usize {
         let tp = self.degrees.tensor_parallel;
-        let (rows, hidden, wire) = (self.sizes.max_rows, spec.hidden_size, self.dtype.bytes());
+        let (rows, hidden, wire) =
+            (self.sizes.max_rows, spec.hidden_size, self.precision.activations.bytes());
         let owned = rows.div_ceil(tp);
         // residual, normed, output, shared expert in f32; rounded rows; gathered rows and partial sums of the group
         let stream = owned * hidden * (4 * 4 + wire) + rows * hidden * (wire + 4);
@@ -123,7 +124,7 @@ impl Share<'_> {
     /// Working bytes of attention per row.
     fn attention_row(&self, spec: &ModelSpec) -> usize {
         let tp = self.degrees.tensor_parallel;
-        let wire = self.dtype.bytes();
+        let wire = self.precision.activations.bytes();
         match spec.attention {
             Attention::Gqa { heads, .. } => {
                 let KvShape::Gqa { kv_heads, head_dim } = kv_shape(&spec.attention, 0, tp) else {
@@ -156,7 +157,7 @@ mod tests {
             backend: &ReferenceBackend,
             degrees: Degrees::SOLO,
             slots: spec.moe.experts,
-            dtype: DType::F32,
+            precision: Precision::F32,
             sizes,
         };
         let whole = Footprint::of(&spec, share);
@@ -169,5 +170,10 @@ mod tests {
         let part = Footprint::of(&spec, Share { degrees: half, slots: spec.moe.experts / 2, ..share });
         assert!(part.weights < whole.weights && part.weights > whole.weights / 2);
         assert_eq!(part.kv_block, whole.kv_block / 2);
+
+        let mixed = Footprint::of(&spec, Share { precision: Precision::MIXED, ..share });
+        let narrow = Footprint::of(&spec, Share { precision: Precision::BF16, ..share });
+        assert_eq!((mixed.weights, mixed.working), (narrow.weights, whole.working));
+        assert_eq!((mixed.kv_block, narrow.kv_block), (whole.kv_block, whole.kv_block / 2));
     }
 }

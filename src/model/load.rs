@@ -132,7 +132,7 @@ impl Loader<'_> {
     fn cache(&self, sizes: Sizes) -> Result<KvCache> {
         let (rank, tp) = self.tp();
         let shape = kv_shape(&self.spec.attention, rank, tp);
-        self.backend.alloc_kv(shape, self.rank.dtype, sizes.block_size, sizes.kv_blocks)
+        self.backend.alloc_kv(shape, self.rank.precision.activations, sizes.block_size, sizes.kv_blocks)
     }
 
     fn gqa(&self, layer: usize) -> Result<GqaAttention> {
@@ -205,7 +205,13 @@ impl Loader<'_> {
             down: self.stacked(layer, &[first, (Role::KvA, 0..down)])?,
             q_up,
             latent_norm: lora_norm(Role::KvANorm)?,
-            kv_b: self.backend.pack_mla(&kv_b, shape.heads, shape.nope_dim, shape.v_dim, self.rank.dtype)?,
+            kv_b: self.backend.pack_mla(
+                &kv_b,
+                shape.heads,
+                shape.nope_dim,
+                shape.v_dim,
+                self.rank.precision.weights,
+            )?,
             out: self.row_parallel(Role::O, layer, shard::of_heads(own, shape.v_dim))?,
             shape,
             scale,
@@ -231,7 +237,7 @@ impl Loader<'_> {
         let slot = |&expert: &i32| match usize::try_from(expert) {
             Ok(expert) => {
                 let host = self.reader.mlp(MlpKind::Expert(expert), layer, slice.clone())?;
-                self.backend.pack_mlp(&host, self.rank.dtype).map(Some)
+                self.backend.pack_mlp(&host, self.rank.precision.weights).map(Some)
             }
             Err(_) => Ok(None),
         };
@@ -271,12 +277,12 @@ impl Loader<'_> {
         activation: Activation,
     ) -> Result<GatedMlp> {
         let host = self.reader.mlp(kind, layer, slice)?;
-        Ok(GatedMlp { weights: self.backend.pack_mlp(&host, self.rank.dtype)?, activation })
+        Ok(GatedMlp { weights: self.backend.pack_mlp(&host, self.rank.precision.weights)?, activation })
     }
 
     fn embedding(&self) -> Result<Embedding> {
         let host = self.reader.embedding(0..self.spec.vocab_size)?;
-        let mut table = self.backend.alloc(self.rank.dtype, host.n, host.k)?;
+        let mut table = self.backend.alloc(self.rank.precision.weights, host.n, host.k)?;
         let bytes: &[u8] = match &host.data {
             HostData::F32(values) => bytemuck::cast_slice(values),
             HostData::Bf16(values) => bytemuck::cast_slice(values),
@@ -349,7 +355,7 @@ impl Loader<'_> {
     }
 
     fn pack(&self, host: &HostMatrix) -> Result<Matrix> {
-        self.backend.pack_matrix(host, self.rank.dtype)
+        self.backend.pack_matrix(host, self.rank.precision.weights)
     }
 
     fn vector(&self, role: Role, layer: usize) -> Result<Tensor> {
@@ -361,7 +367,7 @@ impl Loader<'_> {
     }
 
     fn scratch(&self, sizes: Sizes) -> Result<Scratch> {
-        let (hidden, dtype, rows) = (self.spec.hidden_size, self.rank.dtype, sizes.max_rows);
+        let (hidden, dtype, rows) = (self.spec.hidden_size, self.rank.precision.activations, sizes.max_rows);
         let owned = rows.div_ceil(self.rank.tp.size());
         let (rank, tp) = self.tp();
         let heads = shard::query_heads(self.spec.attention.heads(), rank, tp).len();

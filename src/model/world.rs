@@ -5,7 +5,7 @@ use std::thread;
 
 use router_sim::placement::Placement;
 
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, Precision};
 use crate::comm::Communicator;
 use crate::comm::local::Local;
 use crate::comm::solo::Solo;
@@ -61,8 +61,8 @@ pub struct LoadedRank {
 pub struct WorldOptions {
     /// Division of the world.
     pub degrees: Degrees,
-    /// Type of activations, weights, KV cache and travelling rows.
-    pub dtype: DType,
+    /// Types of weights and activations.
+    pub precision: Precision,
     /// Where experts live, on `degrees.expert_parallel()` ranks.
     pub placement: Arc<Placement>,
     /// Sizes of what is not weights.
@@ -127,7 +127,7 @@ fn load_rank(
         world,
         tp,
         expert_tp: options.degrees.expert_tp,
-        dtype: options.dtype,
+        precision: options.precision,
     };
     let placement = Arc::clone(&options.placement);
     let (model, output) = load(reader, spec, rank, placement, counters, options.sizes)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moeyard::backend::cpu::CpuBackend;
-use moeyard::backend::{AttentionBatch, Backend, DType, SeqSpan};
+use moeyard::backend::{AttentionBatch, Backend, DType, Precision, SeqSpan};
 use moeyard::metrics::{LoadSnapshot, LoadSource};
 use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
@@ -124,10 +124,11 @@ impl World {
                 Arc::new(LoadCounters::new(layers.len(), family.spec.moe.experts, ranks))
             })
             .collect();
+        let precision = Precision::of(setup.dtype, &family.spec.moe.router);
         let options = WorldOptions {
             counters: counters.clone(),
             degrees: setup.degrees,
-            dtype: setup.dtype,
+            precision,
             placement: Arc::new(placement),
             sizes: Sizes {
                 max_model_len: setup.max_model_len,
@@ -138,7 +139,7 @@ impl World {
             },
         };
         let backends = (0..setup.degrees.world()).map(|_| (setup.backend)()).collect();
-        let reader = WeightReader::new(&checkpoint, &family.spec, &family.names, setup.dtype);
+        let reader = WeightReader::new(&checkpoint, &family.spec, &family.names, precision.weights);
         let ranks = load_world(reader, &family.spec, backends, &options).unwrap();
         let (degrees, blocks) = (setup.degrees, blocks as u32);
         World { degrees, ranks, counters, next_block: 0, blocks, family }

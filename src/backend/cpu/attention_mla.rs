@@ -79,8 +79,8 @@ pub(super) fn mla_bytes(
 pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
     check::attention_mla(&args, &out);
     let KvShape::Mla { latent, rope_dim } = args.cache.shape else { unreachable!("checked above") };
-    with_float!(args.cache.dtype, T => {
-        let call = Call::<T> {
+    with_float!(args.cache.dtype, T => with_float!(args.weights.parts[0].dtype(), W => {
+        let call = Call::<T, W> {
             backend,
             q: FloatRows::new(args.q),
             cache: Rows::new(args.cache.parts[0].view()),
@@ -97,7 +97,7 @@ pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMu
         };
         call.expanded();
         call.absorbed();
-    });
+    }));
     Ok(())
 }
 
@@ -111,15 +111,15 @@ fn absorbed_rows(span: &SeqSpan) -> usize {
     span.rows as usize - expanded_rows(span)
 }
 
-/// One call of [`attention_mla`]: activations and cache typed, dimensions by name.
-struct Call<'a, T> {
+/// One call of [`attention_mla`]: activations (as the cache holds them) and weights typed, dimensions by name.
+struct Call<'a, T, W> {
     backend: &'a CpuBackend,
     /// `[rows, heads * (nope + rope)]`
     q: FloatRows<'a>,
     /// See [`super::kv`].
     cache: Rows<'a, T>,
     /// `[heads * latent, padded nope + padded v]`
-    kv_b: Rows<'a, T>,
+    kv_b: Rows<'a, W>,
     /// `[rows, heads * v]`
     out: FloatRowsMut<'a>,
     batch: AttentionBatch<'a>,
@@ -132,7 +132,7 @@ struct Call<'a, T> {
     v: usize,
 }
 
-impl<T: Float> Call<'_, T> {
+impl<T: Float, W: Float> Call<'_, T, W> {
     /// The part of a query without rotary, padded.
     fn read_nope(&self, row: usize, head: usize, to: &mut [f32]) {
         let start = head * (self.nope + self.rope);
@@ -155,7 +155,7 @@ impl<T: Float> Call<'_, T> {
     }
 
     /// The matrix of a head from a column on.
-    fn matrix(&self, head: usize, column: usize) -> Strided<T> {
+    fn matrix(&self, head: usize, column: usize) -> Strided<W> {
         Strided::from(&self.kv_b, head * self.latent, column)
     }
 
@@ -343,20 +343,20 @@ impl<T: Float> Call<'_, T> {
     }
 
     /// `out = x . matrix`, `[rows, latent]` times `[latent, width]`.
-    fn multiply(&self, x: &[f32], matrix: Strided<T>, out: &mut [f32]) {
+    fn multiply(&self, x: &[f32], matrix: Strided<W>, out: &mut [f32]) {
         self.backend.dispatch(ByColumns { x, latent: self.latent, matrix, out });
     }
 }
 
 /// `out[r] = sum_l x[r][l] * matrix[l]`: `x` is `[rows, latent]`, `out` `[rows, padded width]`.
-struct ByColumns<'a, T> {
+struct ByColumns<'a, W> {
     x: &'a [f32],
     latent: usize,
-    matrix: Strided<T>,
+    matrix: Strided<W>,
     out: &'a mut [f32],
 }
 
-impl<T: Float> Kernel for ByColumns<'_, T> {
+impl<W: Float> Kernel for ByColumns<'_, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
@@ -375,14 +375,14 @@ impl<T: Float> Kernel for ByColumns<'_, T> {
 }
 
 /// `out[r][l] = x[r] . matrix[l]`: `x` is `[rows, width]`, `out` `[rows, latent]`.
-struct ByRows<'a, T> {
+struct ByRows<'a, W> {
     x: &'a [f32],
     width: usize,
-    matrix: Keys<T>,
+    matrix: Keys<W>,
     out: &'a mut [f32],
 }
 
-impl<T: Float> Kernel for ByRows<'_, T> {
+impl<W: Float> Kernel for ByRows<'_, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -97,8 +97,10 @@ struct Grouped<'a> {
 impl Grouped<'_> {
     fn run(&self, backend: &CpuBackend, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
         let (rows, hidden, dtype) = (x.rows(), x.cols(), x.dtype());
-        let Some(width) = self.used().map(|(_, _, w)| w.intermediate).max() else { return Ok(()) };
-        let activations = Activations::new(backend, x)?;
+        // All slots have weights of one type: checked.
+        let Some((_, _, first)) = self.used().next() else { return Ok(()) };
+        let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
+        let activations = Activations::new(backend, x, first.parts[GATE_UP].dtype())?;
         let form = Form::of(backend, dtype);
         let stride = row_stride(width, form);
         let mut buffer = backend.scratch.intermediate.lock(rows * stride * form.bytes())?;

@@ -37,7 +37,7 @@ pub(super) fn linear(
         return Ok(());
     }
     let weights = Panels::new(w.data.view(), panels(w.n), w.k);
-    let activations = Activations::new(backend, x)?;
+    let activations = Activations::new(backend, x, w.data.dtype())?;
     let a = activations.rows();
     let out = Output::new(out);
     let mut work = backend.scratch.work.lock();

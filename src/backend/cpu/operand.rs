@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::CpuBackend;
 use super::memory::{Rows, RowsMut, ScratchGuard};
-use super::panel::PANEL;
+use super::panel::{PANEL, padded_k};
 use super::simd::{Float, Kernel, Simd};
 use super::tile;
 use crate::backend::{DType, View, ViewMut};
@@ -18,7 +18,7 @@ const TASK_ELEMENTS: usize = 1 << 16;
 /// Up to so many rows a copy is not worth its time.
 const FEW_ROWS: usize = 8;
 
-/// How a backend lays out activations that are multiplied with weights of `dtype`.
+/// How a backend lays out activations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Form {
     /// f32, be it widened.
@@ -28,9 +28,9 @@ pub enum Form {
 }
 
 impl Form {
-    /// The form for weights of `dtype` on this backend.
-    pub fn of(backend: &CpuBackend, dtype: DType) -> Form {
-        if dtype == DType::Bf16 && backend.dispatch(NativeDot) { Form::Pairs } else { Form::F32 }
+    /// The form of activations of this type on this backend.
+    pub fn of(backend: &CpuBackend, activations: DType) -> Form {
+        if activations == DType::Bf16 && backend.dispatch(NativeDot) { Form::Pairs } else { Form::F32 }
     }
 
     /// Bytes of one element.
@@ -53,7 +53,7 @@ impl Kernel for NativeDot {
     }
 }
 
-/// Elements from one row to the next in buffers of ours: an odd number of cache lines. Rows a power of two apart, as wide as models
+/// Elements from one row to the next in buffers of ours: an odd number of cache lines, so whole pairs of either form. Rows a power of two apart, as wide as models
 /// are, would all compete for the same few places of the L1 cache.
 pub fn row_stride(k: usize, form: Form) -> usize {
     let line = 64 / form.bytes();
@@ -68,17 +68,18 @@ pub struct Activations<'a> {
 }
 
 impl<'a> Activations<'a> {
-    /// Prepares `x` for weights of its own type.
+    /// Prepares `x` for weights of a type: every row has [`padded_k`] elements, zero beyond its width.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
-    pub fn new(backend: &'a CpuBackend, x: View<'a>) -> Result<Activations<'a>> {
+    pub fn new(backend: &'a CpuBackend, x: View<'a>, weights: DType) -> Result<Activations<'a>> {
+        let in_place = x.rows() <= FEW_ROWS && x.cols() == padded_k(x.cols(), weights);
         match (x.dtype(), Form::of(backend, x.dtype())) {
-            (DType::F32, _) if x.rows() <= FEW_ROWS => {
+            (DType::F32, _) if in_place => {
                 let rows = tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride: x.stride() };
                 Ok(Activations { rows, _copy: None })
             }
-            (DType::Bf16, Form::Pairs) if x.rows() <= FEW_ROWS && x.cols().is_multiple_of(2) => {
+            (DType::Bf16, Form::Pairs) if in_place => {
                 let rows = tile::Rows::Pairs { start: Rows::<bf16>::new(x).as_ptr(), stride: x.stride() };
                 Ok(Activations { rows, _copy: None })
             }

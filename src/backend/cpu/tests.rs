@@ -7,7 +7,7 @@ use super::memory::{Element, Rows, RowsMut};
 use super::simd::{Float, Isa};
 use super::{CpuBackend, experts, gemm, memory};
 use crate::backend::{
-    Backend, DType, ExpertsArgs, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Tensor, View,
+    Backend, DType, ExpertsArgs, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Precision, Tensor, View,
 };
 use crate::spec::Activation;
 
@@ -48,6 +48,16 @@ impl Noise {
             rows.row_mut(r).fill_with(|| T::from_f32(self.next()));
         }
     }
+    /// Activations with NaN on both sides: `[rows, cols]` from column [`ASIDE`] on.
+    fn amid_nan(&mut self, rows: usize, cols: usize, dtype: DType) -> Tensor {
+        let inside = self.tensor(rows, cols, dtype);
+        let mut wide = memory::tensor(dtype, rows, cols + 2 * ASIDE).unwrap();
+        match dtype {
+            DType::F32 => surround(&Rows::<f32>::new(inside.view()), &mut RowsMut::new(wide.view_mut())),
+            _ => surround(&Rows::<bf16>::new(inside.view()), &mut RowsMut::new(wide.view_mut())),
+        }
+        wide
+    }
     fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp {
         HostMlp {
             gate: self.matrix(intermediate, hidden, dtype),
@@ -59,6 +69,16 @@ impl Noise {
                 down: self.vec(hidden),
             }),
         }
+    }
+}
+
+/// Columns on each side of [`Noise::amid_nan`].
+const ASIDE: usize = 3;
+
+fn surround<T: Float>(inside: &Rows<'_, T>, wide: &mut RowsMut<'_, T>) {
+    for r in 0..inside.rows() {
+        wide.row_mut(r).fill(T::from_f32(f32::NAN));
+        wide.row_mut(r)[ASIDE..][..inside.cols()].copy_from_slice(inside.row(r));
     }
 }
 
@@ -101,13 +121,11 @@ fn backends() -> Vec<CpuBackend> {
     isas.flat_map(|isa| [1, 3].map(|threads| CpuBackend::new(threads, isa).unwrap())).collect()
 }
 
-const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
-
 #[test]
 fn linear_is_the_plain_sum() {
     let mut noise = Noise(1);
     for backend in backends() {
-        for dtype in DTYPES {
+        for precision @ Precision { weights, activations } in Precision::ALL {
             for (m, n, k) in [
                 (1, 1, 1),
                 (2, 5, 1),
@@ -119,12 +137,12 @@ fn linear_is_the_plain_sum() {
                 (2, 3, 0),
             ] {
                 for (out_type, with_bias) in [(DType::F32, true), (DType::Bf16, false)] {
-                    let host = noise.matrix(n, k, dtype);
-                    let packed = gemm::pack_matrix(&backend, &host, dtype).unwrap();
-                    assert_eq!(packed.data.bytes(), gemm::matrix_bytes(&backend, n, k, dtype));
+                    let host = noise.matrix(n, k, weights);
+                    let packed = gemm::pack_matrix(&backend, &host, weights).unwrap();
+                    assert_eq!(packed.data.bytes(), gemm::matrix_bytes(&backend, n, k, weights));
                     // Views inside wider matrices, whose other columns must neither count nor change.
-                    let x = noise.tensor(m, k + 5, dtype);
-                    let x = x.view().cols_range(3..3 + k);
+                    let x = noise.amid_nan(m, k, activations);
+                    let x = x.view().cols_range(ASIDE..ASIDE + k);
                     let mut bias = memory::tensor(DType::F32, 1, n).unwrap();
                     noise.fill::<f32>(&mut bias);
                     let bias = with_bias.then_some(&bias);
@@ -135,14 +153,14 @@ fn linear_is_the_plain_sum() {
                     for (r, before) in before.iter().enumerate() {
                         let got = row(out.view(), r);
                         let bias = bias.map(|b| Rows::<f32>::new(b.view()).row(0));
-                        let want = plain_linear(&row(x, r), &host, bias, dtype);
+                        let want = plain_linear(&row(x, r), &host, bias, weights);
                         for (j, (want, size)) in want.into_iter().enumerate() {
                             let rounding = if out_type == DType::Bf16 { 1.0 / 256.0 } else { 1e-7 };
                             let limit = want.abs() * rounding + size * 1e-6;
                             let error = (got[4 + j] - want).abs();
                             assert!(
                                 error <= limit,
-                                "{} {dtype:?} {m}x{n}x{k} [{r},{j}]: {error}",
+                                "{} {precision:?} {m}x{n}x{k} [{r},{j}]: {error}",
                                 backend.describe()
                             );
                         }
@@ -159,12 +177,12 @@ fn linear_is_the_plain_sum() {
 fn a_row_has_the_same_bits_in_every_batch() {
     let mut noise = Noise(2);
     let (n, k) = (101, 301);
-    for dtype in DTYPES {
-        let host = noise.matrix(n, k, dtype);
-        let x = noise.tensor(530, k, dtype);
+    for precision @ Precision { weights, activations } in Precision::ALL {
+        let host = noise.matrix(n, k, weights);
+        let x = noise.tensor(530, k, activations);
         for isa in Isa::available() {
             let [one, three] = [1, 3].map(|threads| CpuBackend::new(threads, isa).unwrap());
-            let packed = gemm::pack_matrix(&one, &host, dtype).unwrap();
+            let packed = gemm::pack_matrix(&one, &host, weights).unwrap();
             let alone: Vec<_> = (0..530)
                 .map(|r| {
                     let mut out = memory::tensor(DType::F32, 1, n).unwrap();
@@ -183,7 +201,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
                         assert_eq!(
                             bits(out.view(), r),
                             alone[first + r],
-                            "{} {dtype:?} row {r} of {m}",
+                            "{} {precision:?} row {r} of {m}",
                             isa.name()
                         );
                     }
@@ -222,30 +240,32 @@ const CLAMPED: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.702
 fn experts_are_plain_mlps() {
     let mut noise = Noise(3);
     for backend in backends() {
-        for dtype in DTYPES {
+        for precision @ Precision { weights, activations } in Precision::ALL {
             for (hidden, intermediate) in [(1, 1), (33, 47), (64, 49), (50, 131)] {
                 for (activation, bias) in [(Activation::SiluMul, false), (CLAMPED, true)] {
                     let hosts: Vec<_> =
-                        (0..3).map(|_| noise.mlp(hidden, intermediate, bias, dtype)).collect();
-                    let slots: Vec<_> =
-                        hosts.iter().map(|h| Some(experts::pack_mlp(&backend, h, dtype).unwrap())).collect();
+                        (0..3).map(|_| noise.mlp(hidden, intermediate, bias, weights)).collect();
+                    let slots: Vec<_> = hosts
+                        .iter()
+                        .map(|h| Some(experts::pack_mlp(&backend, h, weights).unwrap()))
+                        .collect();
                     let bytes: usize = slots[0].as_ref().unwrap().parts.iter().map(Tensor::bytes).sum();
-                    assert_eq!(bytes, experts::mlp_bytes(&backend, hidden, intermediate, bias, dtype));
+                    assert_eq!(bytes, experts::mlp_bytes(&backend, hidden, intermediate, bias, weights));
                     let offsets = [0, 2, 2, 19];
-                    let rows = noise.tensor(19, hidden, dtype);
+                    let rows = noise.tensor(19, hidden, activations);
                     let mut out = memory::tensor(DType::F32, 19, hidden).unwrap();
                     let args =
                         ExpertsArgs { rows: rows.view(), offsets: &offsets, slots: &slots, activation };
                     experts::experts(&backend, args, out.view_mut()).unwrap();
                     for r in 0..19 {
                         let host = &hosts[if r < 2 { 0 } else { 2 }];
-                        let want = plain_mlp(&row(rows.view(), r), host, activation, dtype);
+                        let want = plain_mlp(&row(rows.view(), r), host, activation, weights);
                         for (got, (want, size)) in row(out.view(), r).into_iter().zip(want) {
                             // What stands between the matrices is rounded to the activation type.
-                            let rounding = if dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 };
+                            let rounding = if activations == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 };
                             assert!(
                                 (got - want).abs() <= size * rounding + 1e-6,
-                                "{} {dtype:?} {hidden}x{intermediate} row {r}: {got} for {want}",
+                                "{} {precision:?} {hidden}x{intermediate} row {r}: {got} for {want}",
                                 backend.describe()
                             );
                         }
@@ -276,14 +296,14 @@ fn alone(
 #[test]
 fn a_row_does_not_see_its_neighbours_slots() {
     let mut noise = Noise(4);
-    let (hidden, intermediate, rows) = (70, 99, 40);
-    for dtype in DTYPES {
-        let x = noise.tensor(rows, hidden, dtype);
-        let hosts: Vec<_> = (0..3).map(|_| noise.mlp(hidden, intermediate, true, dtype)).collect();
+    let (hidden, intermediate, rows) = (71, 99, 40);
+    for Precision { weights, activations } in Precision::ALL {
+        let x = noise.tensor(rows, hidden, activations);
+        let hosts: Vec<_> = (0..3).map(|_| noise.mlp(hidden, intermediate, true, weights)).collect();
         for backend in backends() {
-            let pack = |i: usize| Some(experts::pack_mlp(&backend, &hosts[i], dtype).unwrap());
+            let pack = |i: usize| Some(experts::pack_mlp(&backend, &hosts[i], weights).unwrap());
             let [a, b, c] = [0, 1, 2].map(|i| pack(i).unwrap());
-            let want = [&a, &b, &c].map(|w| alone(&backend, x.view(), w, CLAMPED, dtype));
+            let want = [&a, &b, &c].map(|w| alone(&backend, x.view(), w, CLAMPED, activations));
             // (order of the experts in the slot table, rows of each slot): empty slots, other orders, other groups.
             let cases: [(&[Option<usize>], &[usize]); 5] = [
                 (&[Some(0), Some(1), Some(2)], &[1, 17, 22]),
@@ -296,7 +316,7 @@ fn a_row_does_not_see_its_neighbours_slots() {
                 let slots: Vec<_> = order.iter().map(|i| i.and_then(pack)).collect();
                 let mut offsets = vec![0];
                 counts.iter().for_each(|n| offsets.push(offsets[offsets.len() - 1] + n));
-                let mut out = memory::tensor(dtype, rows, hidden).unwrap();
+                let mut out = memory::tensor(activations, rows, hidden).unwrap();
                 let args =
                     ExpertsArgs { rows: x.view(), offsets: &offsets, slots: &slots, activation: CLAMPED };
                 experts::experts(&backend, args, out.view_mut()).unwrap();

@@ -67,8 +67,8 @@ impl<'a> PanelProduct<'a> {
     /// `sums` receives `[rows, PANEL]`; `wide` is scratch of [`WIDE_LEN`].
     ///
     /// # Safety
-    /// `a` has `rows` rows of as many valid elements as the panel has k (padded to whole pairs for bf16), which
-    /// nobody writes meanwhile.
+    /// `a` has `rows` rows of as many valid elements as the panel has k (for a bf16 panel in whole pairs, whatever the type of
+    /// `a`), which nobody writes meanwhile.
     pub unsafe fn new(
         a: Rows,
         rows: usize,
@@ -95,17 +95,14 @@ impl Kernel for PanelProduct<'_> {
                 (Rows::F32 { start, stride }, Panel::F32(panel)) => {
                     blocks::<S, Plain>(simd, Strided { start, stride }, rows, panel, BLOCK_F32, sums);
                 }
-                (Rows::F32 { start, stride }, Panel::Bf16(panel)) if !S::NATIVE_DOT && rows >= WIDEN_ROWS => {
+                (Rows::F32 { start, stride }, Panel::Bf16(panel)) if rows >= WIDEN_ROWS => {
                     widened_blocks(simd, Strided { start, stride }, rows, panel, wide, sums);
                 }
-                (Rows::F32 { start, stride }, Panel::Bf16(panel)) if !S::NATIVE_DOT => {
+                (Rows::F32 { start, stride }, Panel::Bf16(panel)) => {
                     blocks::<S, Widening>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
                 }
                 (Rows::Pairs { start, stride }, Panel::Bf16(panel)) if S::NATIVE_DOT => {
                     blocks::<S, Native>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
-                }
-                (Rows::F32 { .. }, Panel::Bf16(_)) => {
-                    panic!("widened activations where bf16 multiply as they are")
                 }
                 (Rows::Pairs { .. }, _) => {
                     panic!("bf16 activations for f32 weights, or where bf16 is widened")

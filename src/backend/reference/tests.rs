@@ -1,7 +1,7 @@
 //! The reference against cases small enough to compute by hand.
 
 use super::*;
-use crate::backend::{HostData, HostMlpBias, SeqSpan};
+use crate::backend::{HostData, HostMlpBias, Precision, SeqSpan};
 use crate::spec::{ExpertGroups, GroupScore, NormKind, Renormalize, Score};
 
 const B: ReferenceBackend = ReferenceBackend;
@@ -220,6 +220,37 @@ fn linear_and_mlp_use_weights_by_output() {
 }
 
 #[test]
+fn weights_and_activations_round_apart() {
+    // 1 + 2^-9 is 1 in bf16.
+    let fine = 1.0 + 1.0 / 512.0;
+    let ones = || matrix(1, 1, &[1.0]);
+    let host = HostMlp { gate: ones(), up: ones(), down: matrix(1, 1, &[fine]), bias: None };
+    for (precision, row, weight) in
+        [(Precision::F32, fine, fine), (Precision::BF16, 1.0, 1.0), (Precision::MIXED, fine, 1.0)]
+    {
+        let mut x = B.alloc(precision.activations, 1, 1).unwrap();
+        B.copy_rows(tensor(1, 1, &[fine]).view(), x.view_mut()).unwrap();
+        let w = B.pack_matrix(&matrix(1, 1, &[fine]), precision.weights).unwrap();
+        let mut out = zeros(1, 1);
+        B.linear(x.view(), &w, None, out.view_mut()).unwrap();
+        assert_eq!(Host::read(out.view()).data, [row * weight], "{precision:?}");
+
+        let mlp = B.pack_mlp(&host, precision.weights).unwrap();
+        B.mlp(x.view(), &mlp, Activation::SiluMul, out.view_mut()).unwrap();
+        let between = host::rounded(row * dense::sigmoid(row) * row, precision.activations);
+        assert_eq!(Host::read(out.view()).data, [between * weight], "{precision:?}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "linear x: Bf16 activations for F32 weights")]
+fn bf16_activations_need_bf16_weights() {
+    let w = B.pack_matrix(&matrix(1, 1, &[1.0]), DType::F32).unwrap();
+    let x = B.alloc(DType::Bf16, 1, 1).unwrap();
+    let _ = B.linear(x.view(), &w, None, zeros(1, 1).view_mut());
+}
+
+#[test]
 fn combine_sums_parts_then_choices() {
     let rows = tensor(4, 1, &[1.0, 2.0, 4.0, 8.0]);
     let weights = tensor(1, 2, &[0.5, 0.25]);
@@ -277,9 +308,9 @@ fn attention_is_a_causal_softmax_over_the_window() {
 #[test]
 fn both_mla_forms_agree_in_f32_and_round_apart_in_bf16() {
     let kv_b = matrix(2, 2, &[1.0, 2.0, 3.0, -1.0]); // W_k = (1, 2), W_v = (3, -1)
-    for dtype in [DType::F32, DType::Bf16] {
-        let w = B.pack_mla(&kv_b, 1, 1, 1, dtype).unwrap();
-        let mut cache = B.alloc_kv(KvShape::Mla { latent: 2, rope_dim: 2 }, dtype, 16, 2).unwrap();
+    for precision @ Precision { weights, activations } in Precision::ALL {
+        let w = B.pack_mla(&kv_b, 1, 1, 1, weights).unwrap();
+        let mut cache = B.alloc_kv(KvShape::Mla { latent: 2, rope_dim: 2 }, activations, 16, 2).unwrap();
         let latents = tensor(2, 2, &[1.0, 0.0, 1.0, 1.0 / 256.0]);
         let ropes = tensor(2, 2, &[0.0, 0.0, 0.0, 0.0]);
         let spans = [span(0, 2, 2)];
@@ -294,10 +325,10 @@ fn both_mla_forms_agree_in_f32_and_round_apart_in_bf16() {
         };
         // Position 1 weighs both positions alike: values 3 and 3 - 1/256, the second of which is 3 in bf16 when
         // expanded; absorbed, the mean latent (1, 1/512) is exact and 3 - 1/512 is not rounded at all.
-        let (value, exact) = (3.0 - 1.0 / 512.0, dtype == DType::F32);
-        assert_eq!(run(2), [3.0, if exact { value } else { 3.0 }], "expanded, {dtype:?}");
-        assert_eq!(run(0), [3.0, value], "absorbed, {dtype:?}");
-        assert_eq!(run(1), [3.0, value], "position 1 generated, {dtype:?}");
+        let (value, exact) = (3.0 - 1.0 / 512.0, activations == DType::F32);
+        assert_eq!(run(2), [3.0, if exact { value } else { 3.0 }], "expanded, {precision:?}");
+        assert_eq!(run(0), [3.0, value], "absorbed, {precision:?}");
+        assert_eq!(run(1), [3.0, value], "position 1 generated, {precision:?}");
     }
 }
 

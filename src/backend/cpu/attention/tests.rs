@@ -4,7 +4,8 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::reference::ReferenceBackend;
 use crate::backend::{
-    AttentionBatch, Backend, DType, GqaArgs, HostData, HostMatrix, KvShape, MlaArgs, SeqSpan, Tensor,
+    AttentionBatch, Backend, DType, GqaArgs, HostData, HostMatrix, KvShape, MlaArgs, Precision, SeqSpan,
+    Tensor,
 };
 
 /// A layer's attention.
@@ -65,7 +66,14 @@ fn tensor(backend: &dyn Backend, data: &[f32], cols: usize, dtype: DType) -> Ten
 }
 
 /// Writes the context of every part, then attends: the output rows of all parts, one after another.
-fn run(backend: &dyn Backend, layer: Layer, dtype: DType, block_size: usize, parts: &[Part]) -> Vec<f32> {
+fn run(
+    backend: &dyn Backend,
+    layer: Layer,
+    precision: Precision,
+    block_size: usize,
+    parts: &[Part],
+) -> Vec<f32> {
+    let dtype = precision.activations;
     let [q_cols, k_cols, v_cols, out_cols] = layer.widths();
     let mut block_table = Vec::new();
     let (mut contexts, mut spans) = (Vec::new(), Vec::new());
@@ -117,9 +125,9 @@ fn run(backend: &dyn Backend, layer: Layer, dtype: DType, block_size: usize, par
             let data: Vec<f32> =
                 (0..n * latent).map(|i| 2.0 * random(99, i as u64) / (latent as f32).sqrt()).collect();
             let kv_b = HostMatrix { n, k: latent, data: HostData::F32(data) };
-            let weights = backend.pack_mla(&kv_b, heads, nope, v, dtype).unwrap();
+            let weights = backend.pack_mla(&kv_b, heads, nope, v, precision.weights).unwrap();
             let bytes: usize = weights.parts.iter().map(Tensor::bytes).sum();
-            assert_eq!(bytes, backend.mla_bytes(heads, nope, v, latent, dtype));
+            assert_eq!(bytes, backend.mla_bytes(heads, nope, v, latent, precision.weights));
             let scale = 2.0 / ((nope + rope) as f32).sqrt();
             let args = MlaArgs { q: q.view(), cache: &cache, weights: &weights, batch, scale };
             backend.attention_mla(args, out.view_mut()).unwrap();
@@ -137,19 +145,19 @@ fn backends() -> Vec<CpuBackend> {
 }
 
 #[track_caller]
-fn check_close(layer: Layer, dtype: DType, block_size: usize, parts: &[Part]) {
-    let expected = run(&ReferenceBackend, layer, dtype, block_size, parts);
+fn check_close(layer: Layer, precision: Precision, block_size: usize, parts: &[Part]) {
+    let expected = run(&ReferenceBackend, layer, precision, block_size, parts);
     // Rounding of what the reference rounds too may fall to the other side, where sums lie close to the border.
-    let tolerance = match (layer, dtype) {
+    let tolerance = match (layer, precision.activations) {
         (Layer::Mla { .. }, DType::Bf16) => 1e-2,
         _ => 4e-6,
     };
     for backend in backends() {
-        let found = run(&backend, layer, dtype, block_size, parts);
+        let found = run(&backend, layer, precision, block_size, parts);
         for (i, (f, e)) in found.iter().zip(&expected).enumerate() {
             assert!(
                 (f - e).abs() <= tolerance * e.abs().max(1.0),
-                "{}, {layer:?}, {dtype:?}, blocks of {block_size}, {parts:?}: element {i} is {f}, expected {e}",
+                "{}, {layer:?}, {precision:?}, blocks of {block_size}, {parts:?}: element {i} is {f}, expected {e}",
                 backend.describe()
             );
         }
@@ -158,33 +166,37 @@ fn check_close(layer: Layer, dtype: DType, block_size: usize, parts: &[Part]) {
 
 /// Rows of one sequence alone, chunked, among others, in other blocks and on other threads: the same bits.
 #[track_caller]
-fn check_bits(layer: Layer, dtype: DType, len: usize, prompt_len: usize) {
+fn check_bits(layer: Layer, precision: Precision, len: usize, prompt_len: usize) {
     let part = |sequence, position, rows| Part { sequence, position, rows, prompt_len };
     for isa in Isa::available() {
         let backend = CpuBackend::new(1, isa).unwrap();
         let cols = layer.widths()[3];
-        let expected = run(&backend, layer, dtype, 16, &[part(1, 0, len)]);
+        let expected = run(&backend, layer, precision, 16, &[part(1, 0, len)]);
         let check = |found: &[f32], first: usize, what: &str| {
             for (i, f) in found.iter().enumerate() {
                 let e = expected[first * cols + i];
                 let row = first + i / cols;
-                assert!(f.to_bits() == e.to_bits(), "{} {layer:?} {dtype:?} {what}: row {row}", isa.name());
+                assert!(
+                    f.to_bits() == e.to_bits(),
+                    "{} {layer:?} {precision:?} {what}: row {row}",
+                    isa.name()
+                );
             }
         };
         for threads in [1, 2] {
             let backend = CpuBackend::new(threads, isa).unwrap();
             for block_size in [16, 32, 48, 64] {
-                check(&run(&backend, layer, dtype, block_size, &[part(1, 0, len)]), 0, "whole");
+                check(&run(&backend, layer, precision, block_size, &[part(1, 0, len)]), 0, "whole");
             }
             for chunk in [1, 3, 17, 32] {
                 for first in (0..len).step_by(chunk) {
                     let rows = chunk.min(len - first);
-                    check(&run(&backend, layer, dtype, 32, &[part(1, first, rows)]), first, "chunk");
+                    check(&run(&backend, layer, precision, 32, &[part(1, first, rows)]), first, "chunk");
                 }
             }
             let batch =
                 [part(2, 5, 3), part(1, len - 1, 1), part(3, 0, 40), part(1, 2, len - 2), part(4, 90, 1)];
-            let found = run(&backend, layer, dtype, 32, &batch);
+            let found = run(&backend, layer, precision, 32, &batch);
             check(&found[3 * cols..4 * cols], len - 1, "one row in a batch");
             check(&found[44 * cols..(44 + len - 2) * cols], 2, "many rows in a batch");
         }
@@ -206,8 +218,8 @@ fn gqa_is_close_to_the_reference() {
             let (window, sinks) = ((heads == 6).then_some(13), heads == 8);
             let layer = Layer::Gqa { heads, kv_heads, head_dim, window, sinks };
             let block_size = [16, 32, 64][(head_dim / 8 + heads) % 3];
-            for dtype in [DType::F32, DType::Bf16] {
-                check_close(layer, dtype, block_size, &MIXED);
+            for precision in [Precision::F32, Precision::BF16] {
+                check_close(layer, precision, block_size, &MIXED);
             }
         }
     }
@@ -218,7 +230,7 @@ fn windows_of_any_width_are_close_to_the_reference() {
     for window in [1, 2, 3, 5, 16, 31, 64, 1000] {
         for sinks in [false, true] {
             let layer = Layer::Gqa { heads: 3, kv_heads: 3, head_dim: 20, window: Some(window), sinks };
-            check_close(layer, DType::F32, 16, &MIXED);
+            check_close(layer, Precision::F32, 16, &MIXED);
         }
     }
 }
@@ -229,32 +241,47 @@ fn mla_is_close_to_the_reference() {
         [(4, 64, 32, 16, 32), (3, 40, 24, 8, 20), (2, 128, 128, 64, 128), (20, 32, 16, 10, 16)]
     {
         let layer = Layer::Mla { heads, latent, nope, rope, v };
-        for dtype in [DType::F32, DType::Bf16] {
-            check_close(layer, dtype, 32, &MIXED);
+        for precision in Precision::ALL {
+            check_close(layer, precision, 32, &MIXED);
         }
     }
 }
 
 #[test]
 fn gqa_bits_do_not_depend_on_the_batch() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for precision in [Precision::F32, Precision::BF16] {
         check_bits(
             Layer::Gqa { heads: 6, kv_heads: 2, head_dim: 40, window: None, sinks: true },
-            dtype,
+            precision,
             70,
             70,
         );
         let window = Some(21);
-        check_bits(Layer::Gqa { heads: 2, kv_heads: 2, head_dim: 24, window, sinks: false }, dtype, 50, 50);
-        check_bits(Layer::Gqa { heads: 9, kv_heads: 1, head_dim: 64, window, sinks: true }, dtype, 50, 50);
+        check_bits(
+            Layer::Gqa { heads: 2, kv_heads: 2, head_dim: 24, window, sinks: false },
+            precision,
+            50,
+            50,
+        );
+        check_bits(
+            Layer::Gqa { heads: 9, kv_heads: 1, head_dim: 64, window, sinks: true },
+            precision,
+            50,
+            50,
+        );
     }
 }
 
 #[test]
 fn mla_bits_do_not_depend_on_the_batch() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for precision in Precision::ALL {
         for prompt_len in [60, 31, 0] {
-            check_bits(Layer::Mla { heads: 3, latent: 40, nope: 24, rope: 8, v: 20 }, dtype, 60, prompt_len);
+            check_bits(
+                Layer::Mla { heads: 3, latent: 40, nope: 24, rope: 8, v: 20 },
+                precision,
+                60,
+                prompt_len,
+            );
         }
     }
 }
