@@ -136,7 +136,7 @@ impl Config {
                 let block = &quantization["weight_block_size"];
                 Some(Quantization::Fp8Block { block: [0, 1].map(|i| size(&block[i]).unwrap()) })
             }
-            "awq" => Some(Quantization::Awq { group_size: size(&quantization["group_size"]).unwrap() }),
+            "awq" => Some(Quantization::Awq { group_size: size(&quantization["group_size"]) }),
             "gptq" => Some(Quantization::Gptq { group_size: size(&quantization["group_size"]) }),
             other => panic!("{other}"),
         }
