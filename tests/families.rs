@@ -132,7 +132,7 @@ fn mixtral_fixture() {
     };
     assert_eq!(spec, expected);
     assert_eq!(names.router, "model.layers.{layer}.block_sparse_moe.gate");
-    let awq = expected_quantised(&expected, Quantization::Awq { group_size: 32 });
+    let awq = expected_quantised(&expected, Quantization::Awq { group_size: Some(32) });
     assert_eq!(self::spec(&config("mixtral_awq")), awq);
     let gptq = expected_quantised(&expected, Quantization::Gptq { group_size: Some(32) });
     assert_eq!(self::spec(&config("mixtral_gptq")), gptq);
@@ -367,6 +367,13 @@ fn windows_follow_transformers() {
     assert_eq!(windows(&with("qwen3_moe", on)), [Some(9); 3]);
     let on = json!({"num_hidden_layers": 5, "sliding_window": 9, "use_sliding_window": true, "max_window_layers": 3});
     assert_eq!(windows(&with("qwen2_moe", on)), [Some(9), None, Some(9), None, None]);
+    // What transformers 5 writes for a model without windows.
+    let off = json!({"sliding_window": 0, "use_sliding_window": false, "layer_types": ["full_attention", "full_attention"]});
+    assert_eq!(windows(&with("qwen2_moe", off)), [None; 2]);
+    refused(
+        &with("qwen2_moe", json!({"sliding_window": 0, "use_sliding_window": true})),
+        &["sliding_window: expected an integer from 1"],
+    );
     let types = json!({"sliding_window": 9, "use_sliding_window": true,
         "layer_types": ["full_attention", "sliding_attention"]});
     assert_eq!(windows(&with("qwen2_moe", types)), [None, Some(9)]);
@@ -481,7 +488,8 @@ fn quantisation_settings() {
     };
     assert_eq!(of("mixtral_gptq", "group_size", json!(-1)), Quantization::Gptq { group_size: None });
     assert_eq!(of("mixtral_gptq", "group_size", json!(64)), Quantization::Gptq { group_size: Some(64) });
-    assert_eq!(of("mixtral_awq", "version", json!("GEMM")), Quantization::Awq { group_size: 32 });
+    assert_eq!(of("mixtral_awq", "group_size", json!(-1)), Quantization::Awq { group_size: None });
+    assert_eq!(of("mixtral_awq", "version", json!("GEMM")), Quantization::Awq { group_size: Some(32) });
     let block = of("deepseek_v3_fp8", "weight_block_size", json!([64, 32]));
     assert_eq!(block, Quantization::Fp8Block { block: [64, 32] });
     let mxfp4 =

@@ -48,6 +48,42 @@ fn tensor_and_expert_parallel_worlds_reproduce_every_golden() {
     }
 }
 
+/// Goldens of a fixture's weights under another config.json.
+#[test]
+fn settings_no_fixture_has_reproduce_their_goldens() {
+    check_variant("olmoe_clip_qkv");
+}
+
+fn check_variant(name: &str) {
+    let path = model_dir("variants").join(name).with_extension("json");
+    let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let fixture = model_dir(golden["fixture"].as_str().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(&fixture).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(fixture.join("config.json")).unwrap()).unwrap();
+    for (key, value) in golden["config"].as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+
+    let tokens = ids(&golden["input_ids"]);
+    let expected: Vec<f64> =
+        golden["last_logits"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+    for tensor_parallel in [1, 2] {
+        let degrees = Degrees { tensor_parallel, data_parallel: 1, expert_tp: 1 };
+        let setup = Setup { degrees, ..on(|| Arc::new(CpuBackend::detect(1).unwrap())) };
+        let mut world = World::load(dir.path(), &setup);
+        let mut sequence = world.sequence(&tokens);
+        let stepped = world.step(0, &mut [(&mut sequence, tokens.len())]);
+        let error = worst(stepped.logits.last().unwrap(), &expected);
+        assert!(error <= 1e-4, "{name} with {degrees:?}: last logits off by {error:e}");
+    }
+}
+
 fn check_prompt(fixture: &str, golden: &Golden, prompt: &serde_json::Value, world: &mut World) {
     let what = format!("{fixture} {} {:?}", prompt["id"], world.degrees());
     let tolerance = |key: &str| golden.json["tolerance"][key].as_f64().unwrap();

@@ -27,7 +27,7 @@ pub struct GqaAttention {
     pub sinks: Option<Tensor>,
     /// Norm of queries and keys before rotary.
     pub qk_norm: Option<QkNorm>,
-    /// q, k and v are clamped to this magnitude.
+    /// q, k and v are clamped to this magnitude, after the norms.
     pub clip_qkv: Option<f32>,
     /// Leading dimensions of a head that rotate.
     pub rope_dim: usize,
@@ -108,11 +108,11 @@ impl GqaAttention {
 
         let mut qkv = scratch.qkv.head_mut(rows);
         self.qkv.forward(backend, x, qkv.reborrow())?;
-        if let Some(limit) = self.clip_qkv {
-            backend.clamp(limit, qkv.reborrow())?;
-        }
         if let Some(norm) = &self.qk_norm {
             norm.apply(rank, qkv.reborrow(), q_end, k_end, scratch.squares.head_mut(rows))?;
+        }
+        if let Some(limit) = self.clip_qkv {
+            backend.clamp(limit, qkv.reborrow())?;
         }
         // Queries and keys lie side by side, so one call rotates both.
         backend.rope(

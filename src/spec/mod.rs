@@ -84,7 +84,7 @@ pub enum Attention {
         qk_norm: QkNorm,
         /// Learnt per-head logit that joins the softmax and takes weight away (gpt-oss).
         sinks: bool,
-        /// q, k and v are clamped to [-x, x] (OLMoE).
+        /// q, k and v are clamped to [-x, x], q and k after their norm (OLMoE).
         clip_qkv: Option<f32>,
     },
     /// Multi-head latent attention (DeepSeek): the cache holds one latent and one rotary key per token.
@@ -311,8 +311,8 @@ pub enum Quantization {
     },
     /// AutoAWQ "gemm" layout, 4 bits.
     Awq {
-        /// Input rows that share a scale.
-        group_size: usize,
+        /// Input rows that share a scale; `None` is one group for the whole column (`group_size` -1).
+        group_size: Option<usize>,
     },
     /// AutoGPTQ v1 layout, 4 bits, `g_idx` honoured.
     Gptq {

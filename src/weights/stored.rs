@@ -223,7 +223,7 @@ impl<'a> Finder<'a> {
                 self.fp8(module, [n, k], *block)?
             }
             (Some(Quantization::Awq { group_size }), None) if packed => {
-                self.awq(module, [n, k], *group_size)?
+                self.awq(module, [n, k], group_size.unwrap_or(k))?
             }
             (Some(Quantization::Gptq { group_size }), None) if packed => {
                 self.gptq(module, [n, k], group_size.unwrap_or(k))?

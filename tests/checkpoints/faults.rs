@@ -291,7 +291,7 @@ fn quantised_tensors_need_a_configuration_that_says_so() {
     assert_eq!(problems[0].item.as_deref(), Some("model.layers.0.self_attn.q_proj.weight"));
     assert_eq!(problems[0].found, "4-bit tensors beside it, but config.json announces no AWQ or GPTQ");
     let mut copy = Copy::of("deepseek_v3_fp8");
-    copy.spec.quantization = Some(Quantization::Awq { group_size: 32 });
+    copy.spec.quantization = Some(Quantization::Awq { group_size: Some(32) });
     assert!(copy.refused()[0].found.starts_with("F8_E4M3 ["));
 }
 

@@ -64,7 +64,7 @@ fn awq(keys: &Keys) -> Option<Quantization> {
     if let Some(version) = keys.text("version") {
         keys.require(version.eq_ignore_ascii_case("gemm"), "version", "gemm", version);
     }
-    Some(Quantization::Awq { group_size: keys.size("group_size", 128, MAX_WIDTH) })
+    Some(Quantization::Awq { group_size: group_size(keys) })
 }
 
 fn gptq(keys: &Keys) -> Option<Quantization> {
@@ -72,9 +72,13 @@ fn gptq(keys: &Keys) -> Option<Quantization> {
     // Version 2 stores zero points as they are, version 1 minus one.
     keys.only_text("checkpoint_format", "gptq");
     keys.require(keys.filled_object("dynamic").is_none(), "dynamic", "no settings per module", "an object");
+    Some(Quantization::Gptq { group_size: group_size(keys) })
+}
+
+/// `group_size`; -1 is one group for the whole column.
+fn group_size(keys: &Keys) -> Option<usize> {
     let whole_column = keys.optional_number("group_size") == Some(-1.0);
-    let group_size = (!whole_column).then(|| keys.size("group_size", 128, MAX_WIDTH));
-    Some(Quantization::Gptq { group_size })
+    (!whole_column).then(|| keys.size("group_size", 128, MAX_WIDTH))
 }
 
 fn four_bits(keys: &Keys) {

@@ -95,10 +95,10 @@ pub(super) fn read_qwen3(keys: &Keys) -> ModelSpec {
     finish(keys, basics, variant)
 }
 
-/// `sliding_window`, which counts only with `use_sliding_window`.
+/// `sliding_window`, which is looked at only with `use_sliding_window`: without it transformers 5 may write 0 there.
 fn window(keys: &Keys) -> Option<usize> {
-    let window = keys.optional_size("sliding_window", Some(4096), MAX_POSITIONS);
-    window.filter(|_| keys.flag("use_sliding_window", false))
+    let slides = keys.flag("use_sliding_window", false);
+    if slides { keys.optional_size("sliding_window", Some(4096), MAX_POSITIONS) } else { None }
 }
 
 /// Without `layer_types`, transformers lets the even layers below `max_window_layers` slide.
