@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use moeyard::Result;
 use moeyard::backend::cpu::CpuBackend;
-use moeyard::backend::{AttentionBatch, Backend, DType, SeqSpan};
+use moeyard::backend::{AttentionBatch, Backend, Precision, SeqSpan};
 use moeyard::cli::model::OpenModel;
 use moeyard::model::load::Sizes;
 use moeyard::model::world::{Degrees, WorldOptions, load_world};
@@ -55,7 +55,7 @@ impl Workload {
         let blocks_per_sequence = tokens.div_ceil(BLOCK);
         let options = WorldOptions {
             degrees: Degrees::SOLO,
-            dtype: DType::Bf16,
+            precision: Precision::BF16,
             placement: Arc::new(placement),
             sizes: Sizes {
                 max_model_len: tokens,
@@ -66,7 +66,7 @@ impl Workload {
             },
             counters: vec![Arc::new(LoadCounters::new(layers.len(), spec.moe.experts, 1))],
         };
-        let reader = WeightReader::new(&checkpoint, &spec, &family.names, options.dtype);
+        let reader = WeightReader::new(&checkpoint, &spec, &family.names, options.precision.weights);
         let device = Arc::clone(&backend) as Arc<dyn Backend>;
         let mut ranks = load_world(reader, &spec, vec![device], &options)?;
         let rank = ranks.pop().expect("one backend makes one rank");
