@@ -13,6 +13,10 @@ pub enum Error {
     #[error("{0}")]
     Impossible(String),
 
+    /// A description of a cluster, a model or cost constants is refused.
+    #[error("{0}")]
+    Description(String),
+
     /// A trace record is unusable.
     #[error("trace record {record}: {why}")]
     Trace {

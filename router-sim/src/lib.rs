@@ -5,7 +5,9 @@
 pub mod error;
 pub mod load;
 pub mod placement;
+pub mod report;
 pub mod split;
+pub mod topology;
 pub mod trace;
 
 pub use error::Error;

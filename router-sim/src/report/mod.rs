@@ -1,0 +1,3 @@
+//! Reports: what a simulation found ([`data`]), for terminals, files and browsers.
+
+pub mod data;
