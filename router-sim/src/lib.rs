@@ -2,6 +2,7 @@
 //! shared out among copies ([`split`]), how loaded they are ([`load`]), and the recorded history ([`trace`]).
 //! The serving engine imports these modules, so what is simulated is what is served.
 
+pub mod cost;
 pub mod error;
 pub mod load;
 pub mod placement;

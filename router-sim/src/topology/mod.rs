@@ -102,7 +102,7 @@ pub enum Precision {
     Bf16,
     /// 8 bits, either layout.
     Fp8,
-    /// 4 bits with block scales.
+    /// 4 bits, with a scale of one byte for every 32 values.
     Fp4,
 }
 
@@ -117,13 +117,13 @@ impl Precision {
         }
     }
 
-    /// Bytes of one value, without scales.
+    /// Bytes of one value.
     pub fn bytes(self) -> f64 {
         match self {
             Precision::F32 => 4.0,
             Precision::Bf16 => 2.0,
             Precision::Fp8 => 1.0,
-            Precision::Fp4 => 0.5,
+            Precision::Fp4 => 17.0 / 32.0,
         }
     }
 }
