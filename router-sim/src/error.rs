@@ -26,6 +26,26 @@ pub enum Error {
         why: String,
     },
 
+    /// A record of an input file is unusable.
+    #[error("{path}: record {record}: {why}")]
+    Record {
+        /// The file in question.
+        path: PathBuf,
+        /// Counted from 0 in the order of the file.
+        record: u64,
+        /// What is wrong with it.
+        why: String,
+    },
+
+    /// An input file as a whole is unusable, or an output cannot hold what it should.
+    #[error("{path}: {why}")]
+    File {
+        /// The file in question.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+
     /// A file operation failed.
     #[error("{path}: {source}")]
     Io {

@@ -1,6 +1,7 @@
 //! Everything about expert routing that needs no tensor: where experts live ([`placement`]), how tokens are
 //! shared out among copies ([`split`]), how loaded they are ([`load`]), and the recorded history ([`trace`]).
-//! The serving engine imports these modules, so what is simulated is what is served.
+//! The serving engine imports these modules, so what is simulated is what is served. A simulation reads records of
+//! many tools ([`formats`]) as streams of token batches or load windows ([`stream`]).
 
 pub mod cost;
 pub mod error;
@@ -10,6 +11,8 @@ pub mod report;
 pub mod split;
 pub mod topology;
 pub mod trace;
+pub mod stream;
+pub mod formats;
 
 pub use error::Error;
 

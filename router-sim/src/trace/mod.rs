@@ -48,6 +48,7 @@ mod event;
 mod header;
 mod join;
 mod reader;
+mod sink;
 mod step;
 mod varint;
 mod writer;
@@ -56,6 +57,7 @@ pub use event::{Decision, End, Event, Gap, Moves, Switch};
 pub use header::{Degrees, TraceHeader, WeightFormat};
 pub use join::StepJoiner;
 pub use reader::{Record, TraceReader};
+pub use sink::TraceSink;
 pub use step::{Piece, PieceRecord, RowInfo, StepInfo, StepRecord};
 pub use writer::{TraceCounters, TraceWriter};
 

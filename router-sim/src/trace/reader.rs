@@ -91,6 +91,11 @@ impl<R: Read> TraceReader<R> {
         self.skipped
     }
 
+    /// Number of the record that was read last, or failed; the header is 0.
+    pub fn record(&self) -> u64 {
+        self.frames.next.saturating_sub(1)
+    }
+
     /// The next record that is known; `Ok(None)` at the end.
     fn next_record(&mut self) -> Result<Option<Record>, String> {
         while let Some((tag, intact)) = self.frames.read(&mut self.input)? {
@@ -121,7 +126,7 @@ impl<R: Read> Iterator for TraceReader<R> {
     fn next(&mut self) -> Option<Self::Item> {
         let record = self.next_record();
         // `read` has counted the frame already.
-        record.map_err(|why| Error::Trace { record: self.frames.next.saturating_sub(1), why }).transpose()
+        record.map_err(|why| Error::Trace { record: self.record(), why }).transpose()
     }
 }
 

@@ -1,0 +1,73 @@
+//! The command line: one file per subcommand.
+//!
+//! Exit codes: 0 success, 1 the machine failed (a file cannot be read or written), 2 the input or the command line is
+//! wrong.
+
+mod input;
+mod convert;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use router_sim::{Error, Result};
+
+/// How imbalanced is this model on this traffic, what does it cost, and what would fix it?
+///
+/// Reads recorded routing of many tools, or makes synthetic traffic, and answers without a GPU.
+#[derive(Parser)]
+#[command(name = "router-sim", version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  router-sim convert record.pt load.npy          SGLang's recorder output to a load matrix
+  router-sim convert demo.moetrace demo.moeroute  the demo models' traces to moeyard's own format
+
+Every input may be in any known format; `router-sim convert --help` lists them.
+Ask each command for its own examples: router-sim convert --help";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Turn routing records and placements of one tool into those of another
+    Convert(convert::Arguments),
+}
+
+/// Entry point of the binary.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Convert(arguments) => convert::run(arguments),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("router-sim: {error}");
+            exit_code(&error)
+        }
+    }
+}
+
+/// The one place where errors become exit codes.
+fn exit_code(error: &Error) -> ExitCode {
+    match error {
+        Error::Placement(_)
+        | Error::Impossible(_)
+        | Error::Trace { .. }
+        | Error::Record { .. }
+        | Error::File { .. } => ExitCode::from(2),
+        Error::Io { .. } => ExitCode::FAILURE,
+    }
+}
+
+/// Prints to standard output; a closed pipe ends the program quietly, as with other command-line tools.
+fn print(text: &str) -> Result<()> {
+    use std::io::{ErrorKind, Write};
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(source) => Err(Error::Io { path: "standard output".into(), source }),
+        Ok(()) => Ok(()),
+    }
+}
