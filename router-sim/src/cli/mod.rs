@@ -53,7 +53,8 @@ pub fn main() -> ExitCode {
 /// The one place where errors become exit codes.
 fn exit_code(error: &Error) -> ExitCode {
     match error {
-        Error::Placement(_)
+        Error::Description(_)
+        | Error::Placement(_)
         | Error::Impossible(_)
         | Error::Trace { .. }
         | Error::Record { .. }

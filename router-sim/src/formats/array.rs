@@ -44,7 +44,7 @@ impl ArrayReader {
             return Err(format!("an array of shape {:?} does not fit any memory", array.shape));
         }
         if fortran && array.shape.len() > 1 {
-            array.to_row_major()?;
+            array.turn_row_major()?;
         }
         Ok(array)
     }
@@ -62,7 +62,7 @@ impl ArrayReader {
     }
 
     /// Turns an array whose first axis runs fastest around.
-    fn to_row_major(&mut self) -> Result<(), String> {
+    fn turn_row_major(&mut self) -> Result<(), String> {
         let elements: usize = self.shape.iter().product();
         let size = self.layout.element.bytes();
         let bytes = elements as u64 * size as u64;

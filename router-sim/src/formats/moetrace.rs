@@ -168,11 +168,10 @@ impl RowReader for MoetraceReader {
             return if cut { Err(why) } else { Ok(false) };
         }
         let (token, top_k) = (self.next, self.shape.top_k);
-        if token >= self.block_start + self.block_tokens() || self.block.is_empty() {
-            if let Err(why) = self.read_block() {
-                (self.whole_tokens, self.tokens) = (self.next, self.next);
-                return Err(why);
-            }
+        let at_hand = !self.block.is_empty() && token < self.block_start + self.block_tokens();
+        if !at_hand && let Err(why) = self.read_block() {
+            (self.whole_tokens, self.tokens) = (self.next, self.next);
+            return Err(why);
         }
         self.next += 1;
         let (at, n) = ((token - self.block_start) as usize, self.block_tokens() as usize);
