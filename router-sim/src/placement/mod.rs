@@ -6,7 +6,9 @@
 
 mod file;
 mod linear;
+mod eplb;
 
+pub use eplb::Eplb;
 pub use file::{Expected, PlacementFile};
 pub use linear::Linear;
 
