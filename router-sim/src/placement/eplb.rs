@@ -142,8 +142,9 @@ impl Packer {
         self.copies.resize(members.len(), 1);
         let mut candidates = std::mem::take(&mut self.candidates).into_vec();
         candidates.clear();
-        candidates
-            .extend(members.iter().zip(0..).map(|(&e, i)| (weights[e as usize].to_bits(), Reverse(i as u32))));
+        candidates.extend(
+            members.iter().zip(0..).map(|(&e, i)| (weights[e as usize].to_bits(), Reverse(i as u32))),
+        );
         self.candidates = candidates.into();
         while self.owners.len() < width {
             let mut most = self.candidates.peek_mut().expect("a node has experts");
@@ -154,9 +155,11 @@ impl Packer {
             most.0 = (weights[members[member as usize] as usize] / *copies as f32).to_bits();
         }
         self.loads.clear();
-        self.loads.extend(self.owners.iter().map(|&member| {
-            weights[members[member as usize] as usize] / self.copies[member as usize] as f32
-        }));
+        self.loads.extend(
+            self.owners.iter().map(|&member| {
+                weights[members[member as usize] as usize] / self.copies[member as usize] as f32
+            }),
+        );
     }
 
     /// Packs the items of `loads` into `packs` of equally many, into `packed`: the heaviest item first, each into the
@@ -236,8 +239,10 @@ mod tests {
             (2, 0, 4, 0, "2 groups on 0 nodes"),
             (4, 2, 0, 0, "given 0 ranks"),
         ] {
-            let error =
-                Eplb { groups, nodes }.place(&load, &ClusterShape { ranks, redundant }).unwrap_err().to_string();
+            let error = Eplb { groups, nodes }
+                .place(&load, &ClusterShape { ranks, redundant })
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(expected), "{error:?} should contain {expected:?}");
         }
     }
@@ -276,7 +281,13 @@ mod tests {
             (phy2log, count)
         }
 
-        pub fn rebalance(weight: &[f32], slots: usize, groups: usize, nodes: usize, ranks: usize) -> Vec<i32> {
+        pub fn rebalance(
+            weight: &[f32],
+            slots: usize,
+            groups: usize,
+            nodes: usize,
+            ranks: usize,
+        ) -> Vec<i32> {
             let (size, per_node) = (weight.len() / groups, groups / nodes);
             let sums: Vec<f32> = weight.chunks(size).map(|g| g.iter().sum()).collect();
             let mut members = vec![0; weight.len()];
