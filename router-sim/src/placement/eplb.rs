@@ -1,10 +1,10 @@
 //! EPLB, the load balancer DeepSeek published (github.com/deepseek-ai/EPLB, eplb.py): replicate the experts with the most
 //! load per copy, then pack copies into ranks, heaviest first.
 //!
-//! Bit-exact with the published code: weights, copies' loads and pack sums are float32, equal weights keep their order,
-//! and the first of equally good choices wins. One thing is not defined by that code: the order in which it adds up a
-//! group's weights depends on the machine's vector width. Here the sum is rounded once, which is the same wherever the
-//! sums are exact, below 2^24 tokens.
+//! Bit-exact with the published code: weights, copies' loads and pack sums are float32, and the first of equally good
+//! choices wins. Two things that code leaves to its tensor library. Equal weights are sorted stably here. A group's
+//! weights are added up in an order that there depends on the machine's vector width; here the sum is rounded once, which
+//! is the same wherever sums are exact, below 2^24 tokens.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

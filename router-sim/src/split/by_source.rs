@@ -1,6 +1,6 @@
 //! Splits in which each source rank decides for its own tokens, whatever the others send.
 
-use super::plan::sources_per_rank;
+use super::plan::{fill_single_copies, sources_per_rank};
 use crate::placement::LayerPlacement;
 
 /// Draws a replica for every token. Fills `quotas` `[sources][slots]`, all zero before.
@@ -8,12 +8,12 @@ pub(super) fn random(seed: u64, layer: LayerPlacement<'_>, counts: &[u32], quota
     let (experts, slots) = (layer.experts(), layer.slots().len());
     let mut generator = SplitMix(seed);
     for (counts, quotas) in counts.chunks(experts).zip(quotas.chunks_mut(slots)) {
+        fill_single_copies(layer, counts, quotas);
         for (expert, &tokens) in counts.iter().enumerate() {
             // The counts enter, so that steps draw differently.
             generator.0 ^= u64::from(tokens).wrapping_mul(0xd6e8_feb8_6659_fd93);
             let replicas = layer.replicas(expert);
-            if let [slot] = replicas {
-                quotas[*slot as usize] = tokens;
+            if replicas.len() == 1 {
                 continue;
             }
             for _ in 0..tokens {
@@ -31,8 +31,12 @@ pub(super) fn nearest(ranks_per_node: usize, layer: LayerPlacement<'_>, counts: 
     for (source, (counts, quotas)) in counts.chunks(experts).zip(quotas.chunks_mut(slots)).enumerate() {
         let home = source.checked_div(per_rank);
         let node = home.and_then(|rank| rank.checked_div(ranks_per_node));
-        for (expert, &tokens) in counts.iter().enumerate().filter(|(_, tokens)| **tokens > 0) {
+        fill_single_copies(layer, counts, quotas);
+        for (expert, &tokens) in counts.iter().enumerate() {
             let replicas = layer.replicas(expert);
+            if tokens == 0 || replicas.len() == 1 {
+                continue;
+            }
             let rank_of = |slot: &u32| layer.rank_of(*slot as usize);
             let on_rank = run(replicas, |slot| home == Some(rank_of(slot)));
             let on_node =

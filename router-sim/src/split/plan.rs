@@ -165,15 +165,16 @@ impl Dealer {
     ) {
         let (experts, slots) = (layer.experts(), layer.slots().len());
         let per_rank = sources_per_rank(layer, counts);
-        for (expert, &total) in self.totals.iter().enumerate().filter(|(_, total)| **total > 0) {
+        for (counts, quotas) in counts.chunks(experts).zip(quotas.chunks_mut(slots)) {
+            fill_single_copies(layer, counts, quotas);
+        }
+        for (expert, &total) in self.totals.iter().enumerate() {
             let replicas = layer.replicas(expert);
-            let column = counts.iter().skip(expert).step_by(experts);
-            if let [slot] = replicas {
-                column.enumerate().for_each(|(source, n)| quotas[source * slots + *slot as usize] = *n);
+            if total == 0 || replicas.len() == 1 {
                 continue;
             }
             self.waiting.clear();
-            self.waiting.extend(column);
+            self.waiting.extend(counts.iter().skip(expert).step_by(experts));
             self.room.clear();
             self.room.extend(replicas.iter().map(|slot| shares[*slot as usize]));
             let shared: u64 = self.room.iter().sum();
@@ -203,6 +204,15 @@ impl Dealer {
 pub(super) fn sources_per_rank(layer: LayerPlacement<'_>, counts: &[u32]) -> usize {
     let sources = counts.len() / layer.experts();
     if sources.is_multiple_of(layer.ranks()) { sources / layer.ranks() } else { 0 }
+}
+
+/// One source's tokens of experts with one replica: no choice. Row by row, because most experts are like that.
+pub(super) fn fill_single_copies(layer: LayerPlacement<'_>, counts: &[u32], quotas: &mut [u32]) {
+    for (expert, &tokens) in counts.iter().enumerate() {
+        if let [slot] = layer.replicas(expert) {
+            quotas[*slot as usize] = tokens;
+        }
+    }
 }
 
 /// As many waiting tokens as there is room for become quota.
