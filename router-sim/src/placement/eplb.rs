@@ -326,7 +326,7 @@ mod tests {
             let experts = groups * size;
             let slots = experts.next_multiple_of(ranks) + extra * ranks;
             let counts: Vec<u64> =
-                seeds[..experts].iter().map(|s| if large { s >> (s % 40) } else { s % 1000 >> (s % 8) }).collect();
+                seeds[..experts].iter().map(|s| if large { s >> (s % 40) } else { (s % 1000) >> (s % 8) }).collect();
             let weights: Vec<f32> = counts.iter().map(|n| *n as f32).collect();
             let load = window(experts, &[&counts]);
             for (groups, nodes) in [(groups, nodes), (1, 1)] {
