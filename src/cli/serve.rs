@@ -6,43 +6,57 @@ use super::Run;
 use super::launch::{Launched, Needs, Prepared};
 use super::model::{Generation, OpenModel};
 use crate::backend::DType;
+use crate::config::secret::Secret;
 use crate::error::{Error, Result};
-use crate::server::{self, AppState, Info, Metrics, RankMemory, ServerOptions, Setup, Shutdown};
+use crate::server::{
+    self, ApiKeys, AppState, Info, Metrics, RankMemory, ServerOptions, Setup, Shutdown, Stage,
+};
 
 /// Loads the model and serves it until a signal ends the process.
 pub(super) fn run(run: Run) -> Result<()> {
     let raw = run.settings.read()?;
     let model = OpenModel::open(run.model.as_deref())?;
-    let needs = Needs::default();
-    let prepared = Prepared::new(model, raw, needs)?;
+    let prepared = Prepared::new(model, raw, Needs::default())?;
     let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| Error::io("async runtime", e))?;
-    runtime.block_on(async {
-        // The port is taken before minutes go into loading; nothing is answered until the model is there.
-        let host = &prepared.options.server.host;
-        let listener = server::bind(host, prepared.options.server.port).await?;
-        let trace = prepared.recorder.as_ref().map(|recorder| recorder.counters());
-        let metrics = Arc::new(Metrics::new(&info(&prepared), Some(Arc::new(prepared.load())), trace)?);
-        let shutdown = Shutdown::on_signals()?;
-        let launched = launch(&prepared, needs, Arc::clone(&metrics))?;
-        announce(&prepared, &listener);
-        let drain = prepared.options.server.drain_timeout;
-        let state = state(&prepared, &launched, generation, metrics, shutdown);
-        let outcome = server::serve(listener, state).await;
-        tokio::task::spawn_blocking(move || launched.finish(drain))
-            .await
-            .map_err(|e| Error::Stopped(e.to_string()))?;
-        outcome
-    })
+    let outcome = runtime.block_on(serve(prepared, generation));
+    // Loading cannot be interrupted, and a signal during it should not have to wait for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(prepared: Prepared, generation: Generation) -> Result<()> {
+    // The port is taken before minutes go into loading.
+    let host = &prepared.options.server.host;
+    let listener = server::bind(host, prepared.options.server.port).await?;
+    let trace = prepared.recorder.as_ref().map(|recorder| recorder.counters());
+    let metrics = Arc::new(Metrics::new(&info(&prepared), Some(Arc::new(prepared.load())), trace)?);
+    let shutdown = Shutdown::on_signals()?;
+    let prepared = Arc::new(prepared);
+    let options = server_options(&prepared);
+    let loading = launch(Arc::clone(&prepared), Arc::clone(&metrics));
+    let launched = tokio::select! {
+        launched = server::while_loading(&listener, &options, loading) => launched?,
+        () = shutdown.reached(Stage::Draining) => return Ok(()),
+    };
+    announce(&prepared, &listener);
+    let drain = options.drain_timeout;
+    let state = state(&prepared, &launched, generation, metrics, options, shutdown);
+    let outcome = server::serve(listener, state).await;
+    tokio::task::spawn_blocking(move || launched.finish(drain))
+        .await
+        .map_err(|e| Error::Stopped(e.to_string()))?;
+    outcome
 }
 
 /// Loading uses threads of its own and takes a while: it runs off the async threads.
-fn launch(prepared: &Prepared, needs: Needs, metrics: Arc<Metrics>) -> Result<Launched> {
-    tokio::task::block_in_place(|| prepared.launch(needs, Some(metrics)))
+async fn launch(prepared: Arc<Prepared>, metrics: Arc<Metrics>) -> Result<Launched> {
+    let loaded = tokio::task::spawn_blocking(move || prepared.launch(Needs::default(), Some(metrics)));
+    loaded.await.unwrap_or_else(|panic| Err(Error::Stopped(panic.to_string())))
 }
 
 fn served_name(prepared: &Prepared) -> String {
@@ -85,6 +99,7 @@ fn state(
     launched: &Launched,
     generation: Generation,
     metrics: Arc<Metrics>,
+    options: ServerOptions,
     shutdown: Shutdown,
 ) -> AppState {
     AppState::new(Setup {
@@ -94,12 +109,19 @@ fn state(
         eos_token_ids: generation.eos_token_ids,
         sampling_defaults: generation.sampling,
         metrics,
-        options: ServerOptions {
-            drain_timeout: prepared.options.server.drain_timeout,
-            ..ServerOptions::default()
-        },
+        options,
         shutdown,
     })
+}
+
+fn server_options(prepared: &Prepared) -> ServerOptions {
+    let asked = &prepared.options.server;
+    ServerOptions {
+        api_keys: ApiKeys::new(asked.api_keys.iter().map(Secret::reveal)),
+        trust_chat_template: asked.trust_chat_template,
+        drain_timeout: asked.drain_timeout,
+        ..ServerOptions::default()
+    }
 }
 
 fn announce(prepared: &Prepared, listener: &tokio::net::TcpListener) {
@@ -120,8 +142,8 @@ fn announce(prepared: &Prepared, listener: &tokio::net::TcpListener) {
         prepared.options.cache.block_size,
     );
     if let Ok(address) = listener.local_addr() {
-        if !address.ip().is_loopback() {
-            tracing::warn!("listening beyond this machine, and requests need no key");
+        if !address.ip().is_loopback() && prepared.options.server.api_keys.is_empty() {
+            tracing::warn!("listening beyond this machine, and requests need no key: see --api-key");
         }
         tracing::info!("listening on http://{address}  (try: curl http://{address}/v1/models)");
     }

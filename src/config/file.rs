@@ -58,13 +58,17 @@ mod tests {
             ..RawOptions::default()
         };
         assert_eq!(options.unwrap(), expected);
+        for (text, keys) in [("api-key = \"a,b\"", &["a,b"][..]), ("api-key = [\"a\", \"b\"]", &["a", "b"])] {
+            let given = parse(text, "").unwrap().api_key.unwrap();
+            assert!(given.iter().map(|key| key.reveal()).eq(keys.iter().copied()), "{text}");
+        }
         assert_eq!(parse("kv-cache-memory = 4096", "").unwrap().kv_cache_memory, Some(ByteSize(4096)));
         assert_eq!(parse("", "").unwrap(), RawOptions::default());
     }
 
     #[test]
     fn unknown_keys_are_refused_with_the_known_ones() {
-        for key in ["api-key", "rebalance", "rebalance-policy", "save-placement", "tensor_parallel_size"] {
+        for key in ["api_key", "rebalance", "rebalance-policy", "save-placement", "tensor_parallel_size"] {
             let error = refused(&format!("port = 1\n{key} = \"x\"\n"));
             assert!(error.starts_with("yard.toml:2: "), "{error}");
             assert!(error.contains(&format!("unknown field `{key}`")), "{error}");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
+use super::secret::{self, Secret};
 use super::size::ByteSize;
 
 /// Options as written, on the command line or in the file of `--config`.
@@ -18,6 +19,14 @@ pub struct RawOptions {
     /// Port to listen on; 0 takes a free one [default: 8000]
     #[arg(long)]
     pub port: Option<u16>,
+    /// Key that requests must show; may be repeated. On a shared machine give it in MOEYARD_API_KEY (several separated
+    /// by commas) or the file instead: other users see command lines [default: no key is asked for]
+    #[arg(long, value_name = "KEY", env = "MOEYARD_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    #[serde(default, deserialize_with = "secret::one_or_several")]
+    pub api_key: Option<Vec<Secret>>,
+    /// Render chat templates that requests bring; only for trusted clients: their steps are bounded, their memory is not
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    pub trust_request_chat_template: Option<bool>,
     /// Name of the model in requests and answers [default: the folder's name]
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -113,6 +122,10 @@ impl RawOptions {
         RawOptions {
             host: self.host.or(file.host),
             port: self.port.or(file.port),
+            api_key: self.api_key.or(file.api_key),
+            trust_request_chat_template: self
+                .trust_request_chat_template
+                .or(file.trust_request_chat_template),
             served_model_name: self.served_model_name.or(file.served_model_name),
             device: self.device.or(file.device),
             dtype: self.dtype.or(file.dtype),
@@ -171,8 +184,17 @@ mod tests {
     }
 
     #[test]
+    fn keys_repeat_and_are_not_shown() {
+        let options = parse("--api-key one --api-key two,three");
+        let keys: Vec<_> = options.api_key.iter().flatten().map(Secret::reveal).collect();
+        assert_eq!(keys, ["one", "two", "three"]);
+        let shown = format!("{options:?}");
+        assert!(!shown.contains("two") && !shown.contains("three"), "{shown}");
+    }
+
+    #[test]
     fn flags_of_other_versions_are_unknown() {
-        for flag in ["--api-key x", "--rebalance", "--rebalance-policy x", "--save-placement x"] {
+        for flag in ["--rebalance", "--rebalance-policy x", "--save-placement x"] {
             let line = format!("moeyard {flag}");
             let error = Line::try_parse_from(line.split_whitespace()).err().expect(flag).to_string();
             assert!(error.contains("unexpected argument"), "{error}");

@@ -2,6 +2,7 @@
 //! every default filled in and every combination checked). Pure functions but for [`host_memory`] and reading the file.
 
 pub mod flags;
+pub mod secret;
 pub mod size;
 pub mod file;
 pub mod parallel;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::flags::{DeviceChoice, DtypeChoice, RawOptions};
 use super::parallel::Parallel;
+use super::secret::Secret;
 use super::size::ByteSize;
 use crate::backend::DType;
 use crate::error::{Error, Result};
@@ -34,6 +35,10 @@ pub struct ServerOptions {
     pub host: String,
     /// Port; 0 is any free one.
     pub port: u16,
+    /// Keys that requests must show one of; none asks for none.
+    pub api_keys: Vec<Secret>,
+    /// Render chat templates that requests bring.
+    pub trust_chat_template: bool,
     /// Name of the model; `None` is the folder's.
     pub served_model_name: Option<String>,
     /// Where sampling defaults come from.
@@ -133,6 +138,8 @@ fn server(raw: RawOptions) -> Result<ServerOptions> {
     Ok(ServerOptions {
         host: raw.host.unwrap_or_else(|| "127.0.0.1".to_owned()),
         port: raw.port.unwrap_or(8000),
+        api_keys: api_keys(raw.api_key.unwrap_or_default())?,
+        trust_chat_template: raw.trust_request_chat_template.unwrap_or(false),
         served_model_name: raw.served_model_name,
         generation_config: match raw.generation_config.as_deref() {
             None | Some("auto") => GenerationConfig::Checkpoint,
@@ -141,6 +148,19 @@ fn server(raw: RawOptions) -> Result<ServerOptions> {
         },
         drain_timeout: Duration::from_secs(drain),
     })
+}
+
+/// Keys must be able to stand in a header. The message does not repeat them.
+fn api_keys(keys: Vec<Secret>) -> Result<Vec<Secret>> {
+    let sendable =
+        |key: &Secret| !key.reveal().is_empty() && key.reveal().bytes().all(|byte| byte.is_ascii_graphic());
+    match keys.iter().position(|key| !sendable(key)) {
+        Some(at) => {
+            let why = format!("key {} must be printable ASCII without spaces, and not empty", at + 1);
+            Err(Error::config("api-key", why))
+        }
+        None => Ok(keys),
+    }
 }
 
 fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
@@ -238,6 +258,8 @@ mod tests {
             server: ServerOptions {
                 host: "127.0.0.1".to_owned(),
                 port: 8000,
+                api_keys: Vec::new(),
+                trust_chat_template: false,
                 served_model_name: None,
                 generation_config: GenerationConfig::Checkpoint,
                 drain_timeout: Duration::from_secs(30),

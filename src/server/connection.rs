@@ -1,19 +1,25 @@
 //! Sockets: accepting, hyper's limits, and a graceful end.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use http::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tower::ServiceExt;
 
+use super::auth::Peer;
+use super::options::ServerOptions;
 use super::routes;
 use super::shutdown::Stage;
 use super::state::AppState;
@@ -65,7 +71,7 @@ struct Server {
 impl Server {
     async fn accept_all(&self, listener: &TcpListener, graceful: &GracefulShutdown) -> Infallible {
         loop {
-            let connection = self.connection(accept(listener).await, true);
+            let connection = connection(accept(listener).await, &self.router, &self.state.options, true);
             tokio::spawn(finish(graceful.watch(connection)));
         }
     }
@@ -77,7 +83,8 @@ impl Server {
         let mut ended = pin!(graceful.shutdown());
         let refuse_others = async {
             loop {
-                tokio::spawn(finish(self.connection(accept(listener).await, false)));
+                let accepted = accept(listener).await;
+                tokio::spawn(finish(connection(accepted, &self.router, &self.state.options, false)));
             }
         };
         tokio::select! {
@@ -91,29 +98,55 @@ impl Server {
             tracing::warn!("connections were still open at the end of the shutdown");
         }
     }
+}
 
-    fn connection(&self, socket: TcpStream, keep_alive: bool) -> Connection {
-        let options = &self.state.options;
-        http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(options.header_read_timeout)
-            .max_headers(options.max_headers)
-            .max_buf_size(options.max_header_bytes.max(HYPER_MIN_BUFFER))
-            .keep_alive(keep_alive)
-            .serve_connection(TokioIo::new(socket), TowerToHyperService::new(self.router.clone()))
+/// Answers while `loading` runs, so that probes see a live process that is not ready instead of a closed port; returns
+/// what it returns. Every request but a health probe is told to come back.
+pub async fn while_loading<T>(
+    listener: &TcpListener,
+    options: &ServerOptions,
+    loading: impl Future<Output = T>,
+) -> T {
+    let router = routes::while_loading();
+    let mut loading = pin!(loading);
+    loop {
+        tokio::select! {
+            loaded = &mut loading => return loaded,
+            accepted = accept(listener) => {
+                tokio::spawn(finish(connection(accepted, &router, options, false)));
+            }
+        }
     }
 }
 
-type Connection = http1::Connection<TokioIo<TcpStream>, TowerToHyperService<Router>>;
+/// One connection under hyper's limits; each of its requests knows who sends it.
+fn connection(
+    (socket, peer): (TcpStream, SocketAddr),
+    router: &Router,
+    options: &ServerOptions,
+    keep_alive: bool,
+) -> impl GracefulConnection<Error = hyper::Error> + Send + 'static + use<> {
+    let service = router.clone().map_request(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        request
+    });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(options.header_read_timeout)
+        .max_headers(options.max_headers)
+        .max_buf_size(options.max_header_bytes.max(HYPER_MIN_BUFFER))
+        .keep_alive(keep_alive)
+        .serve_connection(TokioIo::new(socket), TowerToHyperService::new(service))
+}
 
 /// The next connection, whatever it takes.
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((socket, _)) => {
+            Ok((socket, peer)) => {
                 // Tokens are small and must not wait for more of them. Failing to say so only costs latency.
                 let _ = socket.set_nodelay(true);
-                return socket;
+                return (socket, peer);
             }
             Err(error) => {
                 tracing::warn!("accepting a connection failed: {error}");

@@ -32,6 +32,12 @@ impl<'a> Fields<'a> {
         Ok(Fields { prefix: String::new(), entries: object.entries })
     }
 
+    /// The fields of the object `raw`, which stands at `path` of the body.
+    pub fn nested(path: &str, raw: &'a str) -> Result<Self, ApiError> {
+        let object: Object<'a> = typed(path, raw, "an object")?;
+        Ok(Fields { prefix: format!("{path}."), entries: object.entries })
+    }
+
     /// The value of `name` as it was written; `null` is the same as absent.
     pub fn raw(&mut self, name: &str) -> Option<&'a str> {
         let at = self.entries.iter().position(|(key, _)| key == name)?;
@@ -75,6 +81,23 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A list of at most `limit` raw values.
+    pub fn list(
+        &mut self,
+        name: &str,
+        expected: &str,
+        limit: usize,
+    ) -> Result<Option<Vec<&'a RawValue>>, ApiError> {
+        match self.take::<Vec<&'a RawValue>>(name, expected)? {
+            Some(list) if list.len() > limit => {
+                let path = self.path(name);
+                let message = format!("`{path}` may have at most {limit} entries, got {}.", list.len());
+                Err(ApiError::bad_param(path, message))
+            }
+            list => Ok(list),
+        }
+    }
+
     /// The fields of the object `name`.
     pub fn object(&mut self, name: &str) -> Result<Option<Fields<'a>>, ApiError> {
         let object = self.take::<Object<'a>>(name, "an object")?;
@@ -102,11 +125,13 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn path(&self, name: &str) -> String {
+    /// Where `name` stands in the body, for messages.
+    pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 
-    fn refused(&self, name: &str, expected: &str, value: impl std::fmt::Display) -> ApiError {
+    /// The error for a value that is not what it should be.
+    pub fn refused(&self, name: &str, expected: &str, value: impl std::fmt::Display) -> ApiError {
         let path = self.path(name);
         let message = format!("`{path}` must be {expected}, got {value}.");
         ApiError::bad_param(path, message)

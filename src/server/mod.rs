@@ -10,10 +10,17 @@ mod shutdown;
 mod state;
 mod connection;
 mod routes;
+mod request_id;
+mod auth;
 mod body;
 mod fields;
 mod request;
+mod messages;
+mod tools;
+mod chat_prompt;
 mod completions;
+mod tokenize;
+mod models;
 // and back
 mod sequences;
 mod transcript;
@@ -22,10 +29,12 @@ mod types;
 mod error;
 mod id;
 // what operators see
+mod operators;
 mod metrics;
 mod load_metrics;
 
-pub use connection::{bind, serve};
+pub use auth::ApiKeys;
+pub use connection::{bind, serve, while_loading};
 pub use metrics::{Info, Metrics, RankMemory};
 pub use options::ServerOptions;
 pub use request::SamplingDefaults;

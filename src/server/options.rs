@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
+use super::auth::ApiKeys;
+
 /// See each field; [`ServerOptions::default`] is what `moeyard serve` uses unless told otherwise.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ServerOptions {
+    /// Keys that requests must show one of; none asks for none.
+    pub api_keys: ApiKeys,
     /// Headers of a request must arrive within this time, counted from the connection or the last response; so it also
     /// closes idle connections.
     pub header_read_timeout: Duration,
@@ -26,6 +30,8 @@ pub struct ServerOptions {
     pub dead_engine_grace: Duration,
     /// Expert load is judged over windows of this length.
     pub load_window: Duration,
+    /// Render the chat templates that requests bring. Steps are bounded, memory is not: only for trusted clients.
+    pub trust_chat_template: bool,
     /// Prompts tokenised at the same time; more wait.
     pub tokenize_threads: usize,
 }
@@ -33,6 +39,7 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         ServerOptions {
+            api_keys: ApiKeys::default(),
             header_read_timeout: Duration::from_secs(10),
             max_headers: 100,
             max_header_bytes: 64 << 10,
@@ -43,6 +50,7 @@ impl Default for ServerOptions {
             drain_timeout: Duration::from_secs(30),
             dead_engine_grace: Duration::from_secs(2),
             load_window: Duration::from_secs(10),
+            trust_chat_template: false,
             tokenize_threads: 2,
         }
     }

@@ -3,74 +3,51 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use axum::extract::{MatchedPath, Path, Request, State};
+use axum::Router;
+use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
-use http::header::CONTENT_TYPE;
-use http::{Method, StatusCode, Uri};
+use http::{Method, Uri};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use super::completions;
 use super::error::ApiError;
 use super::state::AppState;
-use super::types::{ModelCard, ModelList, Version};
+use super::{auth, completions, models, operators, request_id, tokenize};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::create))
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{*id}", get(one_model))
-        .route("/health", get(health))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::one))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(operators::health))
+        .route("/livez", get(operators::live))
+        .route("/readyz", get(operators::ready))
+        .route("/ping", get(operators::health).post(operators::health))
+        .route("/load", get(operators::load))
+        .route("/version", get(operators::version))
+        .route("/metrics", get(operators::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard))
         // Inside the counting layer: a panic is a response too.
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count_response))
+        .layer(middleware::from_fn(request_id::attach))
         .with_state(state)
 }
 
-async fn list_models(State(state): State<Arc<AppState>>) -> Response {
-    let data = state.served_names.iter().map(|name| card(&state, name)).collect();
-    Json(ModelList { object: "list", data }).into_response()
-}
-
-async fn one_model(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let name = state.model_name(Some(&id))?;
-    Ok(Json(card(&state, &name)).into_response())
-}
-
-fn card<'a>(state: &'a AppState, id: &'a str) -> ModelCard<'a> {
-    ModelCard {
-        id,
-        object: "model",
-        created: state.created,
-        owned_by: "moeyard",
-        root: &state.served_names[0],
-        max_model_len: state.engine.options().max_model_len,
-    }
-}
-
-/// Whether the engine runs; a server that drains is still healthy.
-async fn health(State(state): State<Arc<AppState>>) -> Result<StatusCode, ApiError> {
-    if state.engine.is_alive() {
-        Ok(StatusCode::OK)
-    } else {
-        Err(ApiError::unavailable("The engine has stopped."))
-    }
-}
-
-async fn version() -> Json<Version> {
-    Json(Version { version: env!("CARGO_PKG_VERSION") })
-}
-
-async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let page = state.metrics.render(&state.engine.stats());
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
+/// The routes of a server whose model is still being loaded.
+pub fn while_loading() -> Router {
+    let loading = || async { ApiError::unavailable("The model is being loaded.") };
+    Router::new()
+        .route("/livez", get(operators::live))
+        .fallback(loading)
+        .method_not_allowed_fallback(loading)
+        .layer(middleware::from_fn(request_id::attach))
 }
 
 async fn unknown_route(method: Method, uri: Uri) -> ApiError {
@@ -102,6 +79,7 @@ async fn count_response(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::StatusCode;
     use http_body_util::BodyExt;
     use tower::ServiceExt;
 

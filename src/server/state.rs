@@ -12,8 +12,8 @@ use super::shutdown::{Shutdown, Stage};
 use crate::engine::EngineHandle;
 use crate::tokenizer::Tokenizer;
 
-/// Prompts up to this many bytes in all are tokenised where they arrive: a thread change would cost more.
-const INLINE_TOKENIZE_BYTES: usize = 4 << 10;
+/// Texts up to this many bytes in all are tokenised where they arrive: a thread change would cost more.
+pub(super) const INLINE_BYTES: usize = 4 << 10;
 /// A normaliser may shrink a text (NFKC by up to three bytes for one) before it becomes tokens.
 const NORMALIZER_SHRINKAGE: usize = 4;
 
@@ -96,8 +96,7 @@ impl AppState {
         Ok(())
     }
 
-    /// Token ids of all prompts. Long texts are encoded on a blocking thread, a few at a time, so that they hold up
-    /// neither sockets nor each other's memory.
+    /// Token ids of all prompts.
     pub(super) async fn tokenize(
         &self,
         prompts: Prompts,
@@ -107,28 +106,45 @@ impl AppState {
             Prompts::Tokens(lists) => return Ok(lists),
             Prompts::Texts(texts) => texts,
         };
-        if let Some(bytes) = texts.iter().map(String::len).find(|&bytes| bytes > self.hopeless_bytes) {
-            let limit = self.engine.options().max_model_len;
-            let message = format!(
-                "This model's maximum context length is {limit} tokens. However, your prompt has {bytes} bytes, which \
-                 cannot be so few tokens. Please reduce the length of the prompt."
-            );
-            return Err(ApiError::bad_param("prompt", message));
-        }
-        let inline = texts.iter().map(String::len).sum::<usize>() <= INLINE_TOKENIZE_BYTES;
+        texts.iter().try_for_each(|text| self.check_length("prompt", text))?;
+        let short = texts.iter().map(String::len).sum::<usize>() <= INLINE_BYTES;
         let tokenizer = Arc::clone(&self.tokenizer);
-        let encode = move || -> Result<Vec<Vec<u32>>, ApiError> {
+        self.prepare(short, move || {
             texts.iter().map(|text| Ok(tokenizer.encode(text, add_special)?)).collect()
-        };
-        if inline {
-            return encode();
+        })
+        .await
+    }
+
+    /// Refuses a text that cannot fit the context whatever is in it, before it costs time.
+    pub(super) fn check_length(&self, param: &str, text: &str) -> Result<(), ApiError> {
+        let bytes = text.len();
+        if bytes <= self.hopeless_bytes {
+            return Ok(());
+        }
+        let limit = self.engine.options().max_model_len;
+        let message = format!(
+            "This model's maximum context length is {limit} tokens. However, your prompt has {bytes} bytes, which \
+             cannot be so few tokens. Please reduce the length of the prompt."
+        );
+        Err(ApiError::bad_param(param, message))
+    }
+
+    /// Runs what turns a request's text into tokens: at once when `short`, else on a blocking thread, a few at a time,
+    /// so that long texts hold up neither sockets nor each other's memory.
+    pub(super) async fn prepare<T: Send + 'static>(
+        &self,
+        short: bool,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if short {
+            return work();
         }
         let permit = Arc::clone(&self.tokenizing).acquire_owned().await;
-        let encoded = tokio::task::spawn_blocking(move || {
+        let prepared = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            encode()
+            work()
         });
-        encoded.await.unwrap_or_else(|panic| Err(ApiError::internal(&panic)))
+        prepared.await.unwrap_or_else(|panic| Err(ApiError::internal(&panic)))
     }
 }
 

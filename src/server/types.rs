@@ -145,3 +145,30 @@ pub struct Version {
     /// Of this crate.
     pub version: &'static str,
 }
+
+/// Answer of `/load`.
+#[derive(Debug, Serialize)]
+pub struct ServerLoad {
+    /// Sequences that run or wait.
+    pub server_load: usize,
+}
+
+/// Answer of `/tokenize`.
+#[derive(Debug, Serialize)]
+pub struct Tokenized {
+    /// How many tokens.
+    pub count: usize,
+    /// How many a request may have, answer included.
+    pub max_model_len: usize,
+    /// Their ids.
+    pub tokens: Vec<u32>,
+    /// Their texts, where asked for.
+    pub token_strs: Option<Vec<String>>,
+}
+
+/// Answer of `/detokenize`.
+#[derive(Debug, Serialize)]
+pub struct Detokenized {
+    /// The text.
+    pub prompt: String,
+}

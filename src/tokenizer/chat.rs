@@ -9,6 +9,7 @@ use super::{pyjson, pymethods};
 use crate::error::Error;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value, context};
+use std::collections::HashSet;
 use std::time::SystemTime;
 
 /// A value that a template sees.
@@ -24,6 +25,9 @@ const NAME: &str = "chat_template";
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
+    /// Variables it reads without setting them first.
+    variables: HashSet<String>,
 }
 
 /// One conversation to render.
@@ -79,7 +83,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// The syntax error with its line.
-    pub(super) fn compile(source: &str) -> Result<ChatTemplate, String> {
+    pub fn compile(source: &str) -> Result<ChatTemplate, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| e.to_string())?);
@@ -91,8 +95,20 @@ impl ChatTemplate {
             Err(error.with_source(Raised(message)))
         });
         let source = without_generation_tags(source);
-        environment.add_template_owned(NAME, source).map_err(|e| format!("{e:#}"))?;
-        Ok(ChatTemplate { environment })
+        environment.add_template_owned(NAME, source.clone()).map_err(|e| format!("{e:#}"))?;
+        let variables =
+            environment.get_template(NAME).map_err(|e| e.to_string())?.undeclared_variables(false);
+        Ok(ChatTemplate { environment, source, variables })
+    }
+
+    /// Whether its text depends on the variable `name`.
+    pub fn reads(&self, name: &str) -> bool {
+        self.variables.contains(name)
+    }
+
+    /// Whether `text` stands in its source, which tells the tokens and roles it was written for.
+    pub fn mentions(&self, text: &str) -> bool {
+        self.source.contains(text)
     }
 
     /// Renders a conversation; `special` are the variables for special tokens.
@@ -256,6 +272,25 @@ mod tests {
         let broken = ChatTemplate::compile("{% for m in messages %}\n{% if %}").err().unwrap();
         assert!(broken.contains("chat_template:2"), "{broken}");
         assert!(ChatTemplate::compile("{% unknown_tag %}").is_err());
+    }
+
+    #[test]
+    fn a_template_tells_what_it_reads() {
+        let source = "{% if not tools is defined %}{% set tools = none %}{% endif %}{% set x = y %}\
+            {% for m in messages %}{{ m.role }}{% if enable_thinking %}{{ x }}{% endif %}{% endfor %}";
+        let template = ChatTemplate::compile(source).unwrap();
+        for (name, read) in [
+            ("messages", true),
+            ("tools", true),
+            ("enable_thinking", true),
+            ("y", true),
+            ("x", false),
+            ("m", false),
+            ("role", false),
+        ] {
+            assert_eq!(template.reads(name), read, "{name}");
+        }
+        assert!(template.mentions("enable_thinking") && !template.mentions("documents"));
     }
 
     #[test]

@@ -139,6 +139,14 @@ impl Tokenizer {
     /// [`ChatError`], which converts to [`Error::Request`].
     pub fn render_chat(&self, input: &ChatInput) -> Result<String, ChatError> {
         let template = self.chat_template.as_ref().ok_or(ChatError::Missing)?;
+        self.render_chat_with(template, input)
+    }
+
+    /// [`Tokenizer::render_chat`] with another template.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn render_chat_with(&self, template: &ChatTemplate, input: &ChatInput) -> Result<String, ChatError> {
         template.render(input, &self.special.named)
     }
 }

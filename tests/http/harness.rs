@@ -30,6 +30,8 @@ pub struct Config {
     pub pause: Duration,
     pub fault: Fault,
     pub load: Option<Arc<dyn LoadSource>>,
+    /// Instead of the demo checkpoint's.
+    pub chat_template: Option<&'static str>,
 }
 
 impl Default for Config {
@@ -53,6 +55,7 @@ impl Default for Config {
             pause: Duration::ZERO,
             fault: Fault::None,
             load: None,
+            chat_template: None,
         }
     }
 }
@@ -73,7 +76,7 @@ impl Server {
     }
 
     pub fn with(config: Config) -> Server {
-        let tokenizer = Arc::new(tokenizer());
+        let tokenizer = Arc::new(tokenizer(config.chat_template));
         let metrics = Arc::new(Metrics::new(&info(), config.load, None).expect("metrics"));
         let mut script = Script::of(&config.engine);
         script.pause = config.pause;
@@ -178,14 +181,16 @@ fn start_engine(script: &Script, options: EngineOptions, metrics: Arc<Metrics>) 
     Engine::start(ranks, options, hooks).expect("engine")
 }
 
-fn tokenizer() -> Tokenizer {
+fn tokenizer(chat_template: Option<&str>) -> Tokenizer {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-mixtral");
     let read = |name| std::fs::read(folder.join(name)).expect(name);
     let (tokenizer, config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    let template = chat_template.map_or_else(|| read("chat_template.jinja"), |template| template.into());
     let files = TokenizerFiles {
         checkpoint: "demo-mixtral",
         tokenizer_json: Some(&tokenizer),
         tokenizer_config: Some(&config),
+        chat_template: Some(&template),
         ..TokenizerFiles::default()
     };
     Tokenizer::from_parts(&files, 4096).expect("tokenizer")

@@ -3,6 +3,7 @@
 mod client;
 mod harness;
 
+mod auth;
 mod completions;
 mod disconnects;
 mod errors;
@@ -10,3 +11,4 @@ mod limits;
 mod metrics;
 mod routes;
 mod shutdown;
+mod tokenize;
