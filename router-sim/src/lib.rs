@@ -3,6 +3,7 @@
 //! The serving engine imports these modules, so what is simulated is what is served. A simulation reads records of
 //! many tools ([`formats`]) as streams of token batches or load windows ([`stream`]).
 
+pub mod bounds;
 pub mod cost;
 pub mod error;
 pub mod load;

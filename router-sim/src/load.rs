@@ -60,6 +60,22 @@ impl LoadWindow {
         &self.layer_ids
     }
 
+    /// The same counts under other absolute indices, for records that do not say theirs.
+    ///
+    /// # Errors
+    /// [`Error::Impossible`] when the number of layers differs.
+    pub fn with_layer_ids(mut self, layer_ids: &[usize]) -> Result<Self> {
+        if layer_ids.len() != self.layers() {
+            return Err(Error::Impossible(format!(
+                "a load of {} MoE layers for a placement of {}",
+                self.layers(),
+                layer_ids.len()
+            )));
+        }
+        self.layer_ids = layer_ids.to_vec();
+        Ok(self)
+    }
+
     /// Tokens of each expert of a layer (counted from 0 among the MoE layers) in one phase; `[experts]`.
     pub fn counts(&self, phase: Phase, layer: usize) -> &[u64] {
         let range = layer * self.experts..(layer + 1) * self.experts;

@@ -5,6 +5,8 @@
 
 mod input;
 mod convert;
+mod place;
+mod split;
 
 use std::process::ExitCode;
 
@@ -25,6 +27,8 @@ const EXAMPLES: &str = "\
 Examples:
   router-sim convert record.pt load.npy          SGLang's recorder output to a load matrix
   router-sim convert demo.moetrace demo.moeroute  the demo models' traces to moeyard's own format
+  router-sim place --load load.npy --ranks 32 --slots 288 --policy moeyard --out placement.json
+  router-sim split --load load.npy --placement placement.json --ranks 32 --split exact --out tokens.npy
 
 Every input may be in any known format; `router-sim convert --help` lists them.
 Ask each command for its own examples: router-sim convert --help";
@@ -33,6 +37,10 @@ Ask each command for its own examples: router-sim convert --help";
 enum Command {
     /// Turn routing records and placements of one tool into those of another
     Convert(convert::Arguments),
+    /// Plan where experts live
+    Place(place::Arguments),
+    /// Share out recorded loads among the slots of a placement
+    Split(split::Arguments),
 }
 
 /// Entry point of the binary.
@@ -40,6 +48,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
         Command::Convert(arguments) => convert::run(arguments),
+        Command::Place(arguments) => place::run(arguments),
+        Command::Split(arguments) => split::run(arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

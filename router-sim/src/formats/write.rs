@@ -41,6 +41,21 @@ pub fn load_npy(path: &Path, loads: &mut dyn LoadStream) -> Result<u64> {
     Ok(windows)
 }
 
+/// Tokens per slot as `.npy`, int64 `[layers, slots]`.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::File`] for a count beyond int64.
+pub fn slot_tokens_npy(path: &Path, layers: &[Vec<u64>]) -> Result<()> {
+    let mut output = Output::create(path)?;
+    let shape = [layers.len(), layers.first().map_or(0, Vec::len)];
+    npy::write_header(&mut output, "<i8", &shape).map_err(|e| output.error(e))?;
+    for &count in layers.iter().flatten() {
+        let count = i64::try_from(count).map_err(|_| beyond_int64(path, count))?;
+        output.write_all(&count.to_le_bytes()).map_err(|e| output.error(e))?;
+    }
+    output.finish()
+}
+
 fn beyond_int64(path: &Path, count: u64) -> Error {
     in_file(path, format!("{count} tokens do not fit int64, the element type of this format"))
 }

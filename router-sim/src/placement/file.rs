@@ -46,6 +46,11 @@ pub struct Expected<'a> {
 }
 
 impl PlacementFile {
+    /// Absolute indices of the MoE layers, where the file says them.
+    pub fn layer_ids(&self) -> Option<&[usize]> {
+        self.layer_ids.as_deref()
+    }
+
     /// The placement it describes, with version number 0.
     ///
     /// # Errors
@@ -142,11 +147,17 @@ impl Placement {
     /// # Errors
     /// [`Error::Io`] when it cannot be read; [`Error::Placement`], beginning with the path, when it does not fit.
     pub fn read(path: &Path, expected: &Expected<'_>) -> Result<Placement> {
+        let file = Placement::read_file(path)?;
+        file.check(expected).map_err(|e| at(path, e))
+    }
+
+    /// Reads a placement file's fields, to be checked against a model later.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be read; [`Error::Placement`], beginning with the path, on bad JSON or an unknown key.
+    pub fn read_file(path: &Path) -> Result<PlacementFile> {
         let text = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
-        Placement::from_json(&text, expected).map_err(|e| match e {
-            Error::Placement(why) => Error::Placement(format!("{}: {why}", path.display())),
-            other => other,
-        })
+        serde_json::from_str(&text).map_err(|e| at(path, Error::Placement(e.to_string())))
     }
 
     /// Writes a placement file: whole or not at all, by renaming a temporary file beside it.
@@ -160,6 +171,14 @@ impl Placement {
         fs::write(temporary, self.to_json())
             .map_err(|source| Error::Io { path: temporary.into(), source })?;
         fs::rename(temporary, path).map_err(|source| Error::Io { path: path.into(), source })
+    }
+}
+
+/// Says which file a placement error is about.
+fn at(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Placement(why) => Error::Placement(format!("{}: {why}", path.display())),
+        other => other,
     }
 }
 

@@ -7,10 +7,12 @@
 mod file;
 mod linear;
 mod eplb;
+mod moves;
 
 pub use eplb::Eplb;
 pub use file::{Expected, PlacementFile};
 pub use linear::Linear;
+pub use moves::{Transfer, duplicates, transfers};
 
 use crate::load::LoadWindow;
 use crate::{Error, Result};

@@ -1,0 +1,175 @@
+//! `router-sim place`: where experts should live, and how good that is.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use router_sim::bounds;
+use router_sim::load::LoadWindow;
+use router_sim::placement::{ClusterShape, Eplb, Linear, Placement, PlacementPolicy, duplicates, transfers};
+use router_sim::split::{Shares, even_balancedness};
+use router_sim::{Error, Result};
+
+use super::input::InputFlags;
+use super::split::read_placement;
+
+const EXAMPLES: &str = "\
+Examples:
+  Plan afresh for 32 ranks with 288 slots per layer (9 on each rank):
+    router-sim place --load load.npy --ranks 32 --slots 288 --policy moeyard --out placement.json
+  The published EPLB, groups of experts kept on a node:
+    router-sim place --load load.npy --ranks 32 --slots 288 --nodes 4 --groups 8 --policy eplb-hierarchical --out p.json
+
+Loads with several steps are summed over the steps.";
+
+/// What to plan for.
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Record to plan for, in any format that `router-sim convert --help` lists
+    #[arg(long, value_name = "FILE")]
+    load: PathBuf,
+    /// Expert-parallel ranks
+    #[arg(long, value_name = "G")]
+    ranks: usize,
+    /// Slots per layer over all ranks: experts and redundant copies; a multiple of the ranks
+    #[arg(long, value_name = "R")]
+    slots: usize,
+    /// Nodes that the ranks are on, in runs of equal length
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nodes: usize,
+    /// Groups of consecutive experts that a token's experts are limited to
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    groups: usize,
+    /// How to plan
+    #[arg(long, value_name = "POLICY")]
+    policy: PolicyName,
+    /// Placement that is served now: transfers are counted from it
+    #[arg(long, value_name = "PLACEMENT.json")]
+    from: Option<PathBuf>,
+    /// Bytes of one expert's weights in one layer, to say what transfers cost
+    #[arg(long, value_name = "BYTES")]
+    expert_bytes: Option<u64>,
+    /// Placement file to write
+    #[arg(long, value_name = "PLACEMENT.json")]
+    out: PathBuf,
+    #[command(flatten)]
+    input: InputFlags,
+}
+
+/// A policy by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PolicyName {
+    /// Experts in order, blind to load
+    Linear,
+    /// The published EPLB, global policy
+    Eplb,
+    /// The published EPLB, groups kept whole on nodes (--nodes, --groups)
+    EplbHierarchical,
+}
+
+pub fn run(arguments: Arguments) -> Result<()> {
+    let load = arguments.input.total_load(&arguments.load)?;
+    let cluster = cluster(&arguments, load.experts())?;
+    let current = arguments.from.as_deref().map(|path| read_placement(path, &load, Some(arguments.ranks)));
+    let current = current.transpose()?;
+    if let Some(current) = current.as_ref().filter(|current| current.slots() != arguments.slots) {
+        return Err(Error::Impossible(format!(
+            "--from has {} slots per layer, --slots is {}",
+            current.slots(),
+            arguments.slots
+        )));
+    }
+    let load = match &current {
+        Some(current) => load.with_layer_ids(current.layer_ids())?,
+        None => load,
+    };
+    let policy: Box<dyn PlacementPolicy> = match arguments.policy {
+        PolicyName::Linear => Box::new(Linear),
+        PolicyName::Eplb => Box::new(Eplb::GLOBAL),
+        PolicyName::EplbHierarchical => Box::new(Eplb::hierarchical(arguments.groups, arguments.nodes)),
+    };
+    let placement = policy.place(&load, &cluster)?;
+    placement.write(&arguments.out)?;
+    super::print(&summary(&arguments, &load, &placement, current.as_ref())?)
+}
+
+fn cluster(arguments: &Arguments, experts: usize) -> Result<ClusterShape> {
+    let Arguments { ranks, slots, .. } = *arguments;
+    if ranks == 0 {
+        return Err(Error::Impossible("--ranks 0: at least 1".into()));
+    }
+    if slots < experts {
+        return Err(Error::Impossible(format!(
+            "--slots {slots}: at least one for each of {experts} experts"
+        )));
+    }
+    if !slots.is_multiple_of(ranks) {
+        let below = slots / ranks * ranks;
+        let nearest = if below < experts { String::new() } else { format!("{below} or ") };
+        return Err(Error::Impossible(format!(
+            "--slots {slots} do not divide among {ranks} ranks; {nearest}{} do",
+            below + ranks
+        )));
+    }
+    Ok(ClusterShape { ranks, redundant: slots - experts })
+}
+
+/// A short table: mean and worst layer of what was reached and of what bounds it.
+fn summary(
+    arguments: &Arguments,
+    load: &LoadWindow,
+    placement: &Placement,
+    current: Option<&Placement>,
+) -> Result<String> {
+    let even = even_balancedness(load, placement);
+    let (mut best_split, mut bound) = (Vec::new(), Vec::new());
+    let mut shares = Shares::default();
+    for layer in 0..load.layers() {
+        let tokens: Vec<u64> = load.totals(layer).collect();
+        let mean = bounds::mean_load(&tokens, placement.ranks());
+        let over = |max: f64| if max > 0.0 { mean / max } else { 1.0 };
+        best_split.push(over(shares.optimum(placement.layer(layer), &tokens)?.max_load));
+        bound.push(over(bounds::replica_bound(&tokens, placement.ranks(), placement.slots())));
+    }
+    let layers = load.layers().max(1) as f64;
+    let row = |name: &str, values: &[f64]| {
+        let mean = values.iter().sum::<f64>() / layers;
+        let worst = values.iter().copied().fold(1.0, f64::min);
+        format!("  {name:<34}{mean:>9.4}{worst:>14.4}\n")
+    };
+    let mut text = format!(
+        "{}: {} layers x {} experts, {} ranks x {} slots\n\n  {:<34}{:>9}{:>14}\n",
+        arguments.out.display(),
+        load.layers(),
+        load.experts(),
+        placement.ranks(),
+        placement.slots_per_rank(),
+        "balancedness (1 is perfect)",
+        "mean",
+        "worst layer"
+    );
+    if let Some(current) = current {
+        text += &row("before, even split", &even_balancedness(load, current));
+    }
+    text += &row("even split", &even);
+    text += &row("best split of this placement", &best_split);
+    text += &row("bound of any placement", &bound);
+    let gap = even.iter().zip(&bound).map(|(even, bound)| bound / even - 1.0).sum::<f64>() / layers;
+    text += &format!("\n  gap to the bound, mean   {:.3} %\n", gap * 100.0);
+    text += &format!("  duplicates on a rank     {}\n", duplicates(placement));
+    if let Some(current) = current {
+        let moved = transfers(current, placement);
+        let most =
+            (0..load.layers()).map(|l| moved.iter().filter(|t| t.layer == l).count()).max().unwrap_or(0);
+        text += &format!(
+            "  transfers                {} in all, {:.1} per layer, at most {most} in one\n",
+            moved.len(),
+            moved.len() as f64 / layers
+        );
+        if let Some(bytes) = arguments.expert_bytes {
+            text +=
+                &format!("  bytes                    {:.3} GB\n", moved.len() as f64 * bytes as f64 / 1e9);
+        }
+    }
+    Ok(text)
+}
