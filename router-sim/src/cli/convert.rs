@@ -1,89 +1,184 @@
-//! `router-sim convert`: records of one tool to those of another.
+//! `router-sim convert`: records and placements of one tool to those of another.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use router_sim::formats::placements::{self, Missing, PlacementFormat};
 use router_sim::formats::{self, Format, Input, write};
-use router_sim::stream::{LoadStream, TokenLoads, TokenShape};
+use router_sim::stream::{LoadStream, Summed, TokenLoads, TokenStream};
 use router_sim::{Error, Result};
 
 use super::input::{InputFlags, tell_skipped};
 
-const EXAMPLES: &str = "\
+const FORMATS: &str = "\
+Formats of tokens (the experts of each token):
+  trace             moeyard's routing trace                                        read, written (.moeroute)
+  tokens-jsonl      a JSON line per token, moeyard's form                          read, written (.jsonl)
+  routed-npy        expert ids [tokens, layers, top_k], vLLM's routed_experts      read, written
+  routed-npz        the same in an archive, with request_id or file_id [tokens]    read
+  route-jsonl       a JSON line per token and layer, or per batch and layer        read
+  moetrace          the demo models' traces                                        read
+  sglang-pt         SGLang's recorder, mode per_token                              read
+
+Formats of loads (counts per expert):
+  load-npy          [steps?, layers, experts]                                      read, written (.npy)
+  load-npz          the same in an archive                                         read
+  load-safetensors  a tensor `load`                                                read, written (.safetensors)
+  load-csv          step,layer,e0,e1,... or step,layer,expert,tokens               read, written (.csv)
+  load-json         nested lists, alone or under load or logical_count             read, written (.json)
+  sglang-pt         SGLang's recorder, modes stat, stat_approx, per_pass           read
+  trtllm            TensorRT-LLM's folder of expert statistics                     read
+
+Formats of placements: moeyard-placement (.json), sglang-placement, trtllm-placement (.yaml), ascend-placement,
+phy2log-npy; all read and written.
+
+Nothing in a file is executed. A file is written under a temporary name and renamed when it is whole.
+
 Examples:
-  router-sim convert demo-mixtral.moetrace demo.moeroute      to moeyard's own trace
-  router-sim convert demo-mixtral.moetrace#novel load.npy     tokens labelled `novel`, counted
-  router-sim convert routed.npy load.npy --experts 128        vLLM's routed_experts, counted";
+  router-sim convert expert_distribution_recorder_1.pt load.npy --sum   SGLang's record, summed over its steps
+  router-sim convert demo-mixtral.moetrace demo.moeroute                to moeyard's own trace
+  router-sim convert demo-mixtral.moetrace#novel load.csv --window 4    tokens labelled `novel`, counted
+  router-sim convert routed.npy tokens.jsonl --experts 128              vLLM's routed_experts
+  router-sim convert placement.json eplb.yaml                           a placement for TensorRT-LLM
+  router-sim convert map.npy placement.json --ranks 8                   a placement from vLLM's or DeepSeek's EPLB";
 
 /// What to convert.
 #[derive(Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = FORMATS)]
 pub struct Arguments {
-    /// File to read; FILE#LABEL,LABEL takes only tokens with one of the labels, `mmlu*` all that begin so
+    /// File or folder to read; FILE#LABEL,LABEL takes only tokens with one of the labels, `mmlu*` all that begin so
     #[arg(value_name = "INPUT")]
     from: PathBuf,
     /// File to write; its extension says the format unless --output-format does
     #[arg(value_name = "OUTPUT")]
     to: PathBuf,
     /// Write this format
-    #[arg(long, value_name = "FORMAT")]
-    output_format: Option<Format>,
+    #[arg(long, value_name = "FORMAT", value_parser = Target::parse)]
+    output_format: Option<Target>,
+    /// Loads: one window over the whole input
+    #[arg(long, conflicts_with = "window")]
+    sum: bool,
+    /// Loads: so many steps, windows or batches of the input to a window
+    #[arg(long, value_name = "STEPS", default_value_t = 1)]
+    window: u64,
+    /// Tokens per batch, where the input has no steps
+    #[arg(long, value_name = "TOKENS")]
+    batch_tokens: Option<usize>,
+    /// Placements: ranks, where the input does not say
+    #[arg(long, value_name = "N")]
+    ranks: Option<usize>,
     #[command(flatten)]
     input: InputFlags,
 }
 
+/// What to write.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Target {
+    Record(Format),
+    Placement(PlacementFormat),
+}
+
+impl Target {
+    fn parse(name: &str) -> Result<Self, String> {
+        let record = name.parse().map(Target::Record);
+        record.or_else(|_| name.parse().map(Target::Placement)).map_err(|_: String| {
+            "expected trace, tokens-jsonl, routed-npy, load-npy, load-safetensors, load-csv, load-json, or a placement format"
+                .to_owned()
+        })
+    }
+
+    fn by_extension(path: &Path, placement: bool) -> Result<Self> {
+        Ok(match (path.extension().and_then(|e| e.to_str()), placement) {
+            (Some("json"), true) => Target::Placement(PlacementFormat::Moeyard),
+            (Some("yaml" | "yml"), _) => Target::Placement(PlacementFormat::Trtllm),
+            (Some("npy"), true) => Target::Placement(PlacementFormat::Phy2log),
+            (Some("npy"), false) => Target::Record(Format::LoadNpy),
+            (Some("moeroute"), _) => Target::Record(Format::Trace),
+            (Some("jsonl"), _) => Target::Record(Format::TokensJsonl),
+            (Some("safetensors"), _) => Target::Record(Format::LoadSafetensors),
+            (Some("csv"), _) => Target::Record(Format::LoadCsv),
+            (Some("json"), false) => Target::Record(Format::LoadJson),
+            (extension, _) => {
+                let why =
+                    format!("extension {:?} says no format; give --output-format", extension.unwrap_or(""));
+                return Err(Error::File { path: path.into(), why });
+            }
+        })
+    }
+}
+
 pub fn run(arguments: Arguments) -> Result<()> {
-    let Arguments { from, to, output_format, input } = arguments;
-    let format = output_format.map_or_else(|| by_extension(&to), Ok)?;
-    let (path, options) = input.options(&from);
-    let opened = formats::open(&path, &options)?;
-    let (written, skipped) = match (opened, format) {
-        (Input::Tokens(mut tokens), Format::Trace) => {
-            let lost = lost_in_trace(tokens.shape());
-            (told(format!("{} tokens", write::trace(&to, &mut tokens)?), lost), tokens.skipped())
-        }
-        (Input::Tokens(mut tokens), Format::RoutedNpy) => {
-            let lost = vec!["requests, positions, phases, ranks and router weights"];
-            (told(format!("{} tokens", write::routed_npy(&to, &mut tokens)?), lost), tokens.skipped())
-        }
-        (Input::Tokens(tokens), Format::LoadNpy) => {
-            let mut loads = TokenLoads::new(tokens, 1);
-            let lost = vec!["which expert each token chose", "phases"];
-            (told(format!("{} windows", write::load_npy(&to, &mut loads)?), lost), loads.skipped())
-        }
-        (Input::Loads(mut loads), Format::LoadNpy) => {
-            (told(format!("{} windows", write::load_npy(&to, &mut loads)?), vec!["phases"]), loads.skipped())
-        }
-        (Input::Loads(_), Format::Trace | Format::RoutedNpy) => {
-            let why = format!("holds loads only; {format} needs the experts of each token");
-            return Err(Error::File { path: from, why });
-        }
-        (_, Format::Moetrace | Format::RoutedNpz | Format::LoadNpz) => {
-            return Err(Error::File { path: to, why: format!("{format} is read, but not written") });
+    let from_placement = begins_like_placement(&arguments.from);
+    let target = match arguments.output_format {
+        Some(target) => target,
+        None => Target::by_extension(&arguments.to, from_placement || arguments.ranks.is_some())?,
+    };
+    match target {
+        Target::Placement(format) => placement(&arguments, format),
+        Target::Record(format) => record(&arguments, format),
+    }
+}
+
+/// Looks at the beginning of a file; what cannot be read has its say later.
+fn begins_like_placement(path: &Path) -> bool {
+    use std::io::Read;
+    let mut start = Vec::new();
+    let is_file = path.is_file();
+    let read = std::fs::File::open(path).and_then(|file| match is_file {
+        true => file.take(1 << 12).read_to_end(&mut start),
+        false => Ok(0),
+    });
+    read.is_ok() && placements::looks_like(&start)
+}
+
+fn placement(arguments: &Arguments, format: PlacementFormat) -> Result<()> {
+    let Arguments { from, to, ranks, input, .. } = arguments;
+    let missing = Missing { ranks: *ranks, experts: input.experts, first_layer: input.first_layer };
+    let placement = placements::read(from, &missing)?;
+    placements::write(to, &placement, format)?;
+    super::print(&format!(
+        "{}: {} layers, {} ranks x {} slots, {} experts\n",
+        to.display(),
+        placement.layers(),
+        placement.ranks(),
+        placement.slots_per_rank(),
+        placement.experts()
+    ))
+}
+
+fn record(arguments: &Arguments, format: Format) -> Result<()> {
+    let Arguments { from, to, sum, window, batch_tokens, input, .. } = arguments;
+    let (path, mut options) = input.options(from);
+    options.batch_rows = *batch_tokens;
+    let refuse = |path: &Path, why: String| Err(Error::File { path: path.into(), why });
+    let per_window = if *sum { u64::MAX } else { *window };
+    let (what, lost, skipped) = match formats::open(&path, &options)? {
+        Input::Tokens(mut tokens) => match write::lost_of_tokens(format, tokens.shape()) {
+            Some(lost) => {
+                let rows = write::tokens(to, format, &mut tokens)?;
+                (format!("{rows} tokens"), lost, tokens.skipped())
+            }
+            None => {
+                let Some(mut lost) = write::lost_of_loads(format) else {
+                    return refuse(to, format!("{format} is read, but not written"));
+                };
+                lost.insert(0, "the experts of each token");
+                let mut loads = Summed::new(TokenLoads::new(tokens, 1), per_window);
+                let windows = write::loads(to, format, &mut loads)?;
+                (format!("{windows} windows"), lost, loads.skipped())
+            }
+        },
+        Input::Loads(loads) => {
+            let Some(lost) = write::lost_of_loads(format) else {
+                return refuse(from, format!("holds loads only, which cannot be written as {format}"));
+            };
+            let mut loads = Summed::new(loads, per_window);
+            let windows = write::loads(to, format, &mut loads)?;
+            (format!("{windows} windows"), lost, loads.skipped())
         }
     };
-    tell_skipped(&from, skipped);
-    super::print(&format!("{}: {written}\n", to.display()))
-}
-
-fn told(what: String, lost: Vec<&str>) -> String {
-    match lost.is_empty() {
-        true => what,
-        false => format!("{what}; lost: {}", lost.join(", ")),
-    }
-}
-
-fn lost_in_trace(shape: &TokenShape) -> Vec<&'static str> {
-    if shape.labels.is_empty() { Vec::new() } else { vec!["labels"] }
-}
-
-fn by_extension(path: &std::path::Path) -> Result<Format> {
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("npy") => Ok(Format::LoadNpy),
-        Some("moeroute") => Ok(Format::Trace),
-        extension => Err(Error::File {
-            path: path.into(),
-            why: format!("extension {extension:?} says no format to write; give --output-format"),
-        }),
-    }
+    tell_skipped(from, skipped);
+    let lost =
+        if lost.is_empty() { String::new() } else { format!("; not in this format: {}", lost.join(", ")) };
+    super::print(&format!("{}: {what}{lost}\n", to.display()))
 }

@@ -33,16 +33,33 @@ pub struct MatrixReader {
     path: PathBuf,
     array: ArrayReader,
     window: LoadWindow,
+    /// Indices along the axis of layers, ascending: the others are left out.
+    kept: Vec<usize>,
     phase: Phase,
     scale: Option<f64>,
 }
 
 impl MatrixReader {
-    /// Checks the shape.
+    /// Every layer of the array.
     ///
     /// # Errors
     /// Another number of axes or experts than expected.
-    pub fn new(path: &Path, mut array: ArrayReader, options: &Options) -> Result<Self, String> {
+    pub fn new(path: &Path, array: ArrayReader, options: &Options) -> Result<Self, String> {
+        let layers = array.shape.iter().rev().nth(1).copied().unwrap_or(0);
+        check_shape(layers, 1)?;
+        MatrixReader::of_layers(path, array, (0..layers).collect(), options)
+    }
+
+    /// The given layers of an array of all layers of a model.
+    ///
+    /// # Errors
+    /// As [`MatrixReader::new`].
+    pub fn of_layers(
+        path: &Path,
+        mut array: ArrayReader,
+        kept: Vec<usize>,
+        options: &Options,
+    ) -> Result<Self, String> {
         if array.shape.len() == 2 {
             array.shape.insert(0, 1);
         }
@@ -54,8 +71,11 @@ impl MatrixReader {
         };
         check_shape(layers, experts)?;
         options.check_experts(experts)?;
-        let window = LoadWindow::new(&options.layer_ids(layers), experts);
-        Ok(MatrixReader { path: path.into(), array, window, phase: options.phase(), scale: options.scale })
+        let ids = options.layer_ids(layers);
+        let ids: Vec<usize> = kept.iter().map(|layer| ids[*layer]).collect();
+        let window = LoadWindow::new(&ids, experts);
+        let (phase, scale) = (options.phase(), options.scale);
+        Ok(MatrixReader { path: path.into(), array, window, kept, phase, scale })
     }
 }
 
@@ -65,12 +85,20 @@ impl WindowReader for MatrixReader {
     }
 
     fn next_window(&mut self, window: &mut LoadWindow) -> Result<bool, String> {
-        let (layers, experts) = (self.window.layers(), self.window.experts());
+        let experts = self.window.experts();
+        let layers = self.array.shape[1];
         let Some(mut numbers) = self.array.next_record()? else { return Ok(false) };
+        let mut kept = self.kept.iter().enumerate().peekable();
         for layer in 0..layers {
-            let counts = window.counts_mut(self.phase, layer).iter_mut().enumerate();
-            for ((expert, count), number) in counts.zip(numbers.by_ref().take(experts)) {
-                *count = number.tokens(self.scale).map_err(|why| in_cell(layer, expert, &why))?;
+            let mut row = numbers.by_ref().take(experts);
+            match kept.next_if(|(_, kept)| **kept == layer) {
+                Some((index, _)) => {
+                    for (expert, number) in row.enumerate() {
+                        window.counts_mut(self.phase, index)[expert] =
+                            number.tokens(self.scale).map_err(|why| in_cell(index, expert, &why))?;
+                    }
+                }
+                None => drop(row.by_ref().last()),
             }
         }
         Ok(true)

@@ -11,11 +11,21 @@ pub mod array;
 pub mod npy;
 mod zip;
 mod npz;
+pub mod safetensors;
+mod trtllm;
+pub mod csv;
+pub mod json;
+mod memory;
 mod matrix;
+pub mod jsonl;
+mod route_lines;
 mod moetrace;
 mod trace;
+mod pickle;
+mod sglang;
 mod sniff;
 pub mod write;
+pub mod placements;
 
 use std::fmt;
 use std::path::Path;
@@ -41,10 +51,24 @@ pub enum Format {
     Trace,
     /// The simple trace of the demo models.
     Moetrace,
+    /// moeyard's JSON lines of tokens.
+    TokensJsonl,
+    /// JSON lines per token and layer, or per batch and layer, of logging hooks.
+    RouteJsonl,
+    /// SGLang's expert distribution recorder, `.pt`.
+    SglangPt,
     /// `.npy` of loads `[steps?, layers, experts]`.
     LoadNpy,
     /// `.npz` with such an array.
     LoadNpz,
+    /// `.safetensors` with such a tensor.
+    LoadSafetensors,
+    /// Loads as comma-separated values.
+    LoadCsv,
+    /// Loads as JSON, SGLang's `logical_count` among them.
+    LoadJson,
+    /// TensorRT-LLM's folder of expert statistics.
+    Trtllm,
     /// `.npy` of expert ids `[tokens, layers, top_k]`, vLLM's `routed_experts`.
     RoutedNpy,
     /// `.npz` with such an array, and perhaps `file_id` or `request_id` `[tokens]`.
@@ -53,13 +77,20 @@ pub enum Format {
 
 impl Format {
     /// All of them, token formats first.
-    pub const ALL: [Format; 6] = [
+    pub const ALL: [Format; 13] = [
         Format::Trace,
         Format::Moetrace,
+        Format::TokensJsonl,
+        Format::RouteJsonl,
         Format::RoutedNpy,
         Format::RoutedNpz,
+        Format::SglangPt,
         Format::LoadNpy,
         Format::LoadNpz,
+        Format::LoadSafetensors,
+        Format::LoadCsv,
+        Format::LoadJson,
+        Format::Trtllm,
     ];
 
     /// Its name on the command line.
@@ -67,10 +98,17 @@ impl Format {
         match self {
             Format::Trace => "trace",
             Format::Moetrace => "moetrace",
+            Format::TokensJsonl => "tokens-jsonl",
+            Format::RouteJsonl => "route-jsonl",
             Format::RoutedNpy => "routed-npy",
             Format::RoutedNpz => "routed-npz",
+            Format::SglangPt => "sglang-pt",
             Format::LoadNpy => "load-npy",
             Format::LoadNpz => "load-npz",
+            Format::LoadSafetensors => "load-safetensors",
+            Format::LoadCsv => "load-csv",
+            Format::LoadJson => "load-json",
+            Format::Trtllm => "trtllm",
         }
     }
 }
@@ -167,26 +205,27 @@ pub enum Input {
 /// # Errors
 /// [`Error::Io`], [`Error::File`] and [`Error::Record`].
 pub fn open(path: &Path, options: &Options) -> Result<Input> {
-    let mut source = source::open(path, options.progress.clone())?;
+    let refuse = |why| in_file(path, why);
     let format = match options.format {
         Some(format) => format,
-        None => sniff::format(path, &mut source)?,
+        None => sniff::format(path)?,
     };
-    let refuse = |why| in_file(path, why);
+    let source = || source::open(path, options.progress.clone());
     match format {
         Format::Trace => {
             options.label_ids(&[]).map_err(refuse)?;
-            let steps = trace::TraceSteps::new(path, source, options.lenient)?;
+            let steps = trace::TraceSteps::new(path, source()?, options.lenient)?;
             options.check_experts(steps.shape().experts).map_err(refuse)?;
             Ok(Input::Tokens(Box::new(steps)))
         }
         Format::Moetrace => {
-            rows(moetrace::MoetraceReader::new(path, source, options).map_err(refuse)?, options)
+            let reader = moetrace::MoetraceReader::new(path, source()?, options);
+            rows(reader.map_err(|why| Error::Record { path: path.into(), record: 0, why })?, options)
         }
-        Format::LoadNpy => matrix(path, npy::read(Box::new(source)).map_err(refuse)?, options),
-        Format::LoadNpz => matrix(path, npz::load_array(path)?, options),
+        Format::TokensJsonl => rows(jsonl::TokenLines::new(path, source()?, options)?, options),
+        Format::RouteJsonl => rows(route_lines::RouteLines::open(path, options)?, options),
         Format::RoutedNpy => {
-            let array = npy::read(Box::new(source)).map_err(refuse)?;
+            let array = npy::read(Box::new(source()?)).map_err(refuse)?;
             let again = || npy::read(Box::new(source::open(path, None)?)).map_err(refuse);
             routed(path, array, again, Requests::default(), options)
         }
@@ -194,6 +233,15 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
             let requests = npz::requests(path)?;
             routed(path, npz::routed_array(path)?, || npz::routed_array(path), requests, options)
         }
+        Format::SglangPt => sglang::open(path, options),
+        Format::LoadNpy => matrix(path, npy::read(Box::new(source()?)).map_err(refuse)?, options),
+        Format::LoadNpz => matrix(path, npz::load_array(path)?, options),
+        Format::LoadSafetensors => {
+            matrix(path, safetensors::load_array(path, options.progress.clone())?, options)
+        }
+        Format::LoadCsv => loads(csv::read(path, options)?, options),
+        Format::LoadJson => loads(json::read(path, options)?, options),
+        Format::Trtllm => loads(trtllm::Statistics::open(path, options)?, options),
     }
 }
 
@@ -249,8 +297,12 @@ fn in_file(path: &Path, why: String) -> Error {
 }
 
 fn matrix(path: &Path, array: ArrayReader, options: &Options) -> Result<Input> {
-    options.label_ids(&[]).map_err(|why| in_file(path, why))?;
-    windows(MatrixReader::new(path, array, options).map_err(|why| in_file(path, why))?, options)
+    loads(MatrixReader::new(path, array, options).map_err(|why| in_file(path, why))?, options)
+}
+
+fn loads(reader: impl WindowReader + 'static, options: &Options) -> Result<Input> {
+    options.label_ids(&[]).map_err(|why| in_file(reader.path(), why))?;
+    windows(reader, options)
 }
 
 fn windows(reader: impl WindowReader + 'static, options: &Options) -> Result<Input> {

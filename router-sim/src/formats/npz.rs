@@ -28,8 +28,8 @@ fn array(path: &Path, archive: &Archive, entry: &Entry) -> Result<ArrayReader> {
 }
 
 /// An archive holds routed experts, going by the names of its arrays.
-pub fn holds_routed(path: &Path) -> Result<bool> {
-    Ok(named(&Archive::open(path)?, &ROUTED).is_some())
+pub fn holds_routed(archive: &Archive) -> bool {
+    named(archive, &ROUTED).is_some()
 }
 
 /// The loads of an archive: by name, or the only array there is.

@@ -124,6 +124,18 @@ impl Output {
             .map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
+    /// Gives the file its name when it holds `items` of something, at least one.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] for an empty file, which no reader would take.
+    pub fn finish_with(self, items: u64) -> Result<u64> {
+        if items == 0 {
+            let why = "not written: the input has no usable record".to_owned();
+            return Err(Error::File { path: self.path.clone(), why });
+        }
+        self.finish().map(|()| items)
+    }
+
     /// Wraps an error of writing.
     pub fn error(&self, source: io::Error) -> Error {
         Error::Io { path: self.path.clone(), source }

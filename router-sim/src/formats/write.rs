@@ -5,18 +5,81 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::source::Output;
-use super::{in_file, npy};
+use super::{Format, csv, in_file, json, jsonl, npy, safetensors};
 use crate::load::LoadWindow;
 use crate::placement::{ClusterShape, Linear, PlacementPolicy};
 use crate::stream::{LoadStream, TokenBatch, TokenShape, TokenStream};
 use crate::trace::{Degrees, Piece, StepInfo, TraceHeader, TraceSink, WeightFormat};
 use crate::{Error, Result};
 
+/// What a file of the format cannot hold of tokens, for people; `None` when the format holds no tokens.
+pub fn lost_of_tokens(format: Format, shape: &TokenShape) -> Option<Vec<&'static str>> {
+    let mut lost = Vec::new();
+    match format {
+        Format::Trace => {
+            if !shape.labels.is_empty() {
+                lost.push("labels");
+            }
+        }
+        Format::TokensJsonl => lost.push("which tokens ran in one step"),
+        Format::RoutedNpy => {
+            lost.extend(["requests", "positions", "phases", "which tokens ran in one step", "layer indices"]);
+            for (there, what) in [
+                (shape.ranks.is_some(), "ranks"),
+                (shape.weights, "router weights"),
+                (!shape.labels.is_empty(), "labels"),
+            ] {
+                if there {
+                    lost.push(what);
+                }
+            }
+        }
+        _ => return None,
+    }
+    Some(lost)
+}
+
+/// What a file of the format cannot hold of loads; `None` when the format is not written.
+pub fn lost_of_loads(format: Format) -> Option<Vec<&'static str>> {
+    match format {
+        Format::LoadNpy => Some(vec!["phases", "layer indices"]),
+        Format::LoadSafetensors | Format::LoadCsv | Format::LoadJson => Some(vec!["phases"]),
+        _ => None,
+    }
+}
+
+/// Writes tokens in a format of which [`lost_of_tokens`] knows; the number of tokens.
+///
+/// # Errors
+/// Those of the stream, [`Error::Io`], [`Error::File`] for another format.
+pub fn tokens(path: &Path, format: Format, tokens: &mut dyn TokenStream) -> Result<u64> {
+    match format {
+        Format::Trace => trace(path, tokens),
+        Format::TokensJsonl => jsonl::write(path, tokens),
+        Format::RoutedNpy => routed_npy(path, tokens),
+        other => Err(in_file(path, format!("tokens cannot be written as {other}"))),
+    }
+}
+
+/// Writes loads in a format of which [`lost_of_loads`] knows; the number of windows.
+///
+/// # Errors
+/// Those of the stream, [`Error::Io`], [`Error::File`] for another format.
+pub fn loads(path: &Path, format: Format, loads: &mut dyn LoadStream) -> Result<u64> {
+    match format {
+        Format::LoadNpy => load_npy(path, loads),
+        Format::LoadSafetensors => safetensors::write(path, loads),
+        Format::LoadCsv => csv::write(path, loads),
+        Format::LoadJson => json::write(path, loads),
+        other => Err(in_file(path, format!("loads cannot be written as {other}"))),
+    }
+}
+
 /// Loads as `.npy`, int64 `[windows, layers, experts]`.
 ///
 /// # Errors
 /// Those of the stream, [`Error::Io`], [`Error::File`] for a count beyond int64.
-pub fn load_npy(path: &Path, loads: &mut dyn LoadStream) -> Result<u64> {
+fn load_npy(path: &Path, loads: &mut dyn LoadStream) -> Result<u64> {
     let mut output = Output::create(path)?;
     let mut window = loads.empty_window();
     let (layers, experts) = (window.layers(), window.experts());
@@ -37,8 +100,7 @@ pub fn load_npy(path: &Path, loads: &mut dyn LoadStream) -> Result<u64> {
         windows += 1;
     }
     header(&mut output, windows)?;
-    output.finish()?;
-    Ok(windows)
+    output.finish_with(windows)
 }
 
 /// Tokens per slot as `.npy`, int64 `[layers, slots]`.
@@ -64,7 +126,7 @@ fn beyond_int64(path: &Path, count: u64) -> Error {
 ///
 /// # Errors
 /// Those of the stream, [`Error::Io`].
-pub fn routed_npy(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
+fn routed_npy(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
     let mut output = Output::create(path)?;
     let (layers, top_k) = (tokens.shape().layers(), tokens.shape().top_k);
     let narrow = tokens.shape().experts <= 256;
@@ -90,15 +152,14 @@ pub fn routed_npy(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
         rows += batch.rows.len() as u64;
     }
     header(&mut output, rows)?;
-    output.finish()?;
-    Ok(rows)
+    output.finish_with(rows)
 }
 
 /// Tokens as a routing trace: a step per batch.
 ///
 /// # Errors
 /// Those of the stream, [`Error::Io`], [`Error::Trace`] when a trace cannot hold the shape.
-pub fn trace(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
+fn trace(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
     let output = Output::create(path)?;
     let shape = tokens.shape().clone();
     let mut sink = TraceSink::new(output, trace_header(&shape)?)?;
@@ -126,8 +187,7 @@ pub fn trace(path: &Path, tokens: &mut dyn TokenStream) -> Result<u64> {
         }
         rows += batch.rows.len() as u64;
     }
-    sink.finish()?.finish()?;
-    Ok(rows)
+    sink.finish()?.finish_with(rows)
 }
 
 /// Rows `start..start + run` of each layer of `[layers][rows][top_k]`.

@@ -69,6 +69,45 @@ impl<S: TokenStream> LoadStream for TokenLoads<S> {
     }
 }
 
+/// Sums every so many windows of a stream to one; the last may cover fewer.
+#[derive(Debug)]
+pub struct Summed<S> {
+    loads: S,
+    windows: u64,
+    next: LoadWindow,
+}
+
+impl<S: LoadStream> Summed<S> {
+    /// Sums of `windows` windows each, at least 1.
+    pub fn new(loads: S, windows: u64) -> Self {
+        let next = loads.empty_window();
+        Summed { loads, windows: windows.max(1), next }
+    }
+}
+
+impl<S: LoadStream> LoadStream for Summed<S> {
+    fn empty_window(&self) -> LoadWindow {
+        self.loads.empty_window()
+    }
+
+    fn next_window(&mut self, window: &mut LoadWindow) -> Result<bool> {
+        if !self.loads.next_window(window)? {
+            return Ok(false);
+        }
+        for _ in 1..self.windows {
+            if !self.loads.next_window(&mut self.next)? {
+                break;
+            }
+            add(window, &self.next)?;
+        }
+        Ok(true)
+    }
+
+    fn skipped(&self) -> u64 {
+        self.loads.skipped()
+    }
+}
+
 /// All windows of a stream, at most `most` (at least 1). A longer stream has its neighbours summed, 2, 4, 8 ... to
 /// one, so that each result covers equally many windows (the last perhaps fewer) and memory stays bounded.
 ///
@@ -174,6 +213,12 @@ mod tests {
             let first: Vec<u64> = collected.iter().map(|w| w.counts(Phase::Prefill, 0)[0]).collect();
             assert_eq!(first, expected, "{windows} windows, at most {most}");
         }
+        let mut pairs = Summed::new(Numbers(0..5), 2);
+        let (mut window, mut sums) = (pairs.empty_window(), Vec::new());
+        while pairs.next_window(&mut window).unwrap() {
+            sums.push(window.counts(Phase::Prefill, 0)[0]);
+        }
+        assert_eq!(sums, [1, 5, 4]);
         assert_eq!(total(&mut Numbers(0..7)).unwrap().counts(Phase::Prefill, 0)[0], 21);
     }
 

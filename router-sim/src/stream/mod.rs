@@ -10,5 +10,5 @@ mod loads;
 pub(crate) mod rows;
 pub(crate) mod windows;
 
-pub use loads::{LoadStream, TokenLoads, collect, total};
+pub use loads::{LoadStream, Summed, TokenLoads, collect, total};
 pub use tokens::{TokenBatch, TokenRow, TokenShape, TokenStream};
