@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 fn options() -> EngineOptions {
     EngineOptions {
         vocab_size: 60,
+        experts: 8,
         max_model_len: 200,
         block_size: 4,
         kv_blocks: 100,
@@ -31,14 +32,7 @@ fn options() -> EngineOptions {
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request {
-        prompt,
-        max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_tokens: vec![],
-        logprobs: None,
-        capture: Capture::default(),
-    }
+    Request::greedy(prompt, max_tokens)
 }
 
 fn prompt(salt: u32, len: usize) -> Vec<u32> {
@@ -60,6 +54,7 @@ fn collect(mut stream: RequestStream) -> (Vec<TokenEvent>, Finished) {
     let mut tokens = Vec::new();
     while let Some(event) = stream.blocking_next() {
         match event {
+            Event::Prompt(_) => {}
             Event::Token(token) => tokens.push(token),
             Event::Finished(finished) => {
                 assert!(stream.blocking_next().is_none(), "an event after the end");
@@ -174,7 +169,7 @@ fn threads_may_submit_at_once() {
 #[test]
 fn a_seed_gives_the_same_text_in_any_company() {
     let engine = start(&options(), (1, 1), Hooks::default());
-    let sampling = Sampling { temperature: 1.0, top_p: 0.9, top_k: 20, seed: 77 };
+    let sampling = Sampling { temperature: 1.0, top_p: 0.9, top_k: 20, seed: 77, ..Sampling::GREEDY };
     let sampled = Request { sampling, logprobs: Some(3), ..request(prompt(0, 9), 20) };
     let (alone, _) = collect(engine.submit(sampled.clone()).unwrap());
     let streams: Vec<_> = (0..6)

@@ -9,7 +9,7 @@ use clap::Args;
 use super::Settings;
 use super::launch::{Needs, Prepared};
 use super::model::OpenModel;
-use crate::engine::request::{Capture, Event, FinishReason, Request, Sampling};
+use crate::engine::request::{Event, FinishReason, Request, Sampling};
 use crate::error::{Error, Result};
 use crate::tokenizer::Detokenizer;
 
@@ -52,17 +52,17 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
     let prompt = prepared.model.tokenizer.encode(&arguments.prompt, true)?;
     let request = Request {
-        prompt,
-        max_tokens: arguments.max_tokens,
         sampling: Sampling {
             temperature: arguments.temperature.unwrap_or(generation.sampling.temperature),
             top_p: arguments.top_p.unwrap_or(generation.sampling.top_p),
             top_k: arguments.top_k.unwrap_or(generation.sampling.top_k),
+            min_p: generation.sampling.min_p,
+            repetition_penalty: generation.sampling.repetition_penalty,
             seed: arguments.seed,
+            ..Sampling::GREEDY
         },
         stop_tokens: if arguments.ignore_eos { Vec::new() } else { generation.eos_token_ids },
-        logprobs: None,
-        capture: Capture::default(),
+        ..Request::greedy(prompt, arguments.max_tokens)
     };
     let launched = prepared.launch(Needs::default(), None)?;
     let outcome = stream(&prepared, &launched.engine, request);
@@ -81,12 +81,13 @@ fn stream(prepared: &Prepared, engine: &crate::engine::EngineHandle, request: Re
     };
     while let Some(event) = events.blocking_next() {
         match event {
+            Event::Prompt(_) => {}
             Event::Token(token) if stop_tokens.contains(&token.token) => {}
             Event::Token(token) => print(&text.push(token.token))?,
             Event::Finished(finished) => {
                 print(&text.finish())?;
                 print("\n")?;
-                if let FinishReason::Error(why) = finished.reason {
+                if let FinishReason::Error(why) | FinishReason::Refused(why) = finished.reason {
                     return Err(Error::Stopped(why));
                 }
             }

@@ -160,6 +160,7 @@ impl Prepared {
         let scheduler = &self.options.scheduler;
         EngineOptions {
             vocab_size: spec.vocab_size,
+            experts: spec.moe.experts,
             max_model_len: sizes.max_model_len,
             block_size: sizes.block_size,
             kv_blocks: sizes.kv_blocks,

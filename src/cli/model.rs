@@ -131,6 +131,8 @@ struct GenerationFile {
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<i64>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -161,8 +163,18 @@ impl GenerationFile {
         if !(top_p > 0.0 && top_p <= 1.0) {
             return Err(Error::config(file, format!("top_p: expected above 0 to 1, found {top_p}")));
         }
+        let min_p = self.min_p.unwrap_or(openai.min_p);
+        if !(0.0..=1.0).contains(&min_p) {
+            return Err(Error::config(file, format!("min_p: expected 0 to 1, found {min_p}")));
+        }
+        let repetition_penalty = self.repetition_penalty.unwrap_or(openai.repetition_penalty);
+        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
+            let why = format!("repetition_penalty: expected above 0, found {repetition_penalty}");
+            return Err(Error::config(file, why));
+        }
         // -1 and 0 both mean all.
-        Ok(SamplingDefaults { temperature, top_p, top_k: usize::try_from(top_k).unwrap_or(0) })
+        let top_k = usize::try_from(top_k).unwrap_or(0);
+        Ok(SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty })
     }
 }
 
@@ -186,6 +198,8 @@ mod tests {
         for (json, message) in [
             (r#"{"temperature": -1}"#, "temperature: expected 0 or more, found -1"),
             (r#"{"top_p": 0}"#, "top_p: expected above 0 to 1, found 0"),
+            (r#"{"min_p": 2}"#, "min_p: expected 0 to 1, found 2"),
+            (r#"{"repetition_penalty": 0}"#, "repetition_penalty: expected above 0, found 0"),
         ] {
             let file: GenerationFile = serde_json::from_str(json).unwrap();
             assert!(file.sampling("g.json").unwrap_err().to_string().contains(message));

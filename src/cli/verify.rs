@@ -18,7 +18,7 @@ use super::launch::{Needs, Prepared};
 use super::model::OpenModel;
 use super::serve::dtype_name;
 use crate::engine::RequestStream;
-use crate::engine::request::{Capture, Captured, Event, FinishReason, Request, Sampling, TokenEvent};
+use crate::engine::request::{Capture, Captured, Event, FinishReason, Request, TokenEvent};
 use crate::error::{Error, Result};
 use crate::model::Routing;
 use crate::tokenizer::Tokenizer;
@@ -194,16 +194,13 @@ fn run_jobs(engine: &crate::engine::EngineHandle, jobs: &[Job], dump: &mut Dump)
 impl Job {
     fn request(&self) -> Request {
         Request {
-            prompt: self.tokens.clone(),
-            max_tokens: self.greedy.unwrap_or(0),
-            sampling: Sampling::GREEDY,
-            stop_tokens: Vec::new(),
             logprobs: Some(TOP),
             capture: Capture {
                 prompt_logits: self.all_logits,
                 last_logits: self.last_logits,
                 routing: self.router,
             },
+            ..Request::greedy(self.tokens.clone(), self.greedy.unwrap_or(0))
         }
     }
 }
@@ -219,6 +216,7 @@ impl Answer {
         let mut tokens = Vec::new();
         while let Some(event) = stream.blocking_next() {
             match event {
+                Event::Prompt(_) => {}
                 Event::Token(token) => tokens.push(token),
                 Event::Finished(finished) => {
                     if let FinishReason::Error(why) = finished.reason {

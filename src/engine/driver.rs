@@ -255,10 +255,11 @@ impl Callers {
             }
             Update::Event(Event::Finished(finished)) => self.finish(id, finished),
             Update::Event(event) => {
-                if let Some(caller) = self.live.get_mut(&id) {
+                let Some(caller) = self.live.get_mut(&id) else { return };
+                if let Event::Token(_) = event {
                     caller.note_token(self.timing.as_deref());
-                    caller.send(event);
                 }
+                caller.send(event);
             }
         }
     }

@@ -6,7 +6,7 @@
 
 use super::RequestId;
 use super::options::EngineOptions;
-use super::request::{Event, FinishReason, Finished, Request};
+use super::request::{Event, FinishReason, Finished, Request, Sampling};
 use super::stats::EngineStats;
 use crate::error::{Error, Result};
 use std::pin::Pin;
@@ -116,7 +116,8 @@ impl EngineHandle {
         self.take_place().map_err(rejected)?;
 
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let (events, received) = mpsc::channel(request.max_tokens + 1);
+        // Room for the prompt's scores, every token and the end.
+        let (events, received) = mpsc::channel(request.max_tokens.saturating_add(2));
         let submission = Submission { id, request: Arc::new(request), events, submitted: Instant::now() };
         if self.commands.send(Command::Submit(submission)).is_err() {
             self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -214,6 +215,14 @@ impl RequestStream {
         Some(self.checked(event))
     }
 
+    /// Ends the request early. Its events go on until [`Event::Finished`], which has what was captured until then.
+    pub fn abort(&self) {
+        if !self.ended {
+            // A stopped engine has nothing to abort.
+            let _ = self.handle.commands.send(Command::Abort(self.id));
+        }
+    }
+
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
         if self.ended {
             return Poll::Ready(None);
@@ -242,10 +251,7 @@ impl tokio_stream::Stream for RequestStream {
 
 impl Drop for RequestStream {
     fn drop(&mut self) {
-        if !self.ended {
-            // A stopped engine has nothing to abort.
-            let _ = self.handle.commands.send(Command::Abort(self.id));
-        }
+        self.abort();
     }
 }
 
@@ -292,24 +298,52 @@ fn validate(request: &Request, options: &EngineOptions) -> Result<()> {
 }
 
 fn validate_sampling(request: &Request, options: &EngineOptions) -> Result<()> {
-    let sampling = &request.sampling;
-    if !(sampling.temperature >= 0.0 && sampling.temperature.is_finite()) {
-        return Err(Error::request(
-            "temperature",
-            format!("temperature is {}, but must be 0 or more", sampling.temperature),
-        ));
+    let Sampling { temperature, top_p, min_p, repetition_penalty, .. } = request.sampling;
+    let Sampling { presence_penalty, frequency_penalty, min_tokens, .. } = request.sampling;
+    let numbers = [
+        ("temperature", temperature, temperature >= 0.0, "0 or more"),
+        ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
+        ("min_p", min_p, (0.0..=1.0).contains(&min_p), "between 0 and 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0.0, "above 0"),
+        ("presence_penalty", presence_penalty, true, "finite"),
+        ("frequency_penalty", frequency_penalty, true, "finite"),
+    ];
+    for (name, value, allowed, expected) in numbers {
+        if !allowed || !value.is_finite() {
+            return Err(Error::request(name, format!("{name} is {value}, but must be {expected}")));
+        }
     }
-    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
-        return Err(Error::request(
-            "top_p",
-            format!("top_p is {}, but must be above 0 and at most 1", sampling.top_p),
-        ));
+    if min_tokens > request.max_tokens {
+        let message = format!("min_tokens is {min_tokens}, but max_tokens is {}", request.max_tokens);
+        return Err(Error::request("min_tokens", message));
     }
-    if let Some(n) = request.logprobs.filter(|&n| n > options.vocab_size) {
-        return Err(Error::request(
-            "logprobs",
-            format!("{n} log-probabilities are asked for, but the vocabulary has {}", options.vocab_size),
-        ));
+    for (name, count) in [("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)] {
+        if let Some(n) = count.filter(|&n| n > options.vocab_size) {
+            let message = format!("{name} is {n}, but the vocabulary has {} tokens", options.vocab_size);
+            return Err(Error::request(name, message));
+        }
+    }
+    validate_token_lists(&request.sampling, options.vocab_size)
+}
+
+fn validate_token_lists(sampling: &Sampling, vocab_size: usize) -> Result<()> {
+    let biased: Vec<u32> = sampling.logit_bias.iter().map(|&(token, _)| token).collect();
+    let allowed = sampling.allowed_tokens.as_deref();
+    let lists = sampling.bad_words.iter().map(|word| ("bad_words", &word[..]));
+    let lists =
+        lists.chain([("logit_bias", &biased[..])]).chain(allowed.map(|list| ("allowed_token_ids", list)));
+    for (name, ids) in lists {
+        if let Some((_, id)) = first_outside(ids, vocab_size) {
+            let message = format!("{name} has the token {id}, but ids are below {vocab_size}");
+            return Err(Error::request(name, message));
+        }
+        if ids.is_empty() && name != "logit_bias" {
+            return Err(Error::request(name, format!("{name} must not hold an empty list")));
+        }
+    }
+    if let Some(&(token, bias)) = sampling.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+        let message = format!("logit_bias of token {token} is {bias}, but must be finite");
+        return Err(Error::request("logit_bias", message));
     }
     Ok(())
 }

@@ -8,6 +8,8 @@ use crate::model::FormRules;
 pub struct EngineOptions {
     /// Token ids of a request are below this; the width of a logit row.
     pub vocab_size: usize,
+    /// Logical experts of a MoE layer; captured expert ids are below this.
+    pub experts: usize,
     /// Longest sequence, prompt and generated tokens together.
     pub max_model_len: usize,
     /// Tokens per KV block.
@@ -94,6 +96,7 @@ mod tests {
     fn options() -> EngineOptions {
         EngineOptions {
             vocab_size: 100,
+            experts: 8,
             max_model_len: 64,
             block_size: 16,
             kv_blocks: 8,

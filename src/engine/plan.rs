@@ -3,6 +3,7 @@
 
 use super::RequestId;
 use super::request::{Request, TokenEvent};
+use super::sampler::RowError;
 use crate::backend::{AttentionBatch, SeqSpan};
 use crate::model::{Batch, Routing};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub struct SubPlan {
     pub logit_rows: Vec<u32>,
     /// What to do with them; one per logit row.
     pub jobs: Vec<RowJob>,
+    /// Generated tokens of the sequences whose next token depends on them.
+    pub history: Vec<u32>,
     /// A request captures its expert choices.
     pub capture_routing: bool,
 }
@@ -64,12 +67,26 @@ pub struct RowJob {
     pub request_id: RequestId,
     /// How to sample.
     pub request: Arc<Request>,
-    /// Position of the token that would be sampled: one after the row's own.
+    /// Position of the token that follows the row's own.
     pub position: u32,
-    /// Sample the next token.
-    pub sample: bool,
+    /// What is to be known about that token.
+    pub task: RowTask,
+    /// The text so far, as a part of [`SubPlan::history`]: first token and number; empty unless
+    /// [`Request::needs_history`].
+    pub history: (u32, u32),
     /// Hand back the whole row.
     pub capture: bool,
+}
+
+/// What is to be known about the token after a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowTask {
+    /// Which one it is.
+    Sample,
+    /// The log-probability of this one, which the prompt has there.
+    Score(u32),
+    /// Nothing.
+    Nothing,
 }
 
 /// The limits a sub-plan must keep.
@@ -134,6 +151,12 @@ impl SubPlan {
         }
     }
 
+    /// The generated tokens that a job may look at.
+    pub fn history_of(&self, job: &RowJob) -> &[u32] {
+        let (first, count) = job.history;
+        &self.history[first as usize..(first + count) as usize]
+    }
+
     /// Appends `tokens` of one sequence, which start at `position`, as one span.
     pub fn push_span(
         &mut self,
@@ -156,13 +179,14 @@ impl SubPlan {
     }
 
     fn clear(&mut self) {
-        let SubPlan { tokens, spans, infos, block_table, logit_rows, jobs, capture_routing } = self;
+        let SubPlan { tokens, spans, infos, block_table, logit_rows, jobs, history, capture_routing } = self;
         tokens.clear();
         spans.clear();
         infos.clear();
         block_table.clear();
         logit_rows.clear();
         jobs.clear();
+        history.clear();
         *capture_routing = false;
     }
 
@@ -199,6 +223,11 @@ impl SubPlan {
             limits.logit_rows
         );
         assert_eq!(wanted, self.jobs.len(), "logit rows and their jobs");
+        let history = self.history.len() as u64;
+        for RowJob { request_id, history: (first, count), .. } in &self.jobs {
+            let end = u64::from(*first) + u64::from(*count);
+            assert!(end <= history, "history up to {end} of {history} for request {request_id}");
+        }
         assert!(self.logit_rows.is_sorted_by(|a, b| a < b), "logit rows {:?} do not ascend", self.logit_rows);
         if let Some(&last) = self.logit_rows.last() {
             assert!((last as usize) < rows, "logit row {last} of {rows} rows");
@@ -211,8 +240,8 @@ impl SubPlan {
 pub struct RowResult {
     /// Index into [`SubPlan::jobs`].
     pub job: u32,
-    /// The next token where the job asked for one; the text says what was wrong with the logits.
-    pub outcome: Result<Option<TokenEvent>, String>,
+    /// The next token where the job asked for one.
+    pub outcome: Result<Option<TokenEvent>, RowError>,
     /// The row, where the job asked for it; `[vocab]`.
     pub logits: Option<Vec<f32>>,
 }
@@ -248,6 +277,7 @@ impl SubResults {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::AssertUnwindSafe;
 
     const LIMITS: PlanLimits = PlanLimits { rows: 8, seqs: 2, logit_rows: 2, block_size: 4, blocks: 4 };
 
@@ -283,7 +313,7 @@ mod tests {
         for (name, spoil) in breaks {
             let mut sub = sub_plan();
             spoil(&mut sub);
-            let outcome = std::panic::catch_unwind(|| sub.check(LIMITS));
+            let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| sub.check(LIMITS)));
             assert!(outcome.is_err(), "{name}");
         }
     }
@@ -292,15 +322,9 @@ mod tests {
     fn results_must_be_complete() {
         let mut results = SubResults::default();
         let row = |job| RowResult { job, outcome: Ok(None), logits: None };
-        let request = Arc::new(Request {
-            prompt: vec![1],
-            max_tokens: 1,
-            sampling: crate::engine::request::Sampling::GREEDY,
-            stop_tokens: vec![],
-            logprobs: None,
-            capture: Default::default(),
-        });
-        let job = RowJob { request_id: 0, request, position: 1, sample: true, capture: false };
+        let request = Arc::new(Request::greedy(vec![1], 1));
+        let task = RowTask::Sample;
+        let job = RowJob { request_id: 0, request, position: 1, task, history: (0, 0), capture: false };
         let mut sub = sub_plan();
         sub.jobs = vec![job.clone(), job];
         results.rows = vec![row(1), row(0)];

@@ -233,7 +233,8 @@ impl Rank {
                 job.unwrap_or_else(|_| panic!("rank {} returned logits of row {row} unasked", self.index));
             let logits = output.logits.view().rows_range(i..i + 1);
             backend.download(logits, bytemuck::cast_slice_mut(&mut self.row))?;
-            report.rows.push(self.sampler.run(job as u32, &sub.jobs[job], &self.row));
+            let (index, job) = (job as u32, &sub.jobs[job]);
+            report.rows.push(self.sampler.run(index, job, sub.history_of(job), &self.row));
         }
         Ok(())
     }

@@ -14,8 +14,9 @@
 use super::RequestId;
 use super::kv_blocks::KvPool;
 use super::options::EngineOptions;
-use super::plan::{Phase, PlanLimits, RowJob, RowResult, SpanInfo, StepPlan, SubPlan, SubResults};
+use super::plan::{Phase, PlanLimits, RowJob, RowResult, RowTask, SpanInfo, StepPlan, SubPlan, SubResults};
 use super::request::{Event, FinishReason, Request};
+use super::sampler::RowError;
 use super::sequence::Sequence;
 use super::stats::{EngineStats, KvStats};
 use std::cmp::Reverse;
@@ -297,14 +298,26 @@ impl Scheduler {
         let event = match row.outcome {
             Ok(Some(event)) => event,
             Ok(None) => return,
-            Err(why) => {
-                self.counters.nonfinite_logits += 1;
-                return self.finish_running(dp_rank, job.request_id, FinishReason::Error(why));
+            Err(error) => {
+                let reason = match &error {
+                    RowError::NonFinite { .. } => {
+                        self.counters.nonfinite_logits += 1;
+                        FinishReason::Error(error.to_string())
+                    }
+                    RowError::Constraint { .. } => FinishReason::Error(error.to_string()),
+                    RowError::NothingAllowed { .. } => FinishReason::Refused(error.to_string()),
+                };
+                return self.finish_running(dp_rank, job.request_id, reason);
             }
         };
+        if let RowTask::Score(_) = job.task {
+            return sequence.take_score(event);
+        }
+        let prompt = sequence.take_prompt_event().map(Event::Prompt);
         let reason = sequence.push(event.token);
         self.counters.generated_tokens += 1;
-        self.updates.push((job.request_id, Update::Event(Event::Token(event))));
+        let events = prompt.into_iter().chain([Event::Token(event)]);
+        self.updates.extend(events.map(|event| (job.request_id, Update::Event(event))));
         if let Some(reason) = reason {
             self.finish_running(dp_rank, job.request_id, reason);
         }
@@ -313,7 +326,10 @@ impl Scheduler {
     /// Ends the requests that only wanted their prompt computed.
     fn finish_computed_prompts(&mut self, dp_rank: usize) {
         while let Some(i) = self.groups[dp_rank].running.iter().position(|sequence| sequence.pending() == 0) {
-            let sequence = self.groups[dp_rank].running.remove(i);
+            let mut sequence = self.groups[dp_rank].running.remove(i);
+            if let Some(prompt) = sequence.take_prompt_event() {
+                self.updates.push((sequence.id, Update::Event(Event::Prompt(prompt))));
+            }
             self.finish(sequence, FinishReason::Length);
         }
     }
@@ -355,10 +371,15 @@ fn chunk_rows(sequence: &Sequence, computed: usize, room: &Room, options: &Engin
     // Captured prompt rows each take a logit row, and so does the last row when a token follows from it.
     let mut logit_rows = 0;
     let fits = |&p: &usize| {
-        logit_rows += usize::from(sequence.samples_at(p) || sequence.captures_logits_at(p));
+        logit_rows += usize::from(wants_logits(sequence, p));
         logit_rows <= room.logit_rows
     };
     (computed..computed + rows).take_while(fits).count()
+}
+
+/// The row at `position` takes a logit row.
+fn wants_logits(sequence: &Sequence, position: usize) -> bool {
+    sequence.task_at(position) != RowTask::Nothing || sequence.captures_logits_at(position)
 }
 
 /// Plans the next `rows` tokens of a sequence; returns how many of them were computed before.
@@ -380,18 +401,22 @@ fn push_chunk(sub: &mut SubPlan, room: &mut Room, sequence: &Sequence, rows: usi
     sub.capture_routing |= sequence.request().capture.routing;
 
     let jobs = sub.jobs.len();
-    for p in position..position + rows {
-        let (sample, capture) = (sequence.samples_at(p), sequence.captures_logits_at(p));
-        if sample || capture {
-            sub.logit_rows.push((first_row + p - position) as u32);
-            sub.jobs.push(RowJob {
-                request_id: sequence.id,
-                request: Arc::clone(sequence.request()),
-                position: p as u32 + 1,
-                sample,
-                capture,
-            });
+    for p in (position..position + rows).filter(|&p| wants_logits(sequence, p)) {
+        let task = sequence.task_at(p);
+        let mut history = (sub.history.len() as u32, 0);
+        if task == RowTask::Sample && sequence.request().needs_history() {
+            sub.history.extend_from_slice(sequence.generated());
+            history.1 = sequence.generated().len() as u32;
         }
+        sub.logit_rows.push((first_row + p - position) as u32);
+        sub.jobs.push(RowJob {
+            request_id: sequence.id,
+            request: Arc::clone(sequence.request()),
+            position: p as u32 + 1,
+            task,
+            history,
+            capture: sequence.captures_logits_at(p),
+        });
     }
     room.rows -= rows;
     room.logit_rows -= sub.jobs.len() - jobs;

@@ -2,7 +2,8 @@
 
 use super::RequestId;
 use super::kv_blocks::{BlockTable, CachedPrefix, KvPool, TokenRun};
-use super::request::{Captured, FinishReason, Finished, Request};
+use super::plan::RowTask;
+use super::request::{Captured, FinishReason, Finished, PromptEvent, Request, TokenEvent};
 use crate::backend::SeqSpan;
 use crate::model::{FormRules, Routing};
 use std::sync::Arc;
@@ -27,6 +28,10 @@ pub(super) struct Sequence {
     logits: Vec<f32>,
     /// Prompt positions whose logits are captured.
     logit_positions: usize,
+    /// Log-probabilities of the prompt's tokens from the second on, as far as they are known.
+    prompt_scores: Vec<TokenEvent>,
+    /// They, and that the prompt is computed, have been told.
+    prompt_told: bool,
     routing: RoutingCapture,
 }
 
@@ -44,6 +49,8 @@ impl Sequence {
             table: None,
             logits: Vec::new(),
             logit_positions: 0,
+            prompt_scores: Vec::new(),
+            prompt_told: false,
             routing: RoutingCapture::default(),
         }
     }
@@ -108,8 +115,9 @@ impl Sequence {
     /// Tokens it may take from the prefix cache. The newest is always computed, for its logits; so is every one of a
     /// request that captures what only computing shows.
     fn readable(&self) -> usize {
-        let capture = self.request.capture;
-        if capture.prompt_logits || capture.routing { 0 } else { self.tokens.len() - 1 }
+        let Request { capture, prompt_logprobs, .. } = &*self.request;
+        let all = capture.prompt_logits || capture.routing || prompt_logprobs.is_some();
+        if all { 0 } else { self.tokens.len() - 1 }
     }
 
     /// Takes blocks for all known tokens, cached ones first; the caller has checked that there are enough. Returns
@@ -150,7 +158,7 @@ impl Sequence {
 
     /// A token is sampled from the logits at `position`: it is the newest, and another one is wanted.
     pub fn samples_at(&self, position: usize) -> bool {
-        position + 1 == self.tokens.len() && self.generated() < self.request.max_tokens
+        position + 1 == self.tokens.len() && self.generated().len() < self.request.max_tokens
     }
 
     /// The logits at `position` are captured (once: recomputing does not repeat it).
@@ -158,6 +166,32 @@ impl Sequence {
         let capture = self.request.capture;
         let wanted = capture.prompt_logits || (capture.last_logits && position + 1 == self.prompt_len());
         wanted && position < self.prompt_len() && position >= self.logit_positions
+    }
+
+    /// What is to be known about the token after `position`.
+    pub fn task_at(&self, position: usize) -> RowTask {
+        if self.samples_at(position) {
+            return RowTask::Sample;
+        }
+        // Once: recomputing does not repeat it.
+        let unscored = self.request.prompt_logprobs.is_some() && position >= self.prompt_scores.len();
+        match self.request.prompt.get(position + 1) {
+            Some(&token) if unscored => RowTask::Score(token),
+            _ => RowTask::Nothing,
+        }
+    }
+
+    /// Takes the score of the next prompt token.
+    pub fn take_score(&mut self, score: TokenEvent) {
+        self.prompt_scores.push(score);
+    }
+
+    /// What is to be told about the prompt, the first time this is asked.
+    pub fn take_prompt_event(&mut self) -> Option<PromptEvent> {
+        if std::mem::replace(&mut self.prompt_told, true) {
+            return None;
+        }
+        Some(PromptEvent { cached_tokens: self.cached_tokens(), scores: self.prompt_scores.clone() })
     }
 
     /// Takes the logits of the next captured position.
@@ -176,8 +210,9 @@ impl Sequence {
 
     // ---- tokens
 
-    fn generated(&self) -> usize {
-        self.tokens.len() - self.prompt_len()
+    /// The text so far.
+    pub fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt_len()..]
     }
 
     /// Appends a generated token; the reason when it is the last.
@@ -186,7 +221,7 @@ impl Sequence {
         if self.request.stop_tokens.contains(&token) {
             Some(FinishReason::Stop)
         } else {
-            (self.generated() >= self.request.max_tokens).then_some(FinishReason::Length)
+            (self.generated().len() >= self.request.max_tokens).then_some(FinishReason::Length)
         }
     }
 

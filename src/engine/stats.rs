@@ -38,7 +38,7 @@ impl Outcomes {
             FinishReason::Stop => self.stop += 1,
             FinishReason::Length => self.length += 1,
             FinishReason::Aborted => self.aborted += 1,
-            FinishReason::Error(_) => self.error += 1,
+            FinishReason::Error(_) | FinishReason::Refused(_) => self.error += 1,
         }
     }
 }

@@ -104,8 +104,8 @@ impl<'a> Fields<'a> {
         Ok(object.map(|object| Fields { prefix: format!("{}.", self.path(name)), entries: object.entries }))
     }
 
-    /// Refuses what is left: fields of `unsupported` unless they have the value that changes nothing, and all unknown ones.
-    pub fn finish(mut self, unsupported: &[Unsupported]) -> Result<(), ApiError> {
+    /// Refuses fields of `unsupported` unless they have the value that changes nothing.
+    pub fn refuse(&mut self, unsupported: &[Unsupported]) -> Result<(), ApiError> {
         for field in unsupported {
             let Some(raw) = self.raw(field.name) else { continue };
             if !field.neutral.is(raw) {
@@ -115,6 +115,12 @@ impl<'a> Fields<'a> {
                 return Err(ApiError::bad_param(path, message));
             }
         }
+        Ok(())
+    }
+
+    /// Refuses what is left: fields of `unsupported` as [`Self::refuse`] does, and all unknown ones.
+    pub fn finish(mut self, unsupported: &[Unsupported]) -> Result<(), ApiError> {
+        self.refuse(unsupported)?;
         match self.entries.first() {
             None => Ok(()),
             Some((name, _)) => {

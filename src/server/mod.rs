@@ -14,6 +14,7 @@ mod request_id;
 mod auth;
 mod body;
 mod fields;
+mod generation;
 mod request;
 mod messages;
 mod tools;
@@ -24,6 +25,8 @@ mod models;
 // and back
 mod sequences;
 mod transcript;
+mod logprobs;
+mod npy;
 mod sse;
 mod types;
 mod error;
@@ -35,8 +38,8 @@ mod load_metrics;
 
 pub use auth::ApiKeys;
 pub use connection::{bind, serve, while_loading};
+pub use generation::SamplingDefaults;
 pub use metrics::{Info, Metrics, RankMemory};
 pub use options::ServerOptions;
-pub use request::SamplingDefaults;
 pub use shutdown::{Shutdown, Stage};
 pub use state::{AppState, Setup};

@@ -10,19 +10,34 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::error::ApiError;
+use super::generation::{Generation, Truncation};
 use super::metrics::{Metrics, Outcome};
-use super::request::{CompletionRequest, DEFAULT_MAX_TOKENS};
 use super::shutdown::{Shutdown, Stage};
 use super::state::AppState;
-use super::transcript::{Piece, Rules, Transcript};
+use super::transcript::{Piece, Prompt, Rules, Transcript};
 use crate::engine::RequestStream;
-use crate::engine::request::{Capture, Request};
+use crate::engine::request::{Capture, Event, Request};
 
 /// Pieces that wait for the client, over all sequences of a request; more stay with the engine, whose queue is bounded
 /// by the request's `max_tokens`.
 const PIECES_AHEAD: usize = 32;
 
-/// A piece, and the number of the prompt it continues.
+/// What the sequences of one HTTP request have in common.
+#[derive(Clone, Copy)]
+pub struct Common<'a> {
+    /// The fields of all endpoints.
+    pub generation: &'a Generation,
+    /// As asked for.
+    pub max_tokens: Option<usize>,
+    /// When nothing is asked for; bends to what the context leaves.
+    pub default_max_tokens: usize,
+    /// Log-probability of each token and of this many best ones.
+    pub logprobs: Option<usize>,
+    /// The text begins with the prompt, and so do its log-probabilities.
+    pub echo: bool,
+}
+
+/// A piece, and the number of its sequence: choice k of prompt p is `p * n + k`.
 pub type Numbered = (usize, Result<Piece, ApiError>);
 
 /// The running sequences of one HTTP request.
@@ -30,34 +45,36 @@ pub struct Sequences {
     pieces: mpsc::Receiver<Numbered>,
     /// Sequences whose end has not been handed out.
     unfinished: usize,
-    /// Prompt tokens of each sequence.
-    prompt_tokens: Vec<usize>,
+    prompts: Vec<Arc<Prompt>>,
+    /// Choices per prompt.
+    n: usize,
     /// Held for its drop, which ends the tasks.
     _tasks: JoinSet<()>,
 }
 
 impl Sequences {
-    /// Submits one sequence per prompt. When one is refused, none runs.
-    pub fn start(
-        state: &AppState,
-        prompts: Vec<Vec<u32>>,
-        asked: &CompletionRequest,
-    ) -> Result<Self, ApiError> {
-        let rules = Rules {
-            stop: &asked.stop,
-            stop_token_ids: &asked.stop_token_ids,
-            eos_token_ids: if asked.ignore_eos { &[] } else { &state.eos_token_ids },
-            logprobs: asked.logprobs,
-        };
-        let prompt_tokens: Vec<usize> = prompts.iter().map(Vec::len).collect();
+    /// Submits the choices of every prompt. When one is refused, none runs.
+    pub fn start(state: &AppState, mut prompts: Vec<Prompt>, common: Common<'_>) -> Result<Self, ApiError> {
+        let generation = common.generation;
+        generation.check(&state.tokenizer)?;
+        let max_model_len = state.engine.options().max_model_len;
+        prompts.iter_mut().for_each(|prompt| truncate(prompt, common, max_model_len));
+        let prompts: Vec<Arc<Prompt>> = prompts.into_iter().map(Arc::new).collect();
+        let rules = Arc::new(rules(state, common));
+        let bad_words = generation.bad_word_tokens(&state.tokenizer)?;
+
         // All are submitted before the first is read: a refusal drops, and so aborts, those before it.
-        let mut submitted = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let transcript = Transcript::new(Arc::clone(&state.tokenizer), rules)?;
-            let request = engine_request(prompt, asked, rules, state.engine.options().max_model_len);
-            let stream =
-                state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
-            submitted.push((stream, transcript));
+        let mut submitted = Vec::with_capacity(prompts.len() * generation.n);
+        for prompt in &prompts {
+            for k in 0..generation.n {
+                let transcript =
+                    Transcript::new(Arc::clone(&state.tokenizer), Arc::clone(&rules), Arc::clone(prompt))?;
+                let sampling = generation.sampling_of(k, &bad_words);
+                let request = Request { sampling, ..engine_request(prompt, common, &rules, max_model_len) };
+                let stream =
+                    state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
+                submitted.push((stream, transcript));
+            }
         }
         let unfinished = submitted.len();
         let (sender, pieces) = mpsc::channel(PIECES_AHEAD);
@@ -67,23 +84,31 @@ impl Sequences {
                 index,
                 stream,
                 transcript,
+                gathered: Piece::default(),
+                cut: Cut::of(common),
+                captures: generation.routed_experts,
                 pieces: sender.clone(),
                 patience: state.options.stalled_reader_timeout,
                 outcome: Counted { metrics: Arc::clone(&state.metrics), outcome: Outcome::Abort },
             };
             tasks.spawn(reader.run(state.shutdown.clone()));
         }
-        Ok(Sequences { pieces, unfinished, prompt_tokens, _tasks: tasks })
+        Ok(Sequences { pieces, unfinished, prompts, n: generation.n, _tasks: tasks })
     }
 
-    /// Prompt tokens of sequence `index`.
-    pub fn prompt_tokens(&self, index: usize) -> usize {
-        self.prompt_tokens[index]
+    /// The prompt that sequence `index` continues.
+    pub fn prompt(&self, index: usize) -> &Prompt {
+        &self.prompts[index / self.n]
+    }
+
+    /// The first sequence of its prompt, which stands for it in the usage.
+    pub fn leads(&self, index: usize) -> bool {
+        index.is_multiple_of(self.n)
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.prompt_tokens.len()
+        self.prompts.len() * self.n
     }
 
     /// The next piece of any sequence; `None` when all have ended. After an error the others go on, but their request
@@ -109,21 +134,75 @@ impl Sequences {
     }
 }
 
-fn engine_request(
-    prompt: Vec<u32>,
-    asked: &CompletionRequest,
-    rules: Rules<'_>,
-    max_model_len: usize,
-) -> Request {
+/// Keeps the end of a prompt, as far as `truncate_prompt_tokens` says.
+fn truncate(prompt: &mut Prompt, common: Common<'_>, max_model_len: usize) {
+    let keep = match common.generation.truncate {
+        None => return,
+        Some(Truncation::Keep(keep)) => keep,
+        Some(Truncation::ToContext) => max_model_len.saturating_sub(common.max_tokens.unwrap_or(1)).max(1),
+    };
+    if prompt.tokens.len() > keep {
+        prompt.tokens.drain(..prompt.tokens.len() - keep);
+        prompt.text = None;
+    }
+}
+
+fn rules(state: &AppState, common: Common<'_>) -> Rules {
+    let generation = common.generation;
+    Rules {
+        stop: generation.stop.clone(),
+        include_stop: generation.include_stop,
+        stop_token_ids: generation.stop_token_ids.clone(),
+        eos_token_ids: if generation.ignore_eos { Vec::new() } else { state.eos_token_ids.clone() },
+        min_tokens: generation.min_tokens(),
+        skip_special_tokens: generation.skip_special_tokens,
+        echo: common.echo,
+    }
+}
+
+/// One choice of `prompt`, but for its sampling.
+fn engine_request(prompt: &Prompt, common: Common<'_>, rules: &Rules, max_model_len: usize) -> Request {
+    let Common { generation, max_tokens, default_max_tokens, logprobs, echo } = common;
     // A default that was not asked for bends to what the context leaves; a full context is refused by the engine.
-    let room = max_model_len.saturating_sub(prompt.len()).max(1);
+    let room = max_model_len.saturating_sub(prompt.tokens.len()).max(1);
+    let max_tokens = max_tokens.unwrap_or(default_max_tokens.min(room));
     Request {
-        max_tokens: asked.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS.min(room)),
-        prompt,
-        sampling: asked.sampling.clone(),
-        stop_tokens: rules.eos_token_ids.iter().chain(rules.stop_token_ids).copied().collect(),
-        logprobs: asked.logprobs,
-        capture: Capture::default(),
+        stop_tokens: rules.eos_token_ids.iter().chain(&rules.stop_token_ids).copied().collect(),
+        logprobs,
+        prompt_logprobs: generation.prompt_logprobs.max(logprobs.filter(|_| echo)),
+        capture: Capture { routing: generation.routed_experts, ..Capture::default() },
+        ..Request::greedy(prompt.tokens.clone(), max_tokens)
+    }
+}
+
+/// When a sequence's text is handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cut {
+    /// Tokens per piece, after the first.
+    interval: usize,
+    /// Also without new text: the client asked about tokens.
+    tells_tokens: bool,
+}
+
+impl Cut {
+    fn of(common: Common<'_>) -> Self {
+        let generation = common.generation;
+        match generation.stream {
+            // One object is made of one piece per sequence.
+            None => Cut { interval: usize::MAX, tells_tokens: false },
+            Some(stream) => Cut {
+                interval: stream.interval,
+                tells_tokens: common.logprobs.is_some()
+                    || generation.return_token_ids
+                    || stream.continuous_usage,
+            },
+        }
+    }
+
+    fn is_due(self, gathered: &Piece, first: bool) -> bool {
+        let enough = gathered.tokens.len() >= self.interval || (first && self.interval < usize::MAX);
+        let worth_it = !gathered.text.is_empty() || (self.tells_tokens && !gathered.tokens.is_empty());
+        gathered.end.is_some() || (enough && worth_it)
     }
 }
 
@@ -132,6 +211,11 @@ struct Reader {
     index: usize,
     stream: RequestStream,
     transcript: Transcript,
+    /// Not handed out yet.
+    gathered: Piece,
+    cut: Cut,
+    /// The engine's last event has what was captured: it is waited for.
+    captures: bool,
     pieces: mpsc::Sender<Numbered>,
     /// How long the client may take nothing.
     patience: Duration,
@@ -142,16 +226,24 @@ impl Reader {
     /// Ends after the last piece, or when nobody takes pieces any more; the drop of `self` then aborts the sequence.
     async fn run(mut self, shutdown: Shutdown) {
         let mut aborting = pin!(shutdown.reached(Stage::Aborting));
+        let mut first = true;
         loop {
             let piece = tokio::select! {
-                event = self.stream.next() => match event {
-                    Some(event) => self.transcript.take(event),
-                    None => Err(ApiError::internal(&"the engine's events ended without an end")),
-                },
+                piece = self.next() => piece,
                 () = &mut aborting => Err(ApiError::unavailable("The server is shutting down.")),
             };
+            let piece = match piece {
+                Ok(piece) => {
+                    self.gathered.append(piece);
+                    if !self.cut.is_due(&self.gathered, first) {
+                        continue;
+                    }
+                    Ok(std::mem::take(&mut self.gathered))
+                }
+                Err(error) => Err(error),
+            };
+            first = false;
             let outcome = match &piece {
-                Ok(piece) if piece.is_empty() => continue,
                 Ok(piece) => piece.end.as_ref().map(|end| Outcome::of(end.finish_reason)),
                 Err(_) => Some(Outcome::Error),
             };
@@ -164,6 +256,29 @@ impl Reader {
                 return;
             }
         }
+    }
+
+    /// What the next event of the engine leads to.
+    async fn next(&mut self) -> Result<Piece, ApiError> {
+        const NO_END: &str = "the engine's events ended without an end";
+        let Some(mut event) = self.stream.next().await else { return Err(ApiError::internal(&NO_END)) };
+        let mut captured = match &mut event {
+            Event::Finished(finished) => finished.captured.take(),
+            Event::Prompt(_) | Event::Token(_) => None,
+        };
+        let mut piece = self.transcript.take(event)?;
+        let Some(end) = &mut piece.end else { return Ok(piece) };
+        if self.captures && captured.is_none() {
+            // A stop string ended the text; the engine ends with it and tells what it has.
+            self.stream.abort();
+            while let Some(event) = self.stream.next().await {
+                if let Event::Finished(finished) = event {
+                    captured = finished.captured;
+                }
+            }
+        }
+        end.routing = captured.map(|captured| captured.routing);
+        Ok(piece)
     }
 }
 

@@ -5,9 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
+use super::generation::SamplingDefaults;
 use super::metrics::Metrics;
 use super::options::ServerOptions;
-use super::request::{Prompts, SamplingDefaults};
+use super::request::Prompts;
 use super::shutdown::{Shutdown, Stage};
 use crate::engine::EngineHandle;
 use crate::tokenizer::Tokenizer;

@@ -2,6 +2,8 @@
 
 use serde::{Serialize, Serializer};
 
+use super::logprobs::IdMap;
+
 /// Answer of `/v1/completions`, and one chunk of its stream.
 #[derive(Debug, Serialize)]
 pub struct Completion<'a> {
@@ -38,6 +40,29 @@ pub struct Choice {
     pub finish_reason: Option<&'static str>,
     /// The stop string or the id from `stop_token_ids` that ended the text.
     pub stop_reason: Option<StopReason>,
+    /// Ids of the text's tokens, when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Ids of the prompt's tokens, when asked for; in a stream, in the first chunk of each choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+    /// One per prompt token, when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Vec<Option<IdMap>>>,
+    /// Experts of every token but the last, when asked for; see the module `npy`. In a stream, in the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub routed_experts: Option<String>,
+}
+
+/// What is known about a token at one place of the prompt.
+#[derive(Debug, Serialize)]
+pub struct PromptLogprob {
+    /// Natural logarithm of its probability there.
+    pub logprob: f32,
+    /// Its place among all tokens, from 1.
+    pub rank: u32,
+    /// Its text.
+    pub decoded_token: String,
 }
 
 /// What ended a text besides its natural end.
@@ -50,27 +75,17 @@ pub enum StopReason {
     Token(u32),
 }
 
-/// Log-probabilities, one entry per generated token in each list.
+/// Log-probabilities, one entry per token in each list. The first token of an echoed prompt has none.
 #[derive(Debug, Default, Serialize)]
 pub struct Logprobs {
     /// Text of the tokens.
     pub tokens: Vec<String>,
     /// Natural logarithm of each token's probability.
-    pub token_logprobs: Vec<f32>,
+    pub token_logprobs: Vec<Option<f32>>,
     /// The token itself, then the best ones, best first.
-    pub top_logprobs: Vec<TopLogprobs>,
+    pub top_logprobs: Vec<Option<TopLogprobs>>,
     /// Characters of the text that were complete before each token.
     pub text_offset: Vec<usize>,
-}
-
-impl Logprobs {
-    /// Adds the entries of `other` after these.
-    pub fn append(&mut self, mut other: Logprobs) {
-        self.tokens.append(&mut other.tokens);
-        self.token_logprobs.append(&mut other.token_logprobs);
-        self.top_logprobs.append(&mut other.top_logprobs);
-        self.text_offset.append(&mut other.text_offset);
-    }
 }
 
 /// An object from token text to log-probability that keeps its order.

@@ -118,6 +118,11 @@ impl Tokenizer {
         self.pieces.len()
     }
 
+    /// Whether the decoder puts a space between tokens, special ones included.
+    pub fn separates_tokens(&self) -> bool {
+        self.pieces.rules.space_between
+    }
+
     /// The token that begins a text, where the checkpoint names one.
     pub fn bos_id(&self) -> Option<u32> {
         self.special.bos_id

@@ -34,6 +34,11 @@ impl Detokenizer {
         Detokenizer { pieces, skip_special, unfinished: Unfinished::default(), at_start: true, strip_left }
     }
 
+    /// A stream that continues a text: what only happens at the start of one is behind it.
+    pub fn continuing(tokenizer: &Tokenizer, skip_special: bool) -> Detokenizer {
+        Detokenizer { at_start: false, strip_left: 0, ..Detokenizer::new(tokenizer, skip_special) }
+    }
+
     /// Takes the next token and returns the text it completes, which may be empty.
     pub fn push(&mut self, token: u32) -> String {
         let mut text = String::new();

@@ -20,8 +20,11 @@ fn refusals_name_their_field() {
         (json!({"prompt": "x", "max_tokens": 4_000_000_000u32}), 400, "max_tokens"),
         (json!({"prompt": "x", "temperature": 3}), 400, "temperature"),
         (json!({"prompt": "x", "n": 4}), 400, "n"),
-        (json!({"prompt": "x", "echo": true}), 400, "echo"),
-        (json!({"prompt": "x", "logit_bias": {"1": 1}}), 400, "logit_bias"),
+        (json!({"prompt": "x", "max_tokens": 0}), 400, "max_tokens"),
+        (json!({"prompt": "x", "logit_bias": {"4096": 1}}), 400, "logit_bias"),
+        (json!({"prompt": "x", "allowed_token_ids": [1, 4096]}), 400, "allowed_token_ids"),
+        (json!({"prompt": "x", "min_tokens": 9, "max_tokens": 8}), 400, "min_tokens"),
+        (json!({"prompt": "x", "best_of": 2}), 400, "best_of"),
         (json!({"prompt": "x", "stop": ""}), 400, "stop"),
         (json!({"prompt": "x", "stream_options": {"include_usage": true}}), 400, "stream_options"),
         (json!({"prompt": "x", "surprise": 1}), 400, "surprise"),
@@ -40,7 +43,7 @@ fn refusals_name_their_field() {
     }
     assert_eq!(server.stats().running, 0);
     let rejected = server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#);
-    assert_eq!(rejected, 28.0);
+    assert_eq!(rejected, 34.0);
 }
 
 #[test]

@@ -38,6 +38,7 @@ impl Default for Config {
     fn default() -> Self {
         let engine = EngineOptions {
             vocab_size: 4096,
+            experts: 8,
             max_model_len: 512,
             block_size: 16,
             kv_blocks: 256,
@@ -88,7 +89,11 @@ impl Server {
             tokenizer: Arc::clone(&tokenizer),
             served_names: vec!["demo".into(), "org/alias".into()],
             eos_token_ids: vec![EOS],
-            sampling_defaults: SamplingDefaults { temperature: 0.8, top_p: 0.95, top_k: 0 },
+            sampling_defaults: SamplingDefaults {
+                temperature: 0.8,
+                top_p: 0.95,
+                ..SamplingDefaults::default()
+            },
             metrics,
             options: config.options,
             shutdown: shutdown.clone(),

@@ -7,7 +7,7 @@ use moeyard::cli::model::OpenModel;
 use moeyard::config::RawOptions;
 use moeyard::config::flags::DtypeChoice;
 use moeyard::config::size::ByteSize;
-use moeyard::engine::request::{Capture, Event, FinishReason, Finished, Request, Sampling, TokenEvent};
+use moeyard::engine::request::{Event, FinishReason, Finished, Request, TokenEvent};
 use moeyard::engine::{EngineStats, RequestStream};
 
 use super::model_dir;
@@ -64,14 +64,7 @@ pub type TokenBits = (u32, u32, Vec<(u32, u32)>);
 
 /// Greedy, with log-probabilities and without end-of-text tokens.
 pub fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
-    Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_tokens: Vec::new(),
-        logprobs: Some(5),
-        capture: Capture::default(),
-    }
+    Request { logprobs: Some(5), ..Request::greedy(prompt.to_vec(), max_tokens) }
 }
 
 /// All events of one request.
@@ -86,6 +79,7 @@ impl Answer {
         let mut tokens = Vec::new();
         loop {
             match stream.blocking_next().expect("a stream without an end") {
+                Event::Prompt(_) => {}
                 Event::Token(token) => tokens.push(token),
                 Event::Finished(finished) => {
                     assert_eq!(finished.reason, FinishReason::Length);

@@ -2,7 +2,7 @@
 //! gets the tokens it gets alone.
 
 use super::*;
-use crate::engine::request::{Capture, Finished, Sampling};
+use crate::engine::request::{Capture, Finished, Sampling, TokenEvent};
 use crate::engine::sampler::Sampler;
 use crate::engine::scripted::{Fault, Script, ScriptedCache};
 use crate::model::FormRules;
@@ -14,6 +14,7 @@ const VOCAB: usize = 50;
 fn options() -> EngineOptions {
     EngineOptions {
         vocab_size: VOCAB,
+        experts: crate::engine::scripted::EXPERTS,
         max_model_len: 10_000,
         block_size: 4,
         kv_blocks: 64,
@@ -28,14 +29,7 @@ fn options() -> EngineOptions {
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request {
-        prompt,
-        max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_tokens: vec![],
-        logprobs: None,
-        capture: Capture::default(),
-    }
+    Request::greedy(prompt, max_tokens)
 }
 
 /// `len` tokens that differ from those of another `salt`.
@@ -47,6 +41,7 @@ fn prompt(salt: u32, len: usize) -> Vec<u32> {
 #[derive(Default)]
 struct Output {
     tokens: Vec<u32>,
+    scores: Vec<TokenEvent>,
     finished: Option<Finished>,
 }
 
@@ -88,7 +83,7 @@ impl World {
             let jobs = sub.logit_rows.iter().zip(&sub.jobs).enumerate();
             let rows = jobs.map(|(i, (&row, job))| {
                 self.script.fill_logits(histories[row as usize], sub.tokens[row as usize], &mut logits);
-                self.sampler.run(i as u32, job, &logits)
+                self.sampler.run(i as u32, job, sub.history_of(job), &logits)
             });
             results.push(SubResults { rows: rows.collect(), routing: vec![] });
         }
@@ -105,6 +100,7 @@ impl World {
             assert!(output.finished.is_none(), "request {id} reports after its end");
             match update {
                 Update::Admitted => {}
+                Update::Event(Event::Prompt(prompt)) => output.scores = prompt.scores,
                 Update::Event(Event::Token(event)) => output.tokens.push(event.token),
                 Update::Event(Event::Finished(finished)) => output.finished = Some(finished),
             }
@@ -431,7 +427,7 @@ fn arrival(max_stored: usize) -> impl Strategy<Value = Arrival> {
             let max_tokens = max_tokens.min(max_stored - len + 1);
             let (prompt_logits, last_logits) = capture.unwrap_or_default();
             let request = Request {
-                sampling: Sampling { temperature, top_p: 0.95, top_k, seed },
+                sampling: Sampling { temperature, top_p: 0.95, top_k, seed, ..Sampling::GREEDY },
                 capture: Capture { prompt_logits, last_logits, routing: false },
                 stop_tokens: vec![salt],
                 ..request(prompt(salt, len), max_tokens)
