@@ -188,9 +188,10 @@ async fn streams_are_async_too() {
     use tokio_stream::StreamExt;
     let engine = start(&options(), (1, 1), Hooks::default());
     let events: Vec<Event> = engine.submit(request(prompt(0, 5), 4)).unwrap().collect().await;
-    assert_eq!(events.len(), 5);
-    assert!(matches!(events[4], Event::Finished(_)));
+    assert_eq!(events.len(), 6);
+    assert!(matches!(events[0], Event::Prompt(_)) && matches!(events[5], Event::Finished(_)));
     let mut stream = engine.submit(request(prompt(0, 5), 0)).unwrap();
+    assert!(matches!(stream.next().await, Some(Event::Prompt(_))));
     assert!(matches!(stream.next().await, Some(Event::Finished(_))));
     assert!(stream.next().await.is_none());
 }
