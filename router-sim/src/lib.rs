@@ -1,7 +1,7 @@
 //! Everything about expert routing that needs no tensor: where experts live ([`placement`]), how tokens are
 //! shared out among copies ([`split`]), how loaded they are ([`load`]), and the recorded history ([`trace`]).
 //! The serving engine imports these modules, so what is simulated is what is served. A simulation reads records of
-//! many tools ([`formats`]) as streams of token batches or load windows ([`stream`]).
+//! many tools ([`formats`]), or makes traffic up ([`synth`]), as streams of token batches or load windows ([`stream`]).
 
 pub mod bounds;
 pub mod cost;
@@ -14,6 +14,7 @@ pub mod topology;
 pub mod trace;
 pub mod stream;
 pub mod formats;
+pub mod synth;
 
 pub use error::Error;
 

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use router_sim::Result;
 use router_sim::formats::placements::{self, Missing, PlacementFormat};
-use router_sim::formats::{self, Format, Input, write};
-use router_sim::stream::{LoadStream, Summed, TokenLoads, TokenStream};
-use router_sim::{Error, Result};
+use router_sim::formats::{self, Format};
 
 use super::input::{InputFlags, tell_skipped};
+use super::output::{Target, Written, write_record};
 
 const FORMATS: &str = "\
 Formats of tokens (the experts of each token):
@@ -71,42 +71,6 @@ pub struct Arguments {
     input: InputFlags,
 }
 
-/// What to write.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Target {
-    Record(Format),
-    Placement(PlacementFormat),
-}
-
-impl Target {
-    fn parse(name: &str) -> Result<Self, String> {
-        let record = name.parse().map(Target::Record);
-        record.or_else(|_| name.parse().map(Target::Placement)).map_err(|_: String| {
-            "expected trace, tokens-jsonl, routed-npy, load-npy, load-safetensors, load-csv, load-json, or a placement format"
-                .to_owned()
-        })
-    }
-
-    fn by_extension(path: &Path, placement: bool) -> Result<Self> {
-        Ok(match (path.extension().and_then(|e| e.to_str()), placement) {
-            (Some("json"), true) => Target::Placement(PlacementFormat::Moeyard),
-            (Some("yaml" | "yml"), _) => Target::Placement(PlacementFormat::Trtllm),
-            (Some("npy"), true) => Target::Placement(PlacementFormat::Phy2log),
-            (Some("npy"), false) => Target::Record(Format::LoadNpy),
-            (Some("moeroute"), _) => Target::Record(Format::Trace),
-            (Some("jsonl"), _) => Target::Record(Format::TokensJsonl),
-            (Some("safetensors"), _) => Target::Record(Format::LoadSafetensors),
-            (Some("csv"), _) => Target::Record(Format::LoadCsv),
-            (Some("json"), false) => Target::Record(Format::LoadJson),
-            (extension, _) => {
-                let why =
-                    format!("extension {:?} says no format; give --output-format", extension.unwrap_or(""));
-                return Err(Error::File { path: path.into(), why });
-            }
-        })
-    }
-}
-
 pub fn run(arguments: Arguments) -> Result<()> {
     let from_placement = begins_like_placement(&arguments.from);
     let target = match arguments.output_format {
@@ -150,35 +114,8 @@ fn record(arguments: &Arguments, format: Format) -> Result<()> {
     let Arguments { from, to, sum, window, batch_tokens, input, .. } = arguments;
     let (path, mut options) = input.options(from);
     options.batch_rows = *batch_tokens;
-    let refuse = |path: &Path, why: String| Err(Error::File { path: path.into(), why });
-    let per_window = if *sum { u64::MAX } else { *window };
-    let (what, lost, skipped) = match formats::open(&path, &options)? {
-        Input::Tokens(mut tokens) => match write::lost_of_tokens(format, tokens.shape()) {
-            Some(lost) => {
-                let rows = write::tokens(to, format, &mut tokens)?;
-                (format!("{rows} tokens"), lost, tokens.skipped())
-            }
-            None => {
-                let Some(mut lost) = write::lost_of_loads(format) else {
-                    return refuse(to, format!("{format} is read, but not written"));
-                };
-                lost.insert(0, "the experts of each token");
-                let mut loads = Summed::new(TokenLoads::new(tokens, 1), per_window);
-                let windows = write::loads(to, format, &mut loads)?;
-                (format!("{windows} windows"), lost, loads.skipped())
-            }
-        },
-        Input::Loads(loads) => {
-            let Some(lost) = write::lost_of_loads(format) else {
-                return refuse(from, format!("holds loads only, which cannot be written as {format}"));
-            };
-            let mut loads = Summed::new(loads, per_window);
-            let windows = write::loads(to, format, &mut loads)?;
-            (format!("{windows} windows"), lost, loads.skipped())
-        }
-    };
+    let opened = formats::open(&path, &options)?;
+    let Written { what, skipped } = write_record(to, format, opened, if *sum { u64::MAX } else { *window })?;
     tell_skipped(from, skipped);
-    let lost =
-        if lost.is_empty() { String::new() } else { format!("; not in this format: {}", lost.join(", ")) };
-    super::print(&format!("{}: {what}{lost}\n", to.display()))
+    super::print(&format!("{}: {what}\n", to.display()))
 }

@@ -4,7 +4,9 @@
 //! wrong.
 
 mod input;
+mod output;
 mod convert;
+mod synth;
 mod place;
 mod split;
 
@@ -27,6 +29,7 @@ const EXAMPLES: &str = "\
 Examples:
   router-sim convert record.pt load.npy          SGLang's recorder output to a load matrix
   router-sim convert demo.moetrace demo.moeroute  the demo models' traces to moeyard's own format
+  router-sim synth traffic.moeroute --like deepseek-v3 --ranks 32 --drift 0.25
   router-sim place --load load.npy --ranks 32 --slots 288 --policy moeyard --out placement.json
   router-sim split --load load.npy --placement placement.json --ranks 32 --split exact --out tokens.npy
 
@@ -37,6 +40,8 @@ Ask each command for its own examples: router-sim convert --help";
 enum Command {
     /// Turn routing records and placements of one tool into those of another
     Convert(convert::Arguments),
+    /// Make up traffic: popularity, drift, bursts, topics, group-limited routing
+    Synth(synth::Arguments),
     /// Plan where experts live
     Place(place::Arguments),
     /// Share out recorded loads among the slots of a placement
@@ -48,6 +53,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
         Command::Convert(arguments) => convert::run(arguments),
+        Command::Synth(arguments) => synth::run(arguments),
         Command::Place(arguments) => place::run(arguments),
         Command::Split(arguments) => split::run(arguments),
     };

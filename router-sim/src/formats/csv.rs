@@ -15,8 +15,8 @@ use super::memory::Collected;
 use super::number::Number;
 use super::source::{self, MAX_IN_MEMORY, Output};
 use super::{Options, in_file};
-use crate::Result;
 use crate::stream::LoadStream;
+use crate::{Error, Result};
 
 /// Counts per step and layer.
 type Table = BTreeMap<u64, BTreeMap<usize, Vec<u64>>>;
@@ -31,7 +31,7 @@ enum Columns {
 /// Reads a file.
 ///
 /// # Errors
-/// [`crate::Error::Io`], [`crate::Error::File`] when its header is of no known shape.
+/// [`Error::Io`], [`Error::File`] when its header is of no known shape, [`Error::Record`] when no row is usable.
 pub fn read(path: &Path, options: &Options) -> Result<Collected> {
     let source = source::open(path, options.progress.clone())?;
     let refuse = |why: String| in_file(path, why);
@@ -62,6 +62,10 @@ pub fn read(path: &Path, options: &Options) -> Result<Collected> {
         if !at_hand {
             break;
         }
+    }
+    if let Some((record, why)) = errors.pop_front_if(|_| table.is_empty()) {
+        // Without a usable row there is no shape either.
+        return Err(Error::Record { path: path.into(), record, why });
     }
     collect(path, &columns, table, errors, options).map_err(refuse)
 }
@@ -172,7 +176,7 @@ fn collect(
 /// Writes the wide form.
 ///
 /// # Errors
-/// Those of the stream, [`crate::Error::Io`].
+/// Those of the stream, [`Error::Io`].
 pub fn write(path: &Path, loads: &mut dyn LoadStream) -> Result<u64> {
     let mut output = Output::create(path)?;
     let mut window = loads.empty_window();
