@@ -11,6 +11,7 @@ pub mod placement;
 pub mod report;
 pub mod split;
 pub mod topology;
+pub mod simulate;
 pub mod trace;
 pub mod stream;
 pub mod formats;

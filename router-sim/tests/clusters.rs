@@ -8,13 +8,17 @@ use router_sim::topology::Cluster;
 fn shipped_clusters_load() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/clusters");
     let mut seen = 0;
+    let shipped: Vec<&str> = Cluster::shipped().collect();
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
         let cluster = Cluster::read(&path).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(Some(cluster.name.as_str()), path.file_stem().and_then(|name| name.to_str()));
+        assert_eq!(Cluster::find(&cluster.name).unwrap(), cluster);
         seen += 1;
     }
-    assert!(seen >= 6, "only {seen} clusters in {}", folder.display());
+    assert_eq!(seen, shipped.len(), "{} and {shipped:?}", folder.display());
+    let refused = Cluster::find("h100").unwrap_err().to_string();
+    assert!(refused.contains("neither a file nor one of b200-8x8"), "{refused}");
 }
 
 #[test]

@@ -9,6 +9,9 @@ mod convert;
 mod synth;
 mod place;
 mod split;
+mod simulation;
+mod summary;
+mod replay;
 
 use std::process::ExitCode;
 
@@ -46,6 +49,8 @@ enum Command {
     Place(place::Arguments),
     /// Share out recorded loads among the slots of a placement
     Split(split::Arguments),
+    /// Run tokens through a placement, a split and a cluster, step by step
+    Replay(Box<replay::Arguments>),
 }
 
 /// Entry point of the binary.
@@ -56,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Synth(arguments) => synth::run(arguments),
         Command::Place(arguments) => place::run(arguments),
         Command::Split(arguments) => split::run(arguments),
+        Command::Replay(arguments) => replay::run(*arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -32,6 +32,7 @@ pub use constants::{Constants, WireUnit};
 pub use exchange::Endpoints;
 pub use model::{ModelShape, presets};
 
+use crate::split::Split;
 use crate::topology::{Cluster, Precision};
 use crate::{Error, Result};
 
@@ -194,6 +195,13 @@ impl CostModel {
         let (tokens, activated) = (tokens as f64, activated as f64);
         let memory = activated * self.expert_us_per_activated + tokens * self.memory_us_per_token;
         (tokens * self.expert_us_per_token).max(memory) + self.expert_overhead_us
+    }
+
+    /// The decode split with this model's costs on this cluster: reading an expert against computing a token.
+    pub fn activated_split(&self) -> Split {
+        let token = self.expert_us_per_token.max(self.memory_us_per_token);
+        let (token_cost, scale) = if token > 0.0 { (1000, 1000.0 / token) } else { (0, 1000.0) };
+        Split::Activated { expert_cost: (self.expert_us_per_activated * scale) as u32, token_cost }
     }
 
     /// Tokens per activated expert at which products begin to take longer than reading the weights.

@@ -106,12 +106,14 @@ impl ModelShape {
         ModelShape::from_config(&text, "").map_err(|e| Error::Description(format!("{}: {e}", path.display())))
     }
 
-    /// The preset of this routing shape, if there is exactly one.
-    pub fn of_shape(experts: usize, top_k: usize, moe_layers: usize) -> Option<ModelShape> {
+    /// The preset of this routing shape, if there is exactly one; where top-k is not known, of any.
+    pub fn of_shape(experts: usize, top_k: Option<usize>, moe_layers: usize) -> Option<ModelShape> {
         let all = PRESETS
             .iter()
             .map(|(name, text)| ModelShape::from_config(text, name).expect("presets are sound"));
-        let mut fitting = all.filter(|m| (m.experts, m.top_k, m.moe_layers) == (experts, top_k, moe_layers));
+        let mut fitting = all.filter(|m| {
+            (m.experts, top_k.unwrap_or(m.top_k), m.moe_layers) == (experts, m.top_k, moe_layers)
+        });
         fitting.next().filter(|_| fitting.next().is_none())
     }
 

@@ -40,6 +40,16 @@ impl Cluster {
         Ok(self)
     }
 
+    /// The same cluster with another price of a device, in dollars per hour.
+    ///
+    /// # Errors
+    /// [`Error::Description`] as for a description that says so.
+    pub fn with_price(mut self, usd_per_hour: f64) -> Result<Cluster> {
+        self.device.usd_per_hour = Some(usd_per_hour);
+        self.check()?;
+        Ok(self)
+    }
+
     fn check(&self) -> Result<()> {
         let ranks = self.nodes.saturating_mul(self.devices_per_node);
         if ranks == 0 || ranks > MAX_RANKS {

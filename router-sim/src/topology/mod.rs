@@ -29,6 +29,7 @@
 //! ```
 
 mod describe;
+mod shipped;
 
 use std::collections::BTreeMap;
 

@@ -1,0 +1,163 @@
+//! `router-sim replay`: one placement, policy and split on a stream of tokens.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use router_sim::Result;
+use router_sim::formats::source::write_text;
+use router_sim::placement::{Expected, Placement};
+use router_sim::simulate::{Choice, PolicyName, Rebalancing, Trigger};
+
+use super::simulation::SimulationFlags;
+use super::summary;
+
+const EXAMPLES: &str = "\
+Examples:
+  What does linear placement cost a recorded run on 8 GPUs?
+    router-sim replay trace.moeroute --ranks 8
+
+  EPLB with 8 redundant slots and the exact split; placements fitted on yesterday:
+    router-sim replay --fit monday.moeroute --on tuesday.moeroute --ranks 8 --redundant 8 --policy eplb --split exact
+
+  Tokens drawn from a load matrix, DeepSeek-V3 in FP8 on four nodes, rebalanced every 50 steps:
+    router-sim replay load.npy --model deepseek-v3 --ranks 32 --redundant 32 --policy eplb \\
+      --set expert-weights=fp8 --set dispatch=fp8 --set wire=node --rebalance-interval 50
+
+  Everything found, for `router-sim report` and for programs:
+    router-sim replay trace.moeroute --ranks 8 --json run.json --layer-steps layers.csv";
+
+const LAYER_STEPS_HEADER: &str = "step,layer,rows,max_rows,activated,max_activated,actual,best_split,bound,dispatch_us,expert_us,combine_us\n";
+
+/// One run.
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    #[command(flatten)]
+    simulation: SimulationFlags,
+    /// Expert-parallel ranks
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    ranks: usize,
+    /// Slots per layer over all ranks beyond one per expert
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    redundant: usize,
+    /// Placement policy: linear, eplb, eplb-hierarchical
+    #[arg(long, value_name = "POLICY", default_value = "linear")]
+    policy: String,
+    /// Begin with this placement instead of one that the policy makes
+    #[arg(long, value_name = "FILE")]
+    placement: Option<PathBuf>,
+    /// Split between replicas: even, random, nearest, waterfill, exact, activated
+    #[arg(long, value_name = "SPLIT", default_value = "even")]
+    split: String,
+    /// Groups of experts that eplb-hierarchical keeps on a node
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    groups: usize,
+    #[command(flatten)]
+    rebalancing: RebalancingFlags,
+    /// Write everything that was found as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a line per step and layer as CSV
+    #[arg(long, value_name = "FILE")]
+    layer_steps: Option<PathBuf>,
+}
+
+/// Rebalancing while serving.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Rebalancing while serving")]
+pub struct RebalancingFlags {
+    /// Look at the load every so many steps; without it the placement stays
+    #[arg(long, value_name = "STEPS")]
+    pub rebalance_interval: Option<u64>,
+    /// Steps of load that are looked at [default: the interval]
+    #[arg(long, value_name = "STEPS")]
+    pub window: Option<u64>,
+    /// Parts of the window that are planned on one by one
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub window_parts: usize,
+    /// Replan only when the window's balancedness is below this
+    #[arg(long, value_name = "RATIO")]
+    pub below: Option<f64>,
+    /// After a rebalance, wait until balancedness was above this once [default: --below]
+    #[arg(long, value_name = "RATIO", requires = "below")]
+    pub rearm: Option<f64>,
+    /// Least part of the slowest ranks' rows that a plan must save
+    #[arg(long, value_name = "RATIO", default_value_t = 0.01)]
+    pub min_gain: f64,
+    /// Experts that may move per layer and rebalance
+    #[arg(long, value_name = "N")]
+    pub max_transfers: Option<usize>,
+    /// Serving waits for the weights instead of going on meanwhile
+    #[arg(long)]
+    pub synchronous: bool,
+}
+
+impl RebalancingFlags {
+    /// What they stand for; `None` keeps placements.
+    pub fn settings(&self) -> Result<Option<Rebalancing>> {
+        let Some(interval) = self.rebalance_interval else { return Ok(None) };
+        let settings = Rebalancing {
+            interval,
+            window: self.window.unwrap_or(interval),
+            parts: self.window_parts,
+            trigger: match self.below {
+                None => Trigger::Interval,
+                Some(below) => Trigger::Balance { below, rearm: self.rearm.unwrap_or(below) },
+            },
+            min_gain: self.min_gain,
+            max_transfers: self.max_transfers,
+            synchronous: self.synchronous,
+        };
+        settings.check()?;
+        Ok(Some(settings))
+    }
+}
+
+pub fn run(arguments: Arguments) -> Result<()> {
+    let Arguments { ranks, redundant, .. } = arguments;
+    let simulation = arguments.simulation.prepare(ranks)?;
+    let scenario = simulation.scenario();
+    let policy = PolicyName::parse(&arguments.policy, arguments.groups, simulation.cluster.nodes_of(ranks))?;
+    let expected =
+        Expected { ranks: Some(ranks), experts: simulation.experts(), layer_ids: simulation.layer_ids() };
+    let placement = arguments.placement.as_ref().map(|file| Placement::read(file, &expected)).transpose()?;
+    let choice = Choice {
+        ranks,
+        redundant: placement.as_ref().map_or(redundant, |p| p.slots() - p.experts()),
+        policy,
+        placement,
+        split: simulation.split(&arguments.split, ranks)?,
+        rebalancing: arguments.rebalancing.settings()?,
+    };
+    let mut lines = arguments.layer_steps.is_some().then(|| LAYER_STEPS_HEADER.to_owned());
+    let layer_ids = simulation.layer_ids();
+    let run = scenario.run(&choice, simulation.threads, &mut |step, _, layers| {
+        let Some(lines) = &mut lines else { return Ok(()) };
+        for (layer, id) in layers.zip(layer_ids) {
+            let (actual, best, bound) = (layer.actual(ranks), layer.best_split(ranks), layer.bound(ranks));
+            writeln!(
+                lines,
+                "{step},{id},{},{},{},{},{actual:.6},{best:.6},{bound:.6},{:.3},{:.3},{:.3}",
+                layer.rows,
+                layer.max_rows,
+                layer.activated,
+                layer.max_activated,
+                layer.dispatch_us,
+                layer.expert_us,
+                layer.combine_us
+            )
+            .expect("a String takes everything");
+        }
+        Ok(())
+    })?;
+    if let (Some(path), Some(lines)) = (&arguments.layer_steps, &lines) {
+        write_text(path, lines)?;
+    }
+    super::print(&summary::of_run(&run))?;
+    if let Some(path) = &arguments.json {
+        let report = simulation.report(vec![run], ranks);
+        write_text(path, &serde_json::to_string(&report).expect("plain data"))?;
+    }
+    Ok(())
+}

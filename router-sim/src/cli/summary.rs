@@ -1,0 +1,106 @@
+//! What a run comes to, in a few lines of text.
+
+use std::fmt::Write;
+
+use router_sim::report::data::Run;
+
+/// A run by itself.
+pub fn of_run(run: &Run) -> String {
+    let t = &run.totals;
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    line(format!("{}: {} slots per layer, {} steps, {} tokens", run.name, run.slots, t.steps, t.tokens));
+    line(format!(
+        "  balancedness     plan {:.4}   actual {:.4} (p5 {:.3})   best split {:.4}   bound {:.4}",
+        t.plan, t.actual, t.actual_p5, t.best_split, t.bound
+    ));
+    line(format!(
+        "  step             {} = other {} + dispatch {} + experts {} + combine {} + stall {}",
+        us(t.step_us),
+        us(t.other_us),
+        us(t.dispatch_us),
+        us(t.expert_us),
+        us(t.combine_us),
+        us(t.stall_us)
+    ));
+    let price =
+        t.usd_per_million_tokens.map_or(String::new(), |usd| format!("   ${usd:.3} per million tokens"));
+    line(format!("  throughput       {} tokens/s{price}", count(t.tokens_per_s)));
+    let traffic = &run.traffic;
+    let rows = traffic.rows.max(1) as f64;
+    line(format!(
+        "  traffic          {:.1} % of rows stay home; a token visits {:.2} ranks, {:.2} nodes ({:.2} remote)",
+        100.0 * traffic.local_rows as f64 / rows,
+        per_token(traffic.rank_pairs, t.tokens, run.layers.len()),
+        per_token(traffic.node_pairs, t.tokens, run.layers.len()),
+        per_token(traffic.remote_node_pairs, t.tokens, run.layers.len()),
+    ));
+    line(format!("  expert weights   {} per rank", bytes(t.expert_bytes_per_rank)));
+    if let Some(worst) = run.layers.iter().min_by(|a, b| a.actual.total_cmp(&b.actual)) {
+        line(format!(
+            "  worst layer      {}: actual {:.4} (p5 {:.3}), best split {:.4}, bound {:.4}",
+            worst.layer_id, worst.actual, worst.actual_p5, worst.best_split, worst.bound
+        ));
+    }
+    if !run.rebalances.is_empty() {
+        let mean = t.transfers as f64 / run.rebalances.len() as f64 / run.layers.len() as f64;
+        line(format!(
+            "  rebalanced       {} times, {mean:.1} transfers per layer, {} in all",
+            run.rebalances.len(),
+            bytes(t.moved_bytes)
+        ));
+    }
+    line("  lost to imbalance, of the step time:".into());
+    for loss in &run.losses {
+        let mut price = String::new();
+        if let Some(moved) = loss.moved_bytes {
+            write!(price, " [{} to move]", bytes(moved)).expect("a String takes everything");
+        }
+        if let Some(memory) = loss.memory_bytes {
+            write!(price, " [{} more per rank]", bytes(memory)).expect("a String takes everything");
+        }
+        line(format!("    {:<15} {:>5.1} %  {}{price}", loss.cause, 100.0 * loss.share, loss.remedy));
+    }
+    out
+}
+
+fn per_token(pairs: u64, tokens: u64, layers: usize) -> f64 {
+    pairs as f64 / (tokens.max(1) * layers.max(1) as u64) as f64
+}
+
+/// A time with three digits.
+pub fn us(us: f64) -> String {
+    match us {
+        us if us >= 1e6 => format!("{:.2} s", us / 1e6),
+        us if us >= 1e3 => format!("{:.2} ms", us / 1e3),
+        us => format!("{us:.0} us"),
+    }
+}
+
+/// An amount of memory or traffic.
+pub fn bytes(bytes: f64) -> String {
+    let mut value = bytes;
+    for unit in ["B", "KB", "MB", "GB", "TB"] {
+        if value < 999.5 || unit == "TB" {
+            return if unit == "B" { format!("{value:.0} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    unreachable!("the last unit takes everything")
+}
+
+/// A large number with its thousands apart.
+pub fn count(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) && digit.is_ascii_digit() {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}

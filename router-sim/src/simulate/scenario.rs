@@ -1,0 +1,123 @@
+//! A scenario: tokens, the load that placements are fitted on, a model on a cluster. Each [`Choice`] of ranks, slots,
+//! policy and split is one run of it.
+
+use super::lane::LayerStep;
+use super::losses::{Reference, losses};
+use super::plan::{PolicyName, plan};
+use super::rebalance::Rebalancing;
+use super::simulator::{Setup, Simulator, StepFigures};
+use super::sources::Sources;
+use crate::Result;
+use crate::cost::{Constants, CostModel, ModelShape};
+use crate::load::LoadWindow;
+use crate::placement::{ClusterShape, Placement};
+use crate::report::data::Run;
+use crate::split::Split;
+use crate::stream::{TokenBatch, TokenStream};
+use crate::topology::Cluster;
+
+/// Opens the tokens from their beginning; the argument is how many make a batch where the input has no steps.
+pub type OpenTokens<'a> = dyn Fn(usize) -> Result<Box<dyn TokenStream>> + Sync + 'a;
+
+/// What all runs share.
+pub struct Scenario<'a> {
+    /// The tokens.
+    pub open: &'a OpenTokens<'a>,
+    /// Tokens of a batch per rank, where the input has no steps.
+    pub tokens_per_rank: f64,
+    /// Steps to run; all when not given.
+    pub steps: Option<u64>,
+    /// Which rank owns which row.
+    pub sources: Sources,
+    /// What placements are fitted on, oldest first; at least one window.
+    pub fit: &'a [LoadWindow],
+    /// The load of the tokens that are run: what a placement with hindsight would be fitted on.
+    pub hindsight: &'a LoadWindow,
+    /// Where it runs.
+    pub cluster: &'a Cluster,
+    /// What runs.
+    pub model: &'a ModelShape,
+    /// What it costs.
+    pub constants: &'a Constants,
+    /// The policy that placements with hindsight are made by.
+    pub reference: PolicyName,
+}
+
+/// One alternative.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// Expert-parallel ranks.
+    pub ranks: usize,
+    /// Slots per layer over all ranks beyond one per expert.
+    pub redundant: usize,
+    /// Placement policy.
+    pub policy: PolicyName,
+    /// A placement to begin with, instead of one that the policy makes.
+    pub placement: Option<Placement>,
+    /// Split between replicas.
+    pub split: Split,
+    /// Rebalancing while serving.
+    pub rebalancing: Option<Rebalancing>,
+}
+
+impl Choice {
+    /// A short name that tells it from other choices.
+    pub fn name(&self) -> String {
+        let first = if self.placement.is_some() { "given" } else { self.policy.name() };
+        let live = match &self.rebalancing {
+            None => String::new(),
+            Some(settings) => format!(" every {}", settings.interval),
+        };
+        format!("{first} +{} {} on {}{live}", self.redundant, self.split.name(), self.ranks)
+    }
+}
+
+/// Sees every step of a run: its number, what it took, and what each layer did.
+pub type Observer<'a> =
+    dyn FnMut(u64, &StepFigures, &mut dyn ExactSizeIterator<Item = &LayerStep>) -> Result<()> + 'a;
+
+impl Scenario<'_> {
+    /// Runs one alternative.
+    ///
+    /// # Errors
+    /// Those of the input, of the policy, and of a cluster that is too small.
+    pub fn run(&self, choice: &Choice, threads: usize, observer: &mut Observer<'_>) -> Result<Run> {
+        let cost = CostModel::new(self.cluster, choice.ranks, self.model, self.constants)?;
+        let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
+        let first = match &choice.placement {
+            Some(placement) => placement.clone(),
+            None => plan(choice.policy, self.fit, &shape, None, None)?,
+        };
+        let best = plan(self.reference, std::slice::from_ref(self.hindsight), &shape, None, None)?;
+        let reference = Reference::new(best, self.hindsight);
+        let setup = Setup {
+            name: choice.name(),
+            policy: choice.policy,
+            split: choice.split,
+            redundant: choice.redundant,
+            rebalancing: choice.rebalancing,
+            sources: self.sources,
+            threads,
+        };
+        let rows = (self.tokens_per_rank * choice.ranks as f64).round().max(1.0) as usize;
+        let mut tokens = (self.open)(rows)?;
+        let mut run = Simulator::new(&setup, self.cluster, &cost, tokens.shape(), first.clone())?;
+        run.compare_with(&reference);
+        let mut batch = TokenBatch::default();
+        for step in 0..self.steps.unwrap_or(u64::MAX) {
+            if !tokens.next_batch(&mut batch)? {
+                break;
+            }
+            let figures = run.step(&batch)?;
+            observer(step, &figures, &mut run.last_step())?;
+        }
+        let levels = run.levels();
+        let mut fitted_on = self.fit[0].clone();
+        for window in &self.fit[1..] {
+            fitted_on.merge(window)?;
+        }
+        let mut run = run.finish(&fitted_on, &first);
+        run.losses = losses(&run, &levels, &reference, &first, &cost, self.model);
+        Ok(run)
+    }
+}
