@@ -21,6 +21,7 @@ use crate::model::footprint::{Footprint, Share};
 use crate::model::load::Sizes;
 use crate::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
 use crate::moe::load::{LoadCounters, WorldLoad};
+use crate::server::Sources;
 use crate::spec::ModelSpec;
 use crate::weights::{WeightReader, check_finite, check_manifest, stored_bytes};
 
@@ -111,7 +112,16 @@ impl Prepared {
 
     /// The load counters as one source.
     pub fn load(&self) -> WorldLoad {
-        WorldLoad { layer_ids: self.placement.layer_ids().to_vec(), counters: self.counters.clone() }
+        WorldLoad { placement: Arc::clone(&self.placement), counters: self.counters.clone() }
+    }
+
+    /// What the metrics page is filled from.
+    pub fn metric_sources(&self) -> Sources {
+        Sources {
+            load: Some(Arc::new(self.load())),
+            trace: self.recorder.as_ref().map(|recorder| recorder.counters()),
+            ranks: self.counters.iter().map(|counters| Arc::clone(&counters.meter)).collect(),
+        }
     }
 
     /// Reads the weights and starts the engine.
@@ -129,6 +139,7 @@ impl Prepared {
                 backend: rank.backend,
                 output: rank.output,
                 dp_rank: rank.dp_rank,
+                meter: rank.meter,
             })
             .collect();
         let recorder = self.recorder.clone();

@@ -33,8 +33,8 @@ async fn serve(prepared: Prepared, generation: Generation) -> Result<()> {
     // The port is taken before minutes go into loading.
     let host = &prepared.options.server.host;
     let listener = server::bind(host, prepared.options.server.port).await?;
-    let trace = prepared.recorder.as_ref().map(|recorder| recorder.counters());
-    let metrics = Arc::new(Metrics::new(&info(&prepared), Some(Arc::new(prepared.load())), trace)?);
+    let series = prepared.options.server.metrics;
+    let metrics = Arc::new(Metrics::new(&info(&prepared), prepared.metric_sources(), series)?);
     let shutdown = Shutdown::on_signals()?;
     let prepared = Arc::new(prepared);
     let options = server_options(&prepared);
@@ -70,6 +70,7 @@ fn info(prepared: &Prepared) -> Info {
         weights: prepared.footprint.weights,
         kv: prepared.footprint.kv_block * prepared.memory.kv_blocks as u64,
         workspace: prepared.footprint.working,
+        redundant: prepared.footprint.redundant,
     };
     Info {
         backend: "cpu".to_owned(),
@@ -81,6 +82,8 @@ fn info(prepared: &Prepared) -> Info {
         tp: parallel.tp,
         dp: parallel.dp,
         ep: parallel.ep,
+        placement: if prepared.options.experts.placement.is_some() { "file" } else { "linear" }.to_owned(),
+        redundant_slots: prepared.placement.slots().saturating_sub(spec.moe.experts),
         memory: vec![memory; parallel.world],
     }
 }

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use super::Communicator;
 use crate::backend::{Backend, DType, Tensor, View, ViewMut};
@@ -22,6 +23,8 @@ pub struct Local {
     calls: u64,
     /// Splits so far; names the next subgroups.
     splits: u64,
+    /// Time spent in meetings.
+    waited: Duration,
 }
 
 /// What the ranks of one group share.
@@ -47,8 +50,12 @@ impl Local {
         backends
             .into_iter()
             .enumerate()
-            .map(|(rank, backend)| Local { group: Arc::clone(&group), backend, rank, calls: 0, splits: 0 })
+            .map(|(rank, backend)| Local::new(Arc::clone(&group), backend, rank))
             .collect()
+    }
+
+    fn new(group: Arc<Group>, backend: Arc<dyn Backend>, rank: usize) -> Local {
+        Local { group, backend, rank, calls: 0, splits: 0, waited: Duration::ZERO }
     }
 
     /// This rank's mailbox for the current collective.
@@ -117,8 +124,11 @@ impl Local {
     }
 
     /// Meets the other ranks; after it, everything offered in this collective may be read.
-    fn meet(&self) -> Result<()> {
-        self.group.meeting.wait(self.rank)
+    fn meet(&mut self) -> Result<()> {
+        let arrived = Instant::now();
+        let met = self.group.meeting.wait(self.rank);
+        self.waited += arrived.elapsed();
+        met
     }
 
     fn done(&mut self) -> Result<()> {
@@ -241,7 +251,11 @@ impl Communicator for Local {
         self.barrier()?;
         let group = Arc::clone(&lock(&self.group.subgroups)[&key]);
         self.splits += 1;
-        Ok(Box::new(Local { group, backend: Arc::clone(&self.backend), rank, calls: 0, splits: 0 }))
+        Ok(Box::new(Local::new(group, Arc::clone(&self.backend), rank)))
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited
     }
 }
 

@@ -4,6 +4,8 @@
 pub mod local;
 pub mod solo;
 
+use std::time::Duration;
+
 use crate::backend::{View, ViewMut};
 use crate::error::Result;
 
@@ -45,6 +47,11 @@ pub trait Communicator: Send {
 
     /// Waits until every rank of the group is here.
     fn barrier(&mut self) -> Result<()>;
+
+    /// All the time that this end has waited for other ranks. Never falls. Zero where the device waits by itself.
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// Divides the group: ranks with equal `color` form a new one, ordered by their rank here. Collective.
     fn split(&mut self, color: usize) -> Result<Box<dyn Communicator>>;

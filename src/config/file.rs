@@ -25,8 +25,24 @@ pub fn parse(text: &str, name: &str) -> Result<RawOptions> {
             Some(span) => format!("{name}:{}", line_of(text, span.start)),
             None => name.to_owned(),
         };
-        Error::config(place, error.message())
+        Error::config(place, with_suggestion(error.message()))
     })
+}
+
+/// Least similarity (Jaro-Winkler) of a key that is suggested.
+const SIMILAR: f64 = 0.8;
+
+/// The parser's message; one about an unknown key, "unknown field `x`, expected one of `a`, `b`", or value also says
+/// which known one was probably meant.
+fn with_suggestion(message: &str) -> String {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let unknown = quoted.next().filter(|_| message.starts_with("unknown "));
+    let Some(unknown) = unknown else { return message.to_owned() };
+    let likeness = |known: &str| strsim::jaro_winkler(&unknown.replace('_', "-"), &known.replace('_', "-"));
+    match quoted.max_by(|a, b| likeness(a).total_cmp(&likeness(b))) {
+        Some(known) if likeness(known) >= SIMILAR => format!("{message} (did you mean `{known}`?)"),
+        _ => message.to_owned(),
+    }
 }
 
 /// Number of the line, from 1, that holds a byte.
@@ -37,7 +53,7 @@ fn line_of(text: &str, byte: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::flags::DeviceChoice;
+    use crate::config::flags::{DeviceChoice, ExpertDetailChoice, RawMetrics};
     use crate::config::size::ByteSize;
 
     fn refused(text: &str) -> String {
@@ -74,6 +90,35 @@ mod tests {
             assert!(error.contains(&format!("unknown field `{key}`")), "{error}");
             assert!(error.contains("`tensor-parallel-size`") && error.contains("`drain-timeout`"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_misspelt_key_or_value_is_recognised() {
+        for (text, meant) in [
+            ("prot = 1", "port"),
+            ("tensor_parallel_size = 2", "tensor-parallel-size"),
+            ("expert-paralel-size = 2", "expert-parallel-size"),
+            ("[metrics]\nexpert-detail = \"rank\"", "expert_detail"),
+            ("[metrics]\nexpert_detail = \"layer-rank\"", "layer_rank"),
+            ("[metric]\n", "metrics"),
+            ("dtype = \"b16\"", "bf16"),
+        ] {
+            let error = refused(text);
+            assert!(error.ends_with(&format!("(did you mean `{meant}`?)")), "{text}: {error}");
+        }
+        assert!(!refused("colour = 1").contains("did you mean"));
+    }
+
+    #[test]
+    fn metrics_have_a_table_of_their_own() {
+        let options =
+            parse("port = 1\n[metrics]\nexpert_detail = \"layer_rank\"\nmax_series = 500\n", "").unwrap();
+        let expected =
+            RawMetrics { expert_detail: Some(ExpertDetailChoice::LayerRank), max_series: Some(500) };
+        assert_eq!(options.metrics, expected);
+        assert!(
+            refused("port = 1\n[metrics]\ndetail = 1\n").starts_with("yard.toml:3: unknown field `detail`")
+        );
     }
 
     #[test]

@@ -90,6 +90,39 @@ pub struct RawOptions {
     /// Seconds that running requests may take to finish after a stop signal [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub drain_timeout: Option<u64>,
+    /// What /metrics shows; `[metrics]` in the file.
+    #[command(flatten)]
+    #[serde(default)]
+    pub metrics: RawMetrics,
+}
+
+/// What the metrics page shows, as written. In the file these are keys of the table `[metrics]`.
+#[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawMetrics {
+    /// How finely expert load is put on /metrics [default: layer, or expert for small models]
+    #[arg(long = "metrics-expert-detail", value_name = "LEVEL", value_enum)]
+    pub expert_detail: Option<ExpertDetailChoice>,
+    /// A detail that makes more series than this is refused at start [default: 20000]
+    #[arg(long = "metrics-max-series", value_name = "N")]
+    pub max_series: Option<usize>,
+}
+
+/// `--metrics-expert-detail`; each level shows what those before it show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ExpertDetailChoice {
+    /// No expert load.
+    Off,
+    /// Tokens by rank.
+    Rank,
+    /// Tokens, imbalance and hottest expert by layer.
+    Layer,
+    /// Tokens by layer and rank.
+    LayerRank,
+    /// Tokens by layer and expert.
+    Expert,
 }
 
 /// `--device`.
@@ -147,6 +180,10 @@ impl RawOptions {
             check_weights: self.check_weights.or(file.check_weights),
             generation_config: self.generation_config.or(file.generation_config),
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
+            metrics: RawMetrics {
+                expert_detail: self.metrics.expert_detail.or(file.metrics.expert_detail),
+                max_series: self.metrics.max_series.or(file.metrics.max_series),
+            },
         }
     }
 }
@@ -180,6 +217,9 @@ mod tests {
             ..RawOptions::default()
         };
         assert_eq!(merged, expected);
+        let file = parse("--metrics-max-series 7 --metrics-expert-detail off");
+        let both = RawMetrics { expert_detail: Some(ExpertDetailChoice::LayerRank), max_series: Some(7) };
+        assert_eq!(parse("--metrics-expert-detail layer_rank").or(file).metrics, both);
         assert_eq!(parse(""), RawOptions::default());
     }
 

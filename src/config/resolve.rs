@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::flags::{DeviceChoice, DtypeChoice, RawOptions};
+use super::flags::{DeviceChoice, DtypeChoice, ExpertDetailChoice, RawMetrics, RawOptions};
 use super::parallel::Parallel;
 use super::secret::Secret;
 use super::size::ByteSize;
 use crate::backend::DType;
 use crate::error::{Error, Result};
+use crate::metrics::ExpertDetail;
+use crate::server::SeriesOptions;
 use crate::spec::ModelSpec;
 
 /// Everything the program runs on but what depends on free memory: see [`super::memory`] for that.
@@ -45,6 +47,8 @@ pub struct ServerOptions {
     pub generation_config: GenerationConfig,
     /// How long running requests may take to finish after a stop signal.
     pub drain_timeout: Duration,
+    /// What the metrics page shows.
+    pub metrics: SeriesOptions,
 }
 
 /// Where sampling defaults come from, before OpenAI's.
@@ -147,6 +151,7 @@ fn server(raw: RawOptions) -> Result<ServerOptions> {
             Some(path) => GenerationConfig::File(PathBuf::from(path)),
         },
         drain_timeout: Duration::from_secs(drain),
+        metrics: metrics(&raw.metrics),
     })
 }
 
@@ -161,6 +166,18 @@ fn api_keys(keys: Vec<Secret>) -> Result<Vec<Secret>> {
         }
         None => Ok(keys),
     }
+}
+
+fn metrics(raw: &RawMetrics) -> SeriesOptions {
+    let detail = raw.expert_detail.map(|choice| match choice {
+        ExpertDetailChoice::Off => ExpertDetail::Off,
+        ExpertDetailChoice::Rank => ExpertDetail::Rank,
+        ExpertDetailChoice::Layer => ExpertDetail::Layer,
+        ExpertDetailChoice::LayerRank => ExpertDetail::LayerRank,
+        ExpertDetailChoice::Expert => ExpertDetail::Expert,
+    });
+    let max_series = raw.max_series.unwrap_or(SeriesOptions::default().max_series);
+    SeriesOptions { expert_detail: detail, max_series }
 }
 
 fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
@@ -263,6 +280,7 @@ mod tests {
                 served_model_name: None,
                 generation_config: GenerationConfig::Checkpoint,
                 drain_timeout: Duration::from_secs(30),
+                metrics: SeriesOptions { expert_detail: None, max_series: 20_000 },
             },
             model: ModelOptions { dtype: DType::Bf16, threads: 16, check_weights: false },
             parallel: Parallel::SINGLE,

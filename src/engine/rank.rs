@@ -6,6 +6,7 @@ use super::plan::{RowResult, StepPlan};
 use super::sampler::Sampler;
 use crate::backend::{Backend, DType};
 use crate::error::{Error, Result};
+use crate::metrics::{self, RankMeter};
 use crate::model::{Model, Routing, StepOutput};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,6 +26,8 @@ pub struct RankSetup {
     pub output: StepOutput,
     /// Which sub-plan this rank computes, from 0 without gaps.
     pub dp_rank: usize,
+    /// What the rank's time goes into: the model writes its own work, the engine the sampling.
+    pub meter: Arc<RankMeter>,
 }
 
 /// Watches every step on every rank, from that rank's own thread, which waits meanwhile: implementations copy what
@@ -214,11 +217,14 @@ impl Rank {
         model.forward(&sub.batch(sub.capture_routing || plan.observe_routing), output)?;
 
         report.routing = sub.capture_routing.then(|| output.routing.clone());
+        let computed = Instant::now();
         self.sample(plan, report)?;
+        self.setup.meter.spend(metrics::Work::Sample, computed.elapsed());
         if let Some(observer) = &self.observer {
             let RankSetup { dp_rank, output, .. } = &self.setup;
             observer.on_step(plan, self.index, *dp_rank, output, started.elapsed());
         }
+        self.setup.meter.rest();
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use super::options::EngineOptions;
 use super::rank::RankSetup;
 use crate::backend::{Backend, DType, SeqSpan};
 use crate::error::{Error, Result};
+use crate::metrics::{RankMeter, Work, WorkClock};
 use crate::model::{Batch, FormRules, Model, Routing, StepOutput};
 use std::ops::Range;
 use std::sync::Arc;
@@ -193,6 +194,7 @@ pub struct ScriptedModel {
     script: Script,
     cache: ScriptedCache,
     backend: Arc<dyn Backend>,
+    clock: WorkClock,
     step: u64,
     histories: Vec<u64>,
     /// Logits of the owned rows; `[owned logit rows, vocab]`.
@@ -200,10 +202,11 @@ pub struct ScriptedModel {
 }
 
 impl ScriptedModel {
-    /// A fresh model; `backend` only carries the logits.
-    pub fn new(script: Script, backend: Arc<dyn Backend>) -> Self {
+    /// A fresh model; `backend` only carries the logits, `meter` learns of its steps.
+    pub fn new(script: Script, backend: Arc<dyn Backend>, meter: Arc<RankMeter>) -> Self {
         let cache = ScriptedCache::new(script.clone());
-        ScriptedModel { script, cache, backend, step: 0, histories: Vec::new(), logits: Vec::new() }
+        let clock = WorkClock::new(meter);
+        ScriptedModel { script, cache, backend, clock, step: 0, histories: Vec::new(), logits: Vec::new() }
     }
 
     /// The rows of a batch of `rows` that this rank owns: shares of consecutive rows, the first ones larger.
@@ -243,6 +246,7 @@ impl Model for ScriptedModel {
     fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> Result<()> {
         let step = self.step;
         self.step += 1;
+        self.clock.start(Duration::ZERO);
         match self.script.fault {
             Fault::ErrorAt(at) if at == step => {
                 return Err(Error::config("scripted model", format!("fails at step {step}")));
@@ -262,6 +266,7 @@ impl Model for ScriptedModel {
         if batch.want_routing {
             self.fill_routing(&owned, &mut out.routing);
         }
+        self.clock.lap(Work::Dense, Duration::ZERO);
         Ok(())
     }
 }
@@ -280,11 +285,13 @@ pub fn setups(
     let setup = |rank: usize| {
         let script = Script { owner: (rank % tp_size, tp_size), ..script.clone() };
         let logits = backend.alloc(DType::F32, max_logit_rows, script.vocab_size)?;
+        let meter = Arc::new(RankMeter::default());
         Ok(RankSetup {
-            model: Box::new(ScriptedModel::new(script, Arc::clone(backend))),
+            model: Box::new(ScriptedModel::new(script, Arc::clone(backend), Arc::clone(&meter))),
             backend: Arc::clone(backend),
             output: StepOutput { logit_rows: Vec::new(), logits, routing: Routing::default() },
             dp_rank: rank / tp_size,
+            meter,
         })
     };
     (0..tp_size * dp_size).map(setup).collect()

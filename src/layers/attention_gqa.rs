@@ -187,6 +187,8 @@ fn full_width(
     if !counts {
         rank.backend.scale(0.0, squares.reborrow())?;
     }
+    let bytes = squares.rows() * squares.cols() * squares.dtype().bytes();
     rank.tp.all_reduce_sum(squares.reborrow())?;
+    rank.count_gathering(bytes, bytes * rank.tp.size());
     rank.backend.scale_by_square_sum(squares.as_view(), width, eps, weight, x)
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::backend::{Backend, DType, Precision, Tensor, View, ViewMut};
 use crate::comm::Communicator;
 use crate::error::Result;
+use crate::metrics::{CommOp, Work, WorkClock};
 
 /// A rank as a layer sees it: its device and the groups it belongs to.
 pub struct Rank {
@@ -29,9 +30,34 @@ pub struct Rank {
     pub expert_tp: usize,
     /// Types of weights and activations.
     pub precision: Precision,
+    /// Where this rank's time goes.
+    pub clock: WorkClock,
 }
 
 impl Rank {
+    /// Begins a step: time counts from here on.
+    pub fn start_clock(&mut self) {
+        self.clock.start(self.world.waited() + self.tp.waited());
+    }
+
+    /// The time since the last lap went into `work`, or into waiting for other ranks.
+    pub fn lap(&mut self, work: Work) {
+        self.clock.lap(work, self.world.waited() + self.tp.waited());
+    }
+
+    /// Counts a gathering over the tensor-parallel group: this rank's `own` bytes of `all` went to every other rank.
+    pub fn count_gathering(&self, own: usize, all: usize) {
+        let others = self.tp.size() - 1;
+        self.clock.meter().exchange(CommOp::AllReduce, own * others, all - own);
+    }
+
+    /// Counts a sum that left this rank `own` bytes of `all`: the rest of its parts went out, and every other rank's
+    /// part of its own came in.
+    pub fn count_scattering(&self, own: usize, all: usize) {
+        let others = self.tp.size() - 1;
+        self.clock.meter().exchange(CommOp::AllReduce, all - own, own * others);
+    }
+
     /// Shares `rows` out over the tensor-parallel group as evenly as possible, earlier ranks first: the owned rows of each.
     pub fn owned_counts(&self, rows: usize, counts: &mut Vec<usize>) {
         let size = self.tp.size();

@@ -13,6 +13,8 @@ use crate::weights::shard;
 pub struct Footprint {
     /// Weights, the rotary table included.
     pub weights: u64,
+    /// The part of the weights that expert slots beyond one per expert hold, on the average rank.
+    pub redundant: u64,
     /// Activations, logits and buffers. Rows in flight between ranks are counted for balanced load; a rank that
     /// receives more grows its buffers.
     pub working: u64,
@@ -42,6 +44,7 @@ impl Footprint {
         let block = share.backend.kv_block_bytes(kv, share.precision.activations, share.sizes.block_size);
         Footprint {
             weights: share.weights(spec) as u64,
+            redundant: share.redundant(spec) as u64,
             working: share.working(spec) as u64,
             kv_block: (block * spec.layers.len()) as u64,
         }
@@ -65,6 +68,18 @@ impl Share<'_> {
             .map(|layer| 2 * norms + self.attention(spec) + self.feed_forward(spec, layer.ffn))
             .sum();
         ends + norms + layers + RopeTable::bytes(&spec.rope, self.sizes.max_model_len)
+    }
+
+    fn redundant(&self, spec: &ModelSpec) -> usize {
+        let ranks = self.degrees.expert_parallel();
+        let extra = (self.slots * ranks).saturating_sub(spec.moe.experts);
+        spec.moe_layers().len() * extra * self.slot(spec) / ranks
+    }
+
+    /// One expert slot: a rank's share of one expert.
+    fn slot(&self, spec: &ModelSpec) -> usize {
+        let slice = shard::even(spec.moe.intermediate, 0, self.degrees.expert_tp).len();
+        self.backend.mlp_bytes(spec.hidden_size, slice, spec.moe.expert_bias, self.precision.weights)
     }
 
     fn attention(&self, spec: &ModelSpec) -> usize {
@@ -98,11 +113,10 @@ impl Share<'_> {
             }
             FeedForward::Moe => {
                 let moe = &spec.moe;
-                let slice = shard::even(moe.intermediate, 0, self.degrees.expert_tp).len();
                 let shared = moe.shared.map_or(0, |s| mlp(s.intermediate, false) + 4 * hidden);
                 // The router computes in f32.
                 let router = self.backend.matrix_bytes(moe.experts, hidden, DType::F32) + 8 * moe.experts;
-                self.slots * mlp(slice, moe.expert_bias) + shared + router
+                self.slots * self.slot(spec) + shared + router
             }
         }
     }
@@ -173,6 +187,9 @@ mod tests {
         let part = Footprint::of(&spec, Share { degrees: half, slots: spec.moe.experts / 2, ..share });
         assert!(part.weights < whole.weights && part.weights > whole.weights / 2);
         assert_eq!(part.kv_block, whole.kv_block / 2);
+        assert_eq!((whole.redundant, part.redundant), (0, 0));
+        let extra = Footprint::of(&spec, Share { slots: spec.moe.experts + 2, ..share });
+        assert_eq!(extra.redundant, extra.weights - whole.weights);
 
         let mixed = Footprint::of(&spec, Share { precision: Precision::MIXED, ..share });
         let narrow = Footprint::of(&spec, Share { precision: Precision::BF16, ..share });

@@ -17,6 +17,7 @@ use crate::layers::mlp::GatedMlp;
 use crate::layers::norm::Norm;
 use crate::layers::rope::RopeTable;
 use crate::layers::{Rank, RowBuffer, owned_range};
+use crate::metrics::Work;
 use crate::model::{Batch, Model, Routing, StepOutput};
 use crate::moe::layer::{MoeLayer, MoeRows, MoeScratch};
 use crate::moe::load::{LoadCounters, Phase};
@@ -86,6 +87,7 @@ impl Model for Transformer {
     fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> Result<()> {
         assert_eq!(batch.tokens.len(), batch.attention.rows(), "tokens and spans of a batch");
         let rows = batch.tokens.len();
+        self.rank.start_clock();
         self.rank.owned_counts(rows, &mut self.scratch.host.counts);
         let owned = owned_range(&self.scratch.host.counts, self.rank.tp.rank());
         self.rope.rows_of(batch.attention.spans, &mut self.scratch.host.rope_rows);
@@ -97,6 +99,7 @@ impl Model for Transformer {
             let residual = self.scratch.residual.head_mut(owned.len());
             self.embedding.forward(backend.as_ref(), &batch.tokens[owned.clone()], residual)?;
         }
+        self.rank.lap(Work::Dense);
         for layer in &mut self.layers {
             let mut step = LayerStep {
                 rank: &mut self.rank,
@@ -116,7 +119,9 @@ impl Model for Transformer {
                 }
             }
         }
-        self.logits(batch.logit_rows, owned, out)
+        self.logits(batch.logit_rows, owned, out)?;
+        self.rank.lap(Work::Dense);
+        Ok(())
     }
 }
 
@@ -165,7 +170,7 @@ impl LayerStep<'_> {
             let out = partial.head_mut(self.rows);
             layer.attention.forward(self.rank, step, x.head(self.rows), &mut layer.cache, attention, out)?;
         }
-        self.scatter()
+        self.scatter(Work::Attention)
     }
 
     /// residual += mlp(norm(residual)), tensor-parallel.
@@ -177,7 +182,7 @@ impl LayerStep<'_> {
             let x = if self.rank.tp.size() == 1 { rounded } else { gathered };
             mlp.forward(self.rank.backend.as_ref(), x.head(self.rows), partial.head_mut(self.rows))?;
         }
-        self.scatter()
+        self.scatter(Work::Dense)
     }
 
     /// residual += moe(norm(residual)), on owned rows. Called without rows too: other ranks may need this one.
@@ -190,6 +195,7 @@ impl LayerStep<'_> {
         if n > 0 {
             self.rank.backend.add_scaled(output.head(n), self.residual_scale, residual.head_mut(n))?;
         }
+        self.rank.lap(Work::Combine);
         Ok(())
     }
 
@@ -214,23 +220,32 @@ impl LayerStep<'_> {
             return Ok(());
         }
         let Scratch { rounded, gathered, host, .. } = &mut *self.scratch;
-        self.rank.tp.all_gather_rows(rounded.head(self.owned), &host.counts, gathered.head_mut(self.rows))
+        let own = rounded.head(self.owned);
+        let row_bytes = own.cols() * own.dtype().bytes();
+        self.rank.tp.all_gather_rows(own, &host.counts, gathered.head_mut(self.rows))?;
+        self.rank.count_gathering(self.owned * row_bytes, self.rows * row_bytes);
+        self.rank.lap(Work::AllReduce);
+        Ok(())
     }
 
-    /// Sums the group's partial rows and adds the owned ones to the residual.
-    fn scatter(&mut self) -> Result<()> {
+    /// Sums the group's partial rows, which came from `work`, and adds the owned ones to the residual.
+    fn scatter(&mut self, work: Work) -> Result<()> {
         let n = self.owned;
         let Scratch { residual, partial, output, host, .. } = &mut *self.scratch;
         let summed = if self.rank.tp.size() == 1 {
             partial
         } else {
+            self.rank.lap(work);
             let partial = partial.head(self.rows);
+            let row_bytes = partial.cols() * partial.dtype().bytes();
             self.rank.tp.reduce_scatter_rows(partial, &host.counts, output.head_mut(n))?;
+            self.rank.count_scattering(n * row_bytes, self.rows * row_bytes);
             output
         };
         if n > 0 {
             self.rank.backend.add_scaled(summed.head(n), self.residual_scale, residual.head_mut(n))?;
         }
+        self.rank.lap(if self.rank.tp.size() == 1 { work } else { Work::AllReduce });
         Ok(())
     }
 
@@ -245,6 +260,7 @@ impl LayerStep<'_> {
             self.rank.backend.download(routed.weights(), bytemuck::cast_slice_mut(&mut host.weights))?;
         }
         routing.weights.extend_from_slice(&host.weights);
+        self.rank.lap(Work::Router);
         Ok(())
     }
 }

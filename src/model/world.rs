@@ -11,6 +11,7 @@ use crate::comm::local::Local;
 use crate::comm::solo::Solo;
 use crate::error::Result;
 use crate::layers::Rank;
+use crate::metrics::{RankMeter, WorkClock};
 use crate::model::StepOutput;
 use crate::model::load::{Sizes, load};
 use crate::model::transformer::Transformer;
@@ -54,6 +55,8 @@ pub struct LoadedRank {
     pub backend: Arc<dyn Backend>,
     /// The data-parallel rank it belongs to.
     pub dp_rank: usize,
+    /// What its time goes into.
+    pub meter: Arc<RankMeter>,
 }
 
 /// What all ranks have in common.
@@ -128,8 +131,10 @@ fn load_rank(
         tp,
         expert_tp: options.degrees.expert_tp,
         precision: options.precision,
+        clock: WorkClock::new(Arc::clone(&counters.meter)),
     };
     let placement = Arc::clone(&options.placement);
+    let meter = Arc::clone(&counters.meter);
     let (model, output) = load(reader, spec, rank, placement, counters, options.sizes)?;
-    Ok(LoadedRank { model, output, backend, dp_rank })
+    Ok(LoadedRank { model, output, backend, dp_rank, meter })
 }

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::layers::linear::Linear;
 use crate::layers::mlp::GatedMlp;
 use crate::layers::{Rank, RowBuffer};
+use crate::metrics::{CommOp, Work};
 use crate::moe::dispatch::{Dispatch, DispatchShape};
 use crate::moe::load::{LoadCounters, Phase};
 use crate::moe::router::{Routed, Router};
@@ -102,10 +103,13 @@ impl MoeLayer {
         let backend = rank.backend.clone();
         let backend = backend.as_ref();
         self.router.forward(backend, rows.exact, &mut scratch.routed)?;
+        rank.lap(Work::Router);
         self.plan(rank, placement, scratch)?;
         self.count(rows.phases, load, scratch);
+        load.set_computed(self.index, scratch.dispatch.computed_rows());
         self.exchange(rank, rows.rounded, scratch)?;
         if rows.rounded.rows() == 0 {
+            rank.lap(Work::Combine);
             return Ok(());
         }
         backend.combine(
@@ -117,7 +121,10 @@ impl MoeLayer {
             },
             out.reborrow(),
         )?;
-        self.add_shared(backend, rows, scratch, out)
+        rank.lap(Work::Combine);
+        self.add_shared(backend, rows, scratch, out)?;
+        rank.lap(Work::Expert);
+        Ok(())
     }
 
     /// Agrees with all ranks on who computes what.
@@ -150,25 +157,39 @@ impl MoeLayer {
     /// Ships rows to their experts, computes there, and ships results home into `scratch.returned`, in the order sent.
     fn exchange(&self, rank: &mut Rank, x: View<'_>, scratch: &mut MoeScratch) -> Result<()> {
         let MoeScratch { dispatch, send, arrived, grouped, computed, returned, .. } = scratch;
-        let Rank { backend, world, .. } = rank;
+        let backend = rank.backend.clone();
         let backend = backend.as_ref();
         let (out, here) = (dispatch.send_tokens.len(), dispatch.computed_rows());
         grouped.reserve(backend, here)?;
         returned.reserve(backend, out)?;
-        if world.size() == 1 {
+        if rank.world.size() == 1 {
             // Nobody to ship to, and what would leave is already grouped by slot.
             backend.gather_rows(x, &dispatch.send_tokens, grouped.head_mut(here))?;
-            return self.compute(backend, dispatch, grouped.head(here), returned.head_mut(here));
+            rank.lap(Work::Dispatch);
+            self.compute(backend, dispatch, grouped.head(here), returned.head_mut(here))?;
+            rank.lap(Work::Expert);
+            return Ok(());
         }
         send.reserve(backend, out)?;
         arrived.reserve(backend, here)?;
         computed.reserve(backend, here)?;
         backend.gather_rows(x, &dispatch.send_tokens, send.head_mut(out))?;
-        world.all_to_all_rows(send.head(out), &dispatch.sent, arrived.head_mut(here), &dispatch.received)?;
+        let Dispatch { sent, received, .. } = &*dispatch;
+        rank.world.all_to_all_rows(send.head(out), sent, arrived.head_mut(here), received)?;
         backend.gather_rows(arrived.head(here), &dispatch.group, grouped.head_mut(here))?;
+        rank.lap(Work::Dispatch);
         self.compute(backend, dispatch, grouped.head(here), computed.head_mut(here))?;
+        rank.lap(Work::Expert);
         backend.gather_rows(computed.head(here), &dispatch.ungroup, arrived.head_mut(here))?;
-        world.all_to_all_rows(arrived.head(here), &dispatch.received, returned.head_mut(out), &dispatch.sent)
+        rank.world.all_to_all_rows(arrived.head(here), received, returned.head_mut(out), sent)?;
+
+        // Rows that a rank sends to itself stay home.
+        let row_bytes = x.cols() * x.dtype().bytes();
+        let own = sent[rank.world.rank()];
+        let (outward, inward) = ((out - own) * row_bytes, (here - own) * row_bytes);
+        rank.clock.meter().exchange(CommOp::Dispatch, outward, inward);
+        rank.clock.meter().exchange(CommOp::Combine, inward, outward);
+        Ok(())
     }
 
     /// Runs this rank's experts over the grouped rows.

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::metrics::{LoadSnapshot, LoadSource};
+use router_sim::placement::Placement;
+
+use crate::metrics::{LoadSnapshot, LoadSource, RankMeter};
 pub use router_sim::load::Phase;
 
 /// Tokens routed by one rank since it started. Written by that rank alone, read by anyone.
@@ -16,6 +18,10 @@ pub struct LoadCounters {
     by_expert: Vec<AtomicU64>,
     /// `[phase][layer][expert-parallel rank]`
     by_rank: Vec<AtomicU64>,
+    /// `[layer]`: rows that this rank's own experts computed in the latest step.
+    computed: Vec<AtomicU64>,
+    /// Time and traffic of the same rank.
+    pub meter: Arc<RankMeter>,
 }
 
 impl LoadCounters {
@@ -28,6 +34,8 @@ impl LoadCounters {
             ranks,
             by_expert: zeroes(2 * layers * experts),
             by_rank: zeroes(2 * layers * ranks),
+            computed: zeroes(layers),
+            meter: Arc::default(),
         }
     }
 
@@ -35,6 +43,11 @@ impl LoadCounters {
     pub fn count(&self, phase: Phase, layer: usize, expert: usize, rank: usize) {
         add_one(&self.by_expert[(phase as usize * self.layers + layer) * self.experts + expert]);
         add_one(&self.by_rank[(phase as usize * self.layers + layer) * self.ranks + rank]);
+    }
+
+    /// In this step, this rank's experts of MoE layer `layer` compute `rows` rows.
+    pub fn set_computed(&self, layer: usize, rows: usize) {
+        self.computed[layer].store(rows as u64, Ordering::Relaxed);
     }
 }
 
@@ -51,8 +64,8 @@ fn add_all(counters: &[AtomicU64], totals: &mut [u64]) {
 
 /// The counters of all ranks: what the metrics page is filled from.
 pub struct WorldLoad {
-    /// Absolute indices of the MoE layers.
-    pub layer_ids: Vec<usize>,
+    /// Where the experts live.
+    pub placement: Arc<Placement>,
     /// One per rank of the world; at least one.
     pub counters: Vec<Arc<LoadCounters>>,
 }
@@ -60,11 +73,47 @@ pub struct WorldLoad {
 impl LoadSource for WorldLoad {
     fn snapshot(&self) -> LoadSnapshot {
         let LoadCounters { experts, ranks, .. } = *self.counters[0];
-        let mut sum = LoadSnapshot::zeros(self.layer_ids.clone(), experts, ranks);
+        let mut sum = LoadSnapshot::zeros(self.placement.layer_ids().to_vec(), experts, ranks);
         for counters in &self.counters {
             add_all(&counters.by_expert, &mut sum.by_expert);
             add_all(&counters.by_rank, &mut sum.by_rank);
         }
         sum
+    }
+
+    /// Ranks that share an expert compute the same rows, so the ratio is that of the expert-parallel ranks.
+    fn step_imbalance(&self) -> f64 {
+        let (mut max, mut all) = (0, 0);
+        for layer in 0..self.placement.layers() {
+            let rows = self.counters.iter().map(|rank| rank.computed[layer].load(Ordering::Relaxed));
+            max += rows.clone().max().unwrap_or(0);
+            all += rows.sum::<u64>();
+        }
+        if all == 0 { 0.0 } else { (max * self.counters.len() as u64) as f64 / all as f64 - 1.0 }
+    }
+
+    fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use router_sim::load::LoadWindow;
+    use router_sim::placement::{ClusterShape, Linear, PlacementPolicy};
+
+    #[test]
+    fn the_imbalance_of_a_step_is_that_of_its_critical_path() {
+        let shape = ClusterShape { ranks: 2, redundant: 0 };
+        let placement = Arc::new(Linear.place(&LoadWindow::new(&[0, 1], 4), &shape).unwrap());
+        let counters: Vec<_> = (0..2).map(|_| Arc::new(LoadCounters::new(2, 4, 2))).collect();
+        let world = WorldLoad { placement, counters };
+        assert_eq!(world.step_imbalance(), 0.0, "no rows are balanced");
+        // The busy rank is another in each layer, so an average over layers would hide it.
+        for (layer, rows) in [(0, [6, 2]), (1, [2, 6])] {
+            world.counters.iter().zip(rows).for_each(|(rank, rows)| rank.set_computed(layer, rows));
+        }
+        assert_eq!(world.step_imbalance(), 0.5);
     }
 }

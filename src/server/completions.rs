@@ -11,7 +11,7 @@ use super::error::ApiError;
 use super::generation::Generation;
 use super::id;
 use super::logprobs::TokenNames;
-use super::metrics::Outcome;
+use super::metrics::{Endpoint, Outcome};
 use super::npy;
 use super::request::{CompletionRequest, DEFAULT_MAX_TOKENS, Prompts};
 use super::sequences::{Common, Sequences};
@@ -28,7 +28,7 @@ pub async fn create(State(state): State<Arc<AppState>>, request: Request) -> Res
         }
         Ok((teller, sequences)) => collect(&teller, sequences).await,
         Err(error) => {
-            state.metrics.count_sequence(Outcome::Rejected);
+            state.metrics.count_sequence(Endpoint::Completions, Outcome::Rejected);
             Err(error)
         }
     }
@@ -43,6 +43,7 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
     let model = state.model_name(asked.model.as_deref())?;
     let prompts = tokenize(state, &mut asked).await?;
     let common = Common {
+        endpoint: Endpoint::Completions,
         generation: &asked.generation,
         max_tokens: asked.max_tokens,
         default_max_tokens: DEFAULT_MAX_TOKENS,

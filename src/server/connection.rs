@@ -180,6 +180,9 @@ async fn keep_house(state: Arc<AppState>) {
     loop {
         ticks.tick().await;
         state.metrics.run_upkeep();
+        if let Some(experts) = &state.experts {
+            experts.tick(std::time::Instant::now());
+        }
         if window_began.elapsed() >= state.options.load_window {
             window_began = Instant::now();
             state.metrics.close_load_window();

@@ -2,25 +2,25 @@
 
 use metrics::{Counter, Gauge};
 
-use super::metrics::Registry;
+use super::registry::Registry;
 use crate::metrics::{
-    self as family, LoadSnapshot, Phase, entropy_ratio, hottest, imbalance_ratio, max_share,
+    self as family, ExpertDetail, LoadSnapshot, Phase, entropy_ratio, hottest, imbalance_ratio, max_share,
 };
-
-/// One series per expert up to this many of them over all layers; a page must stay readable.
-const MAX_EXPERT_SERIES: usize = 512;
 
 /// Handles of all load families; the labels are known from the first snapshot.
 pub(super) struct LoadMetrics {
     /// `[rank][phase]`
     ranks: Vec<[Counter; 2]>,
+    /// Empty where detail ends above layers.
     layers: Vec<LayerMetrics>,
     window_began: LoadSnapshot,
 }
 
 struct LayerMetrics {
     tokens: Counter,
-    /// `[expert]`, or nothing where there are too many.
+    /// `[rank]`, or nothing where detail ends above.
+    ranks: Vec<Counter>,
+    /// `[expert]`, or nothing where detail ends above.
     experts: Vec<Counter>,
     /// `[phase]`
     imbalance: [Gauge; 2],
@@ -30,17 +30,19 @@ struct LayerMetrics {
 }
 
 impl LoadMetrics {
-    pub(super) fn new(registry: &Registry, now: LoadSnapshot) -> Self {
+    pub(super) fn new(registry: &Registry, now: LoadSnapshot, detail: ExpertDetail) -> Self {
         let rank = |rank: usize| {
             Phase::ALL.map(|phase| {
                 registry.counter(&family::RANK_EXPERT_TOKENS_TOTAL, &[&rank.to_string(), phase.label()])
             })
         };
-        let detail = now.layer_ids.len() * now.experts <= MAX_EXPERT_SERIES;
-        let experts = if detail { now.experts } else { 0 };
+        let wanted = |level, n| if detail >= level { n } else { 0 };
+        let ranks = wanted(ExpertDetail::LayerRank, now.ranks);
+        let experts = wanted(ExpertDetail::Expert, now.experts);
+        let layers = &now.layer_ids[..wanted(ExpertDetail::Layer, now.layer_ids.len())];
         let mut metrics = LoadMetrics {
-            ranks: (0..now.ranks).map(rank).collect(),
-            layers: now.layer_ids.iter().map(|&id| LayerMetrics::new(registry, id, experts)).collect(),
+            ranks: (0..wanted(ExpertDetail::Rank, now.ranks)).map(rank).collect(),
+            layers: layers.iter().map(|&id| LayerMetrics::new(registry, id, ranks, experts)).collect(),
             window_began: now.clone(),
         };
         metrics.count(now.clone());
@@ -59,6 +61,9 @@ impl LoadMetrics {
             let experts = now.layer_experts(index);
             layer.tokens.absolute(experts.iter().sum());
             for (counter, tokens) in layer.experts.iter().zip(experts) {
+                counter.absolute(tokens);
+            }
+            for (counter, tokens) in layer.ranks.iter().zip(now.layer_ranks(index)) {
                 counter.absolute(tokens);
             }
         }
@@ -82,11 +87,15 @@ impl LoadMetrics {
 }
 
 impl LayerMetrics {
-    fn new(registry: &Registry, layer: usize, experts: usize) -> Self {
+    fn new(registry: &Registry, layer: usize, ranks: usize, experts: usize) -> Self {
         let id = layer.to_string();
         let expert =
             |expert: usize| registry.counter(&family::EXPERT_TOKENS_TOTAL, &[&id, &expert.to_string()]);
+        let rank = |rank: usize| {
+            registry.counter(&family::LAYER_RANK_EXPERT_TOKENS_TOTAL, &[&id, &rank.to_string()])
+        };
         LayerMetrics {
+            ranks: (0..ranks).map(rank).collect(),
             tokens: registry.counter(&family::LAYER_EXPERT_TOKENS_TOTAL, &[&id]),
             experts: (0..experts).map(expert).collect(),
             imbalance: Phase::ALL
@@ -101,6 +110,7 @@ impl LayerMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::registry::count_series;
 
     /// The value of a series on the page.
     fn value(registry: &Registry, series: &str) -> Option<f64> {
@@ -115,7 +125,7 @@ mod tests {
         let mut load = LoadSnapshot::zeros(vec![3], 2, 2);
         load.by_expert = vec![100, 0, 0, 0];
         load.by_rank = vec![100, 0, 0, 0];
-        let mut metrics = LoadMetrics::new(&registry, load.clone());
+        let mut metrics = LoadMetrics::new(&registry, load.clone(), ExpertDetail::Expert);
         let imbalance = r#"moeyard_layer_imbalance_ratio{layer="3",phase="prefill"}"#;
         assert_eq!(value(&registry, imbalance), Some(0.0), "what came before the start is no window");
 
@@ -134,6 +144,7 @@ mod tests {
             (r#"moeyard_layer_expert_tokens_total{layer="3"}"#, 140.0),
             (r#"moeyard_rank_expert_tokens_total{rank="0",phase="prefill"}"#, 130.0),
             (r#"moeyard_expert_tokens_total{layer="3",expert="1"}"#, 10.0),
+            (r#"moeyard_layer_rank_expert_tokens_total{layer="3",rank="0"}"#, 130.0),
         ] {
             assert_eq!(value(&registry, series), Some(expected), "{series}");
         }
@@ -143,12 +154,21 @@ mod tests {
     }
 
     #[test]
-    fn experts_have_no_series_of_their_own_where_there_are_many() {
-        let registry = Registry::new().unwrap();
-        LoadMetrics::new(&registry, LoadSnapshot::zeros((3..61).collect(), 256, 8));
-        let page = registry.render();
-        assert!(!page.contains("moeyard_expert_tokens_total"));
-        let series = page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count();
-        assert_eq!(series, 8 * 2 + 58 * (1 + 2 + 3));
+    fn each_level_of_detail_has_what_the_one_before_has() {
+        let (layers, experts, ranks) = (58, 256, 8);
+        let default = ExpertDetail::of_model(layers, experts);
+        assert_eq!((default, ExpertDetail::of_model(32, 8)), (ExpertDetail::Layer, ExpertDetail::Expert));
+        let by_layer = ranks * 2 + layers * (1 + 2 + 3);
+        for (detail, expected) in [
+            (ExpertDetail::Off, 0),
+            (ExpertDetail::Rank, ranks * 2),
+            (ExpertDetail::Layer, by_layer),
+            (ExpertDetail::LayerRank, by_layer + layers * ranks),
+            (ExpertDetail::Expert, by_layer + layers * (ranks + experts)),
+        ] {
+            let registry = Registry::new().unwrap();
+            LoadMetrics::new(&registry, LoadSnapshot::zeros((3..61).collect(), experts, ranks), detail);
+            assert_eq!(count_series(&registry.render()), expected, "{detail:?}");
+        }
     }
 }

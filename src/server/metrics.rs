@@ -1,20 +1,22 @@
-//! Fills the families of [`crate::metrics`] and renders them for Prometheus. The recorder is the server's own, not the
-//! process's, so that several servers can live in one process.
+//! Fills the families of [`crate::metrics`]. The recorder is the server's own, not the process's, so that several
+//! servers can live in one process.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics::{Counter, Histogram};
 
 use router_sim::trace::TraceCounters;
 
 use super::load_metrics::LoadMetrics;
+use super::process;
+use super::rank_metrics::RankMetrics;
+use super::registry::{Registry, count_series};
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineStats, TimingObserver};
 use crate::error::{Error, Result};
-use crate::metrics::{self as family, FAMILIES, Family, Kind, LoadSource};
+use crate::metrics::{self as family, ExpertDetail, LoadSource, RankMeter};
 
 /// What the information families say; all of it is known at start.
 #[derive(Debug, Clone, Default)]
@@ -37,7 +39,11 @@ pub struct Info {
     pub dp: usize,
     /// Expert-parallel degree.
     pub ep: usize,
-    /// Memory of each rank in bytes, by use ("weights", "kv", "workspace").
+    /// Where the first placement came from, "linear" or "file".
+    pub placement: String,
+    /// Expert slots per MoE layer beyond one per expert.
+    pub redundant_slots: usize,
+    /// Memory of each rank.
     pub memory: Vec<RankMemory>,
 }
 
@@ -50,6 +56,34 @@ pub struct RankMemory {
     pub kv: u64,
     /// Bytes of activations and buffers.
     pub workspace: u64,
+    /// Bytes of the weights that are in extra expert slots.
+    pub redundant: u64,
+}
+
+/// Who is asked when a page is made.
+#[derive(Default)]
+pub struct Sources {
+    /// Tells the expert load.
+    pub load: Option<Arc<dyn LoadSource>>,
+    /// What becomes of the routing trace.
+    pub trace: Option<Arc<TraceCounters>>,
+    /// What each rank's time goes into, in rank order.
+    pub ranks: Vec<Arc<RankMeter>>,
+}
+
+/// How much the page may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeriesOptions {
+    /// How finely expert load is shown; `None` is [`ExpertDetail::of_model`].
+    pub expert_detail: Option<ExpertDetail>,
+    /// A setting that makes more series is refused.
+    pub max_series: usize,
+}
+
+impl Default for SeriesOptions {
+    fn default() -> Self {
+        SeriesOptions { expert_detail: None, max_series: 20_000 }
+    }
 }
 
 /// How a sequence ended, as `moeyard_requests_total` has it.
@@ -90,45 +124,60 @@ const EXPECTED_RESPONSES: &[(&str, &[u16])] = &[
     ("/health", &[200, 503]),
     ("/version", &[200]),
     ("/metrics", &[200]),
+    ("/v1/experts", &[200, 304, 400]),
+    ("/v1/experts/placement", &[200, 304]),
     ("other", &[404]),
 ];
 
-/// The only endpoint that runs sequences so far.
-const COMPLETIONS: &str = "completions";
+/// What runs sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/completions`.
+    Completions,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+impl Endpoint {
+    const ALL: [(Endpoint, &'static str); 2] =
+        [(Endpoint::Completions, "completions"), (Endpoint::Chat, "chat_completions")];
+}
 
 /// A server's metrics. The engine reports durations to it as its [`TimingObserver`].
 pub struct Metrics {
     registry: Registry,
-    sequences: [Counter; Outcome::ALL.len()],
+    /// `[endpoint][outcome]`
+    sequences: [[Counter; Outcome::ALL.len()]; Endpoint::ALL.len()],
     rejected_queue_full: Counter,
     rejected_draining: Counter,
     time_to_first_token: Histogram,
     inter_token: Histogram,
     request_duration: Histogram,
+    request_queue: Histogram,
+    request_prefill: Histogram,
+    request_decode: Histogram,
     request_prompt_tokens: Histogram,
     request_generation_tokens: Histogram,
     /// Duration and rows of steps that were prefill, decode, mixed.
     steps: [(Histogram, Histogram); 3],
+    step_imbalance: Histogram,
+    ranks: RankMetrics,
     /// A std lock: taken once per page and per window, never across an await.
     load: Option<Mutex<LoadMetrics>>,
-    source: Option<Arc<dyn LoadSource>>,
-    trace: Option<Arc<TraceCounters>>,
+    sources: Sources,
 }
 
 impl Metrics {
-    /// Metrics of a server with this model; `source` tells the expert load, `trace` what becomes of the
-    /// routing trace.
+    /// Metrics of a server with this model. All series but those of rare HTTP answers exist from now on, at 0.
     ///
     /// # Errors
-    /// [`Error::Config`] when a family of [`FAMILIES`] is not renderable.
-    pub fn new(
-        info: &Info,
-        source: Option<Arc<dyn LoadSource>>,
-        trace: Option<Arc<TraceCounters>>,
-    ) -> Result<Self> {
+    /// [`Error::Config`] when the page would have more than [`SeriesOptions::max_series`] series.
+    pub fn new(info: &Info, sources: Sources, options: SeriesOptions) -> Result<Self> {
         let registry = Registry::new()?;
         registry.describe(info);
-        let requests = |name| registry.counter(&family::REQUESTS_TOTAL, &[COMPLETIONS, name]);
+        let requests = |(_, endpoint): (Endpoint, &str)| {
+            Outcome::ALL.map(|(_, name)| registry.counter(&family::REQUESTS_TOTAL, &[endpoint, name]))
+        };
         let rejections = |reason| registry.counter(&family::ADMISSION_REJECTIONS_TOTAL, &[reason]);
         let step = |phase| {
             let duration = registry.histogram(&family::STEP_DURATION_SECONDS, &[phase]);
@@ -139,35 +188,57 @@ impl Metrics {
                 registry.counter(&family::HTTP_RESPONSES_TOTAL, &[route, &code.to_string()]).absolute(0);
             }
         }
-        let load = source.as_ref().map(|source| Mutex::new(LoadMetrics::new(&registry, source.snapshot())));
-        Ok(Metrics {
-            sequences: Outcome::ALL.map(|(_, name)| requests(name)),
+        let load = sources.load.as_ref().map(|source| source.snapshot());
+        let detail = load.as_ref().map_or(ExpertDetail::Off, |load| {
+            let default = ExpertDetail::of_model(load.layer_ids.len(), load.experts);
+            options.expert_detail.unwrap_or(default)
+        });
+        let load = load.map(|load| Mutex::new(LoadMetrics::new(&registry, load, detail)));
+        let metrics = Metrics {
+            sequences: Endpoint::ALL.map(requests),
             rejected_queue_full: rejections("queue_full"),
             rejected_draining: rejections("draining"),
             time_to_first_token: registry.histogram(&family::TIME_TO_FIRST_TOKEN_SECONDS, &[]),
             inter_token: registry.histogram(&family::INTER_TOKEN_LATENCY_SECONDS, &[]),
             request_duration: registry.histogram(&family::REQUEST_DURATION_SECONDS, &[]),
+            request_queue: registry.histogram(&family::REQUEST_QUEUE_DURATION_SECONDS, &[]),
+            request_prefill: registry.histogram(&family::REQUEST_PREFILL_DURATION_SECONDS, &[]),
+            request_decode: registry.histogram(&family::REQUEST_DECODE_DURATION_SECONDS, &[]),
             request_prompt_tokens: registry.histogram(&family::REQUEST_PROMPT_TOKENS, &[]),
             request_generation_tokens: registry.histogram(&family::REQUEST_GENERATION_TOKENS, &[]),
             steps: ["prefill", "decode", "mixed"].map(step),
+            step_imbalance: registry.histogram(&family::STEP_IMBALANCE_RATIO, &[]),
+            ranks: RankMetrics::new(&registry, sources.ranks.len()),
             load,
-            source,
-            trace,
+            sources,
             registry,
-        })
+        };
+        let series = count_series(&metrics.render(&EngineStats::default()));
+        if series > options.max_series {
+            let why = format!(
+                "expert detail \"{}\" makes {series} series, more than max_series = {}; choose a coarser detail or raise \
+                 the limit",
+                detail.label(),
+                options.max_series
+            );
+            return Err(Error::config("[metrics] expert_detail", why));
+        }
+        Ok(metrics)
     }
 
     /// The page, with the engine's and the experts' counts as they are now.
     pub fn render(&self, engine: &EngineStats) -> String {
         self.registry.copy(engine);
-        self.registry.copy_trace(self.trace.as_deref());
+        self.registry.copy_trace(self.sources.trace.as_deref());
+        self.registry.copy_process();
+        self.ranks.update(&self.registry, &self.sources.ranks);
         self.with_load(LoadMetrics::count);
         self.registry.render()
     }
 
     /// Folds the samples of histograms, which otherwise pile up between two pages.
     pub fn run_upkeep(&self) {
-        self.registry.handle.run_upkeep();
+        self.registry.run_upkeep();
     }
 
     /// Ends a load window: the per-layer gauges speak of it from now on.
@@ -180,9 +251,14 @@ impl Metrics {
         self.registry.counter(&family::HTTP_RESPONSES_TOTAL, &[route, status.as_str()]).increment(1);
     }
 
+    /// Who tells the expert load, where anybody does.
+    pub(super) fn load_source(&self) -> Option<&Arc<dyn LoadSource>> {
+        self.sources.load.as_ref()
+    }
+
     /// Counts the end of a sequence.
-    pub(super) fn count_sequence(&self, outcome: Outcome) {
-        self.sequences[outcome as usize].increment(1);
+    pub(super) fn count_sequence(&self, endpoint: Endpoint, outcome: Outcome) {
+        self.sequences[endpoint as usize][outcome as usize].increment(1);
     }
 
     /// Counts a valid request that the engine could not take.
@@ -198,7 +274,7 @@ impl Metrics {
     }
 
     fn with_load(&self, update: impl FnOnce(&mut LoadMetrics, crate::metrics::LoadSnapshot)) {
-        if let (Some(load), Some(source)) = (&self.load, &self.source) {
+        if let (Some(load), Some(source)) = (&self.load, &self.sources.load) {
             update(&mut load.lock().unwrap_or_else(PoisonError::into_inner), source.snapshot());
         }
     }
@@ -214,6 +290,9 @@ impl TimingObserver for Metrics {
         let (duration, rows) = &self.steps[phase];
         duration.record(timing.duration);
         rows.record((timing.prefill_rows + timing.decode_rows) as f64);
+        if let Some(source) = &self.sources.load {
+            self.step_imbalance.record(source.step_imbalance());
+        }
     }
 
     fn on_first_token(&self, since_submission: Duration) {
@@ -226,77 +305,45 @@ impl TimingObserver for Metrics {
 
     fn on_finish(&self, timing: &RequestTiming) {
         self.request_duration.record(timing.total);
+        for (histogram, part) in [
+            (&self.request_queue, timing.queue),
+            (&self.request_prefill, timing.prefill),
+            (&self.request_decode, timing.decode),
+        ] {
+            // A part that was never reached has no duration.
+            if let Some(time) = part {
+                histogram.record(time);
+            }
+        }
         self.request_prompt_tokens.record(timing.prompt_tokens as f64);
         self.request_generation_tokens.record(timing.generated_tokens as f64);
     }
 }
 
-/// The Prometheus recorder, spoken to in families.
-pub(super) struct Registry {
-    recorder: PrometheusRecorder,
-    handle: PrometheusHandle,
-}
-
 impl Registry {
-    pub(super) fn new() -> Result<Self> {
-        let refused =
-            |family: &Family, why: &dyn std::fmt::Display| Error::config(family.name, why.to_string());
-        let mut builder = PrometheusBuilder::new();
-        for family in FAMILIES {
-            // Without buckets the exporter would render a summary.
-            if let Kind::Histogram(bounds) = family.kind {
-                let matcher = Matcher::Full(family.name.into());
-                builder =
-                    builder.set_buckets_for_metric(matcher, bounds).map_err(|why| refused(family, &why))?;
-            }
-        }
-        let recorder = builder.build_recorder();
-        for family in FAMILIES {
-            let (name, help) = (KeyName::from_const_str(family.name), family.help.into());
-            match family.kind {
-                Kind::Counter => recorder.describe_counter(name, None, help),
-                Kind::Gauge => recorder.describe_gauge(name, None, help),
-                Kind::Histogram(_) => recorder.describe_histogram(name, None, help),
-            }
-        }
-        Ok(Registry { handle: recorder.handle(), recorder })
-    }
-
-    /// The page as it stands.
-    pub(super) fn render(&self) -> String {
-        self.handle.render()
-    }
-
-    /// The counter of `family` with these label values.
-    pub(super) fn counter(&self, family: &Family, values: &[&str]) -> Counter {
-        assert_eq!(family.kind, Kind::Counter, "{}", family.name);
-        self.recorder.register_counter(&key(family, values), &METADATA)
-    }
-
-    /// The gauge of `family` with these label values.
-    pub(super) fn gauge(&self, family: &Family, values: &[&str]) -> Gauge {
-        assert_eq!(family.kind, Kind::Gauge, "{}", family.name);
-        self.recorder.register_gauge(&key(family, values), &METADATA)
-    }
-
-    /// The histogram of `family` with these label values.
-    pub(super) fn histogram(&self, family: &Family, values: &[&str]) -> Histogram {
-        assert!(matches!(family.kind, Kind::Histogram(_)), "{}", family.name);
-        self.recorder.register_histogram(&key(family, values), &METADATA)
-    }
-
     fn describe(&self, info: &Info) {
         let number = |n: usize| n.to_string();
         let one = |family, values: &[&str]| self.gauge(family, values).set(1.0);
-        one(&family::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), &info.backend]);
+        // Whoever builds from a checkout may say which.
+        let commit = option_env!("MOEYARD_COMMIT").unwrap_or("unknown");
+        one(&family::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), commit, &info.backend]);
         let [layers, experts, top_k] = [info.layers, info.experts, info.top_k].map(number);
         one(&family::MODEL_INFO, &[&info.model, &info.dtype, &layers, &experts, &top_k]);
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
-        one(&family::PARALLEL_INFO, &[&tp, &dp, &ep]);
+        one(&family::PARALLEL_INFO, &[&tp, &dp, &ep, &info.placement]);
+        self.gauge(&family::REDUNDANT_EXPERT_SLOTS, &[]).set(info.redundant_slots as f64);
+        // No rebalancer runs and no expert has a capacity limit, so these are true as they stand.
+        self.counter(&family::TOKENS_DROPPED_TOTAL, &[]).absolute(0);
+        for outcome in ["applied", "skipped", "failed"] {
+            self.counter(&family::REBALANCES_TOTAL, &[outcome]).absolute(0);
+        }
         for (rank, memory) in info.memory.iter().enumerate() {
-            for (kind, bytes) in
-                [("weights", memory.weights), ("kv", memory.kv), ("workspace", memory.workspace)]
-            {
+            for (kind, bytes) in [
+                ("weights", memory.weights),
+                ("kv", memory.kv),
+                ("workspace", memory.workspace),
+                ("redundant", memory.redundant),
+            ] {
                 self.gauge(&family::MEMORY_BYTES, &[&rank.to_string(), kind]).set(bytes as f64);
             }
         }
@@ -325,25 +372,26 @@ impl Registry {
         self.gauge(&family::REQUESTS_WAITING, &[]).set(stats.waiting as f64);
     }
 
+    /// The operating system keeps these; what it does not tell stays as it was.
+    fn copy_process(&self) {
+        let Some(process) = process::read() else { return };
+        self.set_seconds(&family::PROCESS_CPU_SECONDS_TOTAL, &[], process.cpu_seconds);
+        for (family, value) in [
+            (&family::PROCESS_RESIDENT_MEMORY_BYTES, process.resident_bytes as f64),
+            (&family::PROCESS_VIRTUAL_MEMORY_BYTES, process.virtual_bytes as f64),
+            (&family::PROCESS_OPEN_FDS, process.open_fds as f64),
+            (&family::PROCESS_MAX_FDS, process.max_fds as f64),
+            (&family::PROCESS_START_TIME_SECONDS, process.start_unix_seconds),
+            (&family::RUNTIME_THREADS, process.threads as f64),
+        ] {
+            self.gauge(family, &[]).set(value);
+        }
+    }
+
     /// Zero without a trace.
     fn copy_trace(&self, trace: Option<&TraceCounters>) {
         let [errors, lost] = trace.map_or([0; 2], |trace| [trace.errors(), trace.lost_records()]);
         self.counter(&family::TRACE_ERRORS_TOTAL, &[]).absolute(errors);
         self.counter(&family::TRACE_LOST_RECORDS_TOTAL, &[]).absolute(lost);
     }
-}
-
-/// The recorder filters by nothing of this.
-static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
-
-fn key(family: &Family, values: &[&str]) -> Key {
-    assert_eq!(
-        family.labels.len(),
-        values.len(),
-        "{}: labels {:?}, values {values:?}",
-        family.name,
-        family.labels
-    );
-    let labels = family.labels.iter().zip(values).map(|(name, value)| Label::new(*name, (*value).to_owned()));
-    Key::from_parts(family.name, labels.collect::<Vec<_>>())
 }

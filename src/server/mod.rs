@@ -34,12 +34,16 @@ mod id;
 // what operators see
 mod operators;
 mod metrics;
+mod registry;
 mod load_metrics;
+mod rank_metrics;
+mod process;
+mod experts;
 
 pub use auth::ApiKeys;
 pub use connection::{bind, serve, while_loading};
 pub use generation::SamplingDefaults;
-pub use metrics::{Info, Metrics, RankMemory};
+pub use metrics::{Info, Metrics, RankMemory, SeriesOptions, Sources};
 pub use options::ServerOptions;
 pub use shutdown::{Shutdown, Stage};
 pub use state::{AppState, Setup};

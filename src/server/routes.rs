@@ -13,7 +13,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::state::AppState;
-use super::{auth, completions, models, operators, request_id, tokenize};
+use super::{auth, completions, experts, models, operators, request_id, tokenize};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -30,6 +30,8 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/load", get(operators::load))
         .route("/version", get(operators::version))
         .route("/metrics", get(operators::metrics))
+        .route("/v1/experts", get(experts::load))
+        .route("/v1/experts/placement", get(experts::placement))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard))

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::error::ApiError;
 use super::generation::{Generation, Truncation};
-use super::metrics::{Metrics, Outcome};
+use super::metrics::{Endpoint, Metrics, Outcome};
 use super::shutdown::{Shutdown, Stage};
 use super::state::AppState;
 use super::transcript::{Piece, Prompt, Rules, Transcript};
@@ -25,6 +25,8 @@ const PIECES_AHEAD: usize = 32;
 /// What the sequences of one HTTP request have in common.
 #[derive(Clone, Copy)]
 pub struct Common<'a> {
+    /// Where they were asked for, for the metrics.
+    pub endpoint: Endpoint,
     /// The fields of all endpoints.
     pub generation: &'a Generation,
     /// As asked for.
@@ -89,7 +91,11 @@ impl Sequences {
                 captures: generation.routed_experts,
                 pieces: sender.clone(),
                 patience: state.options.stalled_reader_timeout,
-                outcome: Counted { metrics: Arc::clone(&state.metrics), outcome: Outcome::Abort },
+                outcome: Counted {
+                    metrics: Arc::clone(&state.metrics),
+                    endpoint: common.endpoint,
+                    outcome: Outcome::Abort,
+                },
             };
             tasks.spawn(reader.run(state.shutdown.clone()));
         }
@@ -285,11 +291,12 @@ impl Reader {
 /// Counts a sequence's outcome once, however its task ends; a task that is dropped was aborted.
 struct Counted {
     metrics: Arc<Metrics>,
+    endpoint: Endpoint,
     outcome: Outcome,
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.metrics.count_sequence(self.outcome);
+        self.metrics.count_sequence(self.endpoint, self.outcome);
     }
 }

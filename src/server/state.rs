@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
+use super::experts::ExpertLoad;
 use super::generation::SamplingDefaults;
 use super::metrics::Metrics;
 use super::options::ServerOptions;
@@ -46,6 +47,8 @@ pub struct AppState {
     pub(super) eos_token_ids: Vec<u32>,
     pub(super) sampling_defaults: SamplingDefaults,
     pub(super) metrics: Arc<Metrics>,
+    /// Where the engine tells its expert load.
+    pub(super) experts: Option<ExpertLoad>,
     pub(super) options: ServerOptions,
     pub(super) shutdown: Shutdown,
     /// Unix time in seconds.
@@ -73,6 +76,7 @@ impl AppState {
             served_names: setup.served_names,
             eos_token_ids: setup.eos_token_ids,
             sampling_defaults: setup.sampling_defaults,
+            experts: setup.metrics.load_source().cloned().map(ExpertLoad::new),
             metrics: setup.metrics,
             options: setup.options,
             shutdown: setup.shutdown,

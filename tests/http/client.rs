@@ -66,6 +66,13 @@ impl Client {
         self.request("GET", path, &[], b"")
     }
 
+    /// As [`Self::get`]; `None` when the server closes the connection without an answer, as it may while it shuts down.
+    pub fn try_get(&mut self, path: &str) -> Option<Response> {
+        self.send("GET", path, &[], b"");
+        let answered = self.stream.fill_buf().is_ok_and(|bytes| !bytes.is_empty());
+        answered.then(|| self.response())
+    }
+
     pub fn post(&mut self, path: &str, body: &Value) -> Response {
         self.request("POST", path, &[("Content-Type", "application/json")], body.to_string().as_bytes())
     }

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::engine::scripted::{Fault, Script, setups};
-use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks};
+use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup};
 use moeyard::metrics::LoadSource;
 use moeyard::model::FormRules;
 use moeyard::server::{
-    AppState, Info, Metrics, SamplingDefaults, ServerOptions, Setup, Shutdown, Stage, serve,
+    AppState, Info, Metrics, SamplingDefaults, SeriesOptions, ServerOptions, Setup, Shutdown, Sources, Stage,
+    serve,
 };
 use moeyard::tokenizer::{Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
@@ -78,11 +79,18 @@ impl Server {
 
     pub fn with(config: Config) -> Server {
         let tokenizer = Arc::new(tokenizer(config.chat_template));
-        let metrics = Arc::new(Metrics::new(&info(), config.load, None).expect("metrics"));
         let mut script = Script::of(&config.engine);
         script.pause = config.pause;
         script.fault = config.fault;
-        let engine = start_engine(&script, config.engine, Arc::clone(&metrics));
+        let ranks = ranks(&script, &config.engine);
+        let sources = Sources {
+            load: config.load,
+            ranks: ranks.iter().map(|rank| Arc::clone(&rank.meter)).collect(),
+            ..Sources::default()
+        };
+        let metrics = Arc::new(Metrics::new(&info(), sources, SeriesOptions::default()).expect("metrics"));
+        let hooks = Hooks { timing: Some(Arc::clone(&metrics) as _), ..Hooks::default() };
+        let engine = Engine::start(ranks, config.engine, hooks).expect("engine");
         let shutdown = Shutdown::default();
         let state = AppState::new(Setup {
             engine: engine.clone(),
@@ -179,11 +187,9 @@ fn spawn(state: AppState) -> (SocketAddr, JoinHandle<moeyard::Result<()>>) {
     (address, serving)
 }
 
-fn start_engine(script: &Script, options: EngineOptions, metrics: Arc<Metrics>) -> EngineHandle {
+fn ranks(script: &Script, options: &EngineOptions) -> Vec<RankSetup> {
     let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
-    let ranks = setups(script, 1, 1, options.max_logit_rows, &backend).expect("ranks");
-    let hooks = Hooks { timing: Some(metrics), ..Hooks::default() };
-    Engine::start(ranks, options, hooks).expect("engine")
+    setups(script, 1, 1, options.max_logit_rows, &backend).expect("ranks")
 }
 
 fn tokenizer(chat_template: Option<&str>) -> Tokenizer {
@@ -212,6 +218,13 @@ fn info() -> Info {
         tp: 1,
         dp: 1,
         ep: 1,
-        memory: vec![moeyard::server::RankMemory { weights: 3 << 20, kv: 1 << 20, workspace: 1 << 10 }],
+        placement: "linear".into(),
+        redundant_slots: 0,
+        memory: vec![moeyard::server::RankMemory {
+            weights: 3 << 20,
+            kv: 1 << 20,
+            workspace: 1 << 10,
+            redundant: 0,
+        }],
     }
 }

@@ -7,6 +7,7 @@ mod auth;
 mod completions;
 mod disconnects;
 mod errors;
+mod experts;
 mod limits;
 mod metrics;
 mod routes;

@@ -1,29 +1,19 @@
 //! The metrics page, against the rules of its format and against what was done.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use moeyard::metrics::{FAMILIES, Kind, LoadSnapshot, LoadSource};
+use moeyard::engine::EngineStats;
+use moeyard::metrics::{ExpertDetail, FAMILIES, Kind, LoadSnapshot, LoadSource};
+use moeyard::server::{Info, Metrics, RankMemory, SeriesOptions, Sources, Stage};
+use router_sim::load::LoadWindow;
+use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use serde_json::json;
 
-use crate::harness::{Config, Server};
-
-/// A load that a test sets by hand.
-struct Table(Mutex<LoadSnapshot>);
-
-impl LoadSource for Table {
-    fn snapshot(&self) -> LoadSnapshot {
-        self.0.lock().unwrap().clone()
-    }
-}
-
-fn table() -> Arc<Table> {
-    let mut load = LoadSnapshot::zeros(vec![1, 2], 4, 2);
-    // [phase][layer][expert]; rank 0 has experts 0 and 1, rank 1 the others.
-    load.by_expert = vec![6, 2, 2, 2, 1, 1, 1, 1, 3, 0, 0, 1, 0, 0, 0, 0];
-    load.by_rank = vec![8, 4, 2, 2, 3, 1, 0, 0];
-    Arc::new(Table(Mutex::new(load)))
-}
+use crate::experts::table;
+use crate::harness::{Config, Server, greedy};
 
 fn served() -> Server {
     let server = Server::with(Config { load: Some(table()), ..Config::default() });
@@ -99,7 +89,16 @@ fn the_counts_are_those_of_what_was_done() {
         ("moeyard_request_prompt_tokens_sum", 5.0),
         ("moeyard_request_generation_tokens_sum", 8.0),
         (r#"moeyard_step_tokens_sum{phase="prefill"}"#, 5.0),
+        (r#"moeyard_requests_total{endpoint="chat_completions",outcome="stop"}"#, 0.0),
         ("moeyard_requests_running", 0.0),
+        ("moeyard_request_queue_duration_seconds_count", 2.0),
+        ("moeyard_request_prefill_duration_seconds_count", 2.0),
+        ("moeyard_request_decode_duration_seconds_count", 2.0),
+        (r#"moeyard_rank_up{rank="0"}"#, 1.0),
+        (r#"moeyard_rank_heartbeat_age_seconds{rank="0"}"#, 0.0),
+        (r#"moeyard_comm_bytes_total{rank="0",op="dispatch",dir="sent"}"#, 0.0),
+        (r#"moeyard_rebalances_total{outcome="applied"}"#, 0.0),
+        ("moeyard_tokens_dropped_total", 0.0),
         (r#"moeyard_memory_bytes{rank="0",kind="weights"}"#, 3145728.0),
         (r#"moeyard_model_info{model="demo",dtype="f32",layers="2",experts="8",top_k="2"}"#, 1.0),
     ] {
@@ -121,12 +120,118 @@ fn expert_load_is_counted_by_rank_layer_and_expert() {
     }
 }
 
+/// The load of a large model, without tokens.
+struct Large;
+
+impl LoadSource for Large {
+    fn snapshot(&self) -> LoadSnapshot {
+        LoadSnapshot::zeros((3..61).collect(), 256, 8)
+    }
+
+    fn step_imbalance(&self) -> f64 {
+        0.0
+    }
+
+    fn placement(&self) -> Arc<Placement> {
+        let layers: Vec<usize> = (3..61).collect();
+        Arc::new(
+            Linear.place(&LoadWindow::new(&layers, 256), &ClusterShape { ranks: 8, redundant: 0 }).unwrap(),
+        )
+    }
+}
+
+/// Metrics of a server of that model on eight ranks.
+fn large(expert_detail: Option<ExpertDetail>, max_series: usize) -> moeyard::Result<Metrics> {
+    let ranks = (0..8).map(|_| Arc::default()).collect();
+    let sources = Sources { load: Some(Arc::new(Large)), ranks, ..Sources::default() };
+    let info = Info { memory: vec![RankMemory::default(); 8], ..Info::default() };
+    Metrics::new(&info, sources, SeriesOptions { expert_detail, max_series })
+}
+
+fn series(page: &str) -> usize {
+    page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count()
+}
+
 #[test]
-fn the_page_is_served_to_many_at_once() {
-    let server = served();
+fn the_page_of_a_large_model_stays_small() {
+    let metrics = large(None, 1400).unwrap();
+    let page = metrics.render(&EngineStats::default());
+    assert!(series(&page) <= 1400, "{} series", series(&page));
+    assert!(page.len() <= 150_000, "{} bytes", page.len());
+    let full = large(Some(ExpertDetail::Expert), 20_000).unwrap();
+    let page = full.render(&EngineStats::default());
+    assert!(series(&page) > 58 * 256, "{} series", series(&page));
+    // 2 ms and 30 ms in a release build on an idle machine; here only a blow-up would show.
+    for (metrics, limit_ms) in [(&metrics, 100), (&full, 1500)] {
+        let best = (0..3).map(|_| {
+            let began = Instant::now();
+            metrics.render(&EngineStats::default());
+            began.elapsed().as_millis()
+        });
+        let best = best.min().unwrap();
+        assert!(best <= limit_ms, "{best} ms, at most {limit_ms}");
+    }
+}
+
+#[test]
+fn a_detail_beyond_the_limit_is_refused_with_the_count() {
+    let page = large(Some(ExpertDetail::Expert), 20_000).unwrap().render(&EngineStats::default());
+    let error = large(Some(ExpertDetail::Expert), 1000).err().expect("refused").to_string();
+    let expected =
+        format!("expert detail \"expert\" makes {} series, more than max_series = 1000", series(&page));
+    assert!(error.contains(&expected), "{error}");
+}
+
+#[test]
+fn a_hundred_scrapes_at_once_disturb_nobody() {
+    // The engine generates while all of them read.
+    let server = Server::with(Config { load: Some(table()), ..Config::default() });
+    let running = AtomicBool::new(true);
     std::thread::scope(|scope| {
-        for _ in 0..20 {
-            scope.spawn(|| assert_eq!(server.client().get("/metrics").status, 200));
-        }
+        let load = scope.spawn(|| {
+            let mut answers = 0;
+            while running.load(Ordering::Relaxed) || answers == 0 {
+                let answer = server.complete(json!({"prompt": [50, 51, 52], "max_tokens": 20}));
+                assert_eq!(answer.status, 200);
+                answers += 1;
+            }
+            answers
+        });
+        let scrapes: Vec<_> = (0..100)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut before = 0.0;
+                    for _ in 0..3 {
+                        let page = server.client().get("/metrics").body;
+                        let steps = value(&page, "moeyard_steps_total");
+                        assert!(steps >= before, "counters only grow: {steps} after {before}");
+                        before = steps;
+                    }
+                })
+            })
+            .collect();
+        scrapes.into_iter().for_each(|scrape| scrape.join().unwrap());
+        running.store(false, Ordering::Relaxed);
+        assert!(load.join().unwrap() > 0);
     });
+}
+
+fn value(page: &str, series: &str) -> f64 {
+    let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series));
+    line.unwrap_or_else(|| panic!("{series} is not in\n{page}")).rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
+#[test]
+fn the_page_is_whole_while_the_server_shuts_down() {
+    let config = Config { pause: Duration::from_millis(20), ..Config::default() };
+    let server = Server::with(config);
+    let mut busy = server.client();
+    busy.send_json("/v1/completions", &greedy(json!({"prompt": [50], "max_tokens": 100, "stream": true})));
+    busy.head();
+    server.shutdown.advance(Stage::Draining);
+    // A connection that was made just before is closed as idle.
+    let page = (0..100).find_map(|_| server.client().try_get("/metrics")).expect("an answer while draining");
+    assert_eq!(page.status, 200);
+    assert!(page.body.ends_with('\n') && value(&page.body, "moeyard_requests_running") == 1.0);
+    server.shutdown.advance(Stage::Aborting);
 }

@@ -74,7 +74,8 @@ pub struct Sequence {
 pub struct World {
     pub family: Family,
     ranks: Vec<LoadedRank>,
-    counters: Vec<Arc<LoadCounters>>,
+    pub counters: Vec<Arc<LoadCounters>>,
+    placement: Arc<Placement>,
     degrees: Degrees,
     next_block: u32,
     blocks: u32,
@@ -98,6 +99,7 @@ impl World {
             let shape = ClusterShape { ranks: setup.degrees.expert_parallel(), redundant: setup.redundant };
             Linear.place(&LoadWindow::new(&layers, family.spec.moe.experts), &shape).unwrap()
         });
+        let placement = Arc::new(placement);
         let blocks = 64 * setup.max_model_len.div_ceil(BLOCK).max(1);
         let counters: Vec<_> = (0..setup.degrees.world())
             .map(|_| {
@@ -110,7 +112,7 @@ impl World {
             counters: counters.clone(),
             degrees: setup.degrees,
             precision,
-            placement: Arc::new(placement),
+            placement: Arc::clone(&placement),
             sizes: Sizes {
                 max_model_len: setup.max_model_len,
                 block_size: BLOCK,
@@ -123,7 +125,7 @@ impl World {
         let reader = WeightReader::new(&checkpoint, &family.spec, &family.names, precision.weights);
         let ranks = load_world(reader, &family.spec, backends, &options).unwrap();
         let (degrees, blocks) = (setup.degrees, blocks as u32);
-        World { degrees, ranks, counters, next_block: 0, blocks, family }
+        World { degrees, ranks, counters, placement, next_block: 0, blocks, family }
     }
 
     pub fn sequence(&mut self, prompt: &[u32]) -> Sequence {
@@ -227,7 +229,11 @@ impl World {
 
     /// What all ranks counted.
     pub fn load_snapshot(&self) -> LoadSnapshot {
-        WorldLoad { layer_ids: self.family.spec.moe_layers(), counters: self.counters.clone() }.snapshot()
+        WorldLoad { placement: Arc::clone(&self.placement), counters: self.counters.clone() }.snapshot()
+    }
+
+    pub fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement)
     }
 
     pub fn degrees(&self) -> Degrees {

@@ -1,9 +1,15 @@
-//! Names, kinds, labels and help texts of every metric family, as data, and the plain snapshot of expert load from
-//! which the load families are filled. What renders them is `server/metrics.rs`.
+//! Names, kinds, labels and help texts of every metric family, as data, and what the families are filled from:
+//! the expert load ([`load`]) and what each rank spends its time on ([`meter`]). What renders them is
+//! `server/metrics.rs`.
 //!
-//! House rules, checked by the tests below: prefix `moeyard_`, snake case, base units last in a name, `_total` on
-//! counters and nowhere else, no label whose values a client chooses.
+//! House rules, checked by the tests below: prefix `moeyard_` (`process_` for what every process has), snake case, base
+//! units last in a name, `_total` on counters and nowhere else, no label whose values a client chooses.
 
+pub mod load;
+pub mod meter;
+
+pub use load::{LoadSnapshot, LoadSource, hottest};
+pub use meter::{CommOp, RankMeter, Work, WorkClock};
 pub use router_sim::load::{Phase, entropy_ratio, imbalance_ratio, max_share};
 
 /// What a family measures.
@@ -45,11 +51,18 @@ const REQUEST_SECONDS: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
     960.0, 1920.0, 7680.0,
 ];
+/// Seconds of the parts of a request that may be short: vLLM's buckets with finer ones below.
+const WAIT_SECONDS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0,
+    120.0, 240.0, 480.0, 960.0,
+];
 /// Tokens of a request: 1-2-5.
 const REQUEST_TOKENS: &[f64] =
     &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5];
 /// Seconds of one step.
 const STEP_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Imbalance ratio of one step.
+const IMBALANCE: &[f64] = &[0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 7.0, 15.0];
 /// Tokens of one step.
 const STEP_TOKENS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
@@ -68,14 +81,28 @@ macro_rules! families {
 }
 
 families! {
-    BUILD_INFO: Kind::Gauge, "moeyard_build_info", ["version", "backend"],
+    BUILD_INFO: Kind::Gauge, "moeyard_build_info", ["version", "commit", "backend"],
         "Always 1; the labels say which build this is.";
     MODEL_INFO: Kind::Gauge, "moeyard_model_info", ["model", "dtype", "layers", "experts", "top_k"],
         "Always 1; the labels say which model is served.";
-    PARALLEL_INFO: Kind::Gauge, "moeyard_parallel_info", ["tp", "dp", "ep"],
-        "Always 1; the labels give the parallel degrees.";
+    PARALLEL_INFO: Kind::Gauge, "moeyard_parallel_info", ["tp", "dp", "ep", "placement"],
+        "Always 1; the labels give the parallel degrees and where the first placement came from.";
     MEMORY_BYTES: Kind::Gauge, "moeyard_memory_bytes", ["rank", "kind"],
-        "Memory a rank reserved at start, by use.";
+        "Memory a rank reserved at start, by use; redundant is the part of the weights that extra expert slots hold.";
+    PROCESS_CPU_SECONDS_TOTAL: Kind::Counter, "process_cpu_seconds_total", [],
+        "User and system CPU time of this process.";
+    PROCESS_RESIDENT_MEMORY_BYTES: Kind::Gauge, "process_resident_memory_bytes", [],
+        "Memory of this process that is in RAM.";
+    PROCESS_VIRTUAL_MEMORY_BYTES: Kind::Gauge, "process_virtual_memory_bytes", [],
+        "Address space of this process.";
+    PROCESS_OPEN_FDS: Kind::Gauge, "process_open_fds", [],
+        "Open file descriptors of this process.";
+    PROCESS_MAX_FDS: Kind::Gauge, "process_max_fds", [],
+        "Most file descriptors that this process may open.";
+    PROCESS_START_TIME_SECONDS: Kind::Gauge, "process_start_time_seconds", [],
+        "Start of this process in seconds since 1970.";
+    RUNTIME_THREADS: Kind::Gauge, "moeyard_runtime_threads", [],
+        "Threads of this process.";
 
     REQUESTS_RUNNING: Kind::Gauge, "moeyard_requests_running", [],
         "Sequences that take part in steps.";
@@ -100,6 +127,12 @@ families! {
         "Time between two tokens of one sequence.";
     REQUEST_DURATION_SECONDS: Kind::Histogram(REQUEST_SECONDS), "moeyard_request_duration_seconds", [],
         "Time from the submission of a sequence to its end.";
+    REQUEST_QUEUE_DURATION_SECONDS: Kind::Histogram(WAIT_SECONDS), "moeyard_request_queue_duration_seconds", [],
+        "Time from the submission of a sequence to its admission.";
+    REQUEST_PREFILL_DURATION_SECONDS: Kind::Histogram(WAIT_SECONDS), "moeyard_request_prefill_duration_seconds", [],
+        "Time from the admission of a sequence to its first token.";
+    REQUEST_DECODE_DURATION_SECONDS: Kind::Histogram(REQUEST_SECONDS), "moeyard_request_decode_duration_seconds", [],
+        "Time from the first token of a sequence to its end.";
     REQUEST_PROMPT_TOKENS: Kind::Histogram(REQUEST_TOKENS), "moeyard_request_prompt_tokens", [],
         "Prompt tokens per sequence.";
     REQUEST_GENERATION_TOKENS: Kind::Histogram(REQUEST_TOKENS), "moeyard_request_generation_tokens", [],
@@ -126,12 +159,31 @@ families! {
     TRACE_LOST_RECORDS_TOTAL: Kind::Counter, "moeyard_trace_lost_records_total", [],
         "Steps and events that the routing trace could not take.";
 
+    RANK_UP: Kind::Gauge, "moeyard_rank_up", ["rank"],
+        "1 while the rank holds its model and answers steps, 0 before it is loaded and after it failed.";
+    RANK_HEARTBEAT_AGE_SECONDS: Kind::Gauge, "moeyard_rank_heartbeat_age_seconds", ["rank"],
+        "Time since the rank last got on with the step it works on; 0 between steps.";
+    PHASE_SECONDS_TOTAL: Kind::Counter, "moeyard_phase_seconds_total", ["rank", "phase"],
+        "Time a rank spent inside steps, by what it did; wait is time spent waiting for other ranks.";
+    COMM_BYTES_TOTAL: Kind::Counter, "moeyard_comm_bytes_total", ["rank", "op", "dir"],
+        "Bytes of rows that a rank exchanged with other ranks; what stays on the rank is not counted.";
+    STEP_IMBALANCE_RATIO: Kind::Histogram(IMBALANCE), "moeyard_step_imbalance_ratio", [],
+        "Expert rows of the busiest rank over the mean, minus 1, of one step: each summed over layers.";
+    TOKENS_DROPPED_TOTAL: Kind::Counter, "moeyard_tokens_dropped_total", [],
+        "Tokens that an expert had no room for; 0 by design, as no expert has a capacity limit.";
+    REDUNDANT_EXPERT_SLOTS: Kind::Gauge, "moeyard_redundant_expert_slots", [],
+        "Expert slots per MoE layer beyond one per expert, over all ranks.";
+    REBALANCES_TOTAL: Kind::Counter, "moeyard_rebalances_total", ["outcome"],
+        "Decisions of the rebalancer, by what became of them.";
+
     RANK_EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_rank_expert_tokens_total", ["rank", "phase"],
         "Tokens computed by the experts of a rank, over all layers.";
     LAYER_EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_layer_expert_tokens_total", ["layer"],
         "Tokens computed by the experts of a layer; equals tokens times top_k.";
     EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_expert_tokens_total", ["layer", "expert"],
-        "Tokens computed by one expert; only where layers times experts is small.";
+        "Tokens computed by one expert; with expert detail \"expert\".";
+    LAYER_RANK_EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_layer_rank_expert_tokens_total", ["layer", "rank"],
+        "Tokens computed by the experts of a layer on one rank; with expert detail \"layer_rank\" or \"expert\".";
     LAYER_IMBALANCE_RATIO: Kind::Gauge, "moeyard_layer_imbalance_ratio", ["layer", "phase"],
         "Load of the busiest rank over the mean rank load, minus 1, in the last window.";
     LAYER_MAX_EXPERT_SHARE_RATIO: Kind::Gauge, "moeyard_layer_max_expert_share_ratio", ["layer"],
@@ -142,82 +194,48 @@ families! {
         "Id of the expert with the highest load in the last window.";
 }
 
-/// Expert load of the whole world since start.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LoadSnapshot {
-    /// Absolute indices of the MoE layers, ascending.
-    pub layer_ids: Vec<usize>,
-    /// Logical experts per layer.
-    pub experts: usize,
-    /// Expert-parallel ranks.
-    pub ranks: usize,
-    /// `[phase][layer][expert]`: tokens routed to each expert.
-    pub by_expert: Vec<u64>,
-    /// `[phase][layer][rank]`: the same tokens by the rank that computed them.
-    pub by_rank: Vec<u64>,
+/// How finely expert load is put on the metrics page; each level has what those before it have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ExpertDetail {
+    /// Nothing by rank, layer or expert.
+    Off,
+    /// By rank.
+    Rank,
+    /// By layer, with the imbalance of the last window.
+    Layer,
+    /// By layer and rank.
+    LayerRank,
+    /// By layer and expert.
+    Expert,
 }
 
-impl LoadSnapshot {
-    /// All counts zero.
-    pub fn zeros(layer_ids: Vec<usize>, experts: usize, ranks: usize) -> Self {
-        let rows = Phase::ALL.len() * layer_ids.len();
-        LoadSnapshot {
-            layer_ids,
-            experts,
-            ranks,
-            by_expert: vec![0; rows * experts],
-            by_rank: vec![0; rows * ranks],
-        }
+impl ExpertDetail {
+    /// All levels, coarsest first.
+    pub const ALL: [ExpertDetail; 5] = [
+        ExpertDetail::Off,
+        ExpertDetail::Rank,
+        ExpertDetail::Layer,
+        ExpertDetail::LayerRank,
+        ExpertDetail::Expert,
+    ];
+
+    /// As flags and files spell it.
+    pub fn label(self) -> &'static str {
+        ["off", "rank", "layer", "layer_rank", "expert"][self as usize]
     }
 
-    /// Tokens of each expert in MoE layer number `layer` (an index into [`Self::layer_ids`]).
-    pub fn experts_of(&self, phase: Phase, layer: usize) -> &[u64] {
-        let first = (phase as usize * self.layer_ids.len() + layer) * self.experts;
-        &self.by_expert[first..first + self.experts]
-    }
-
-    /// Tokens of each rank in MoE layer number `layer`.
-    pub fn ranks_of(&self, phase: Phase, layer: usize) -> &[u64] {
-        let first = (phase as usize * self.layer_ids.len() + layer) * self.ranks;
-        &self.by_rank[first..first + self.ranks]
-    }
-
-    /// Tokens of each expert of a layer, both phases.
-    pub fn layer_experts(&self, layer: usize) -> Vec<u64> {
-        let [prefill, decode] = Phase::ALL.map(|phase| self.experts_of(phase, layer));
-        prefill.iter().zip(decode).map(|(a, b)| a + b).collect()
-    }
-
-    /// Tokens of a rank over all layers.
-    pub fn rank_total(&self, rank: usize, phase: Phase) -> u64 {
-        (0..self.layer_ids.len()).map(|layer| self.ranks_of(phase, layer)[rank]).sum()
-    }
-
-    /// What was added since `earlier`, a snapshot of the same world. A count that went back counts as 0.
-    pub fn since(&self, earlier: &LoadSnapshot) -> LoadSnapshot {
-        let shape = |s: &LoadSnapshot| (s.layer_ids.len(), s.experts, s.ranks);
-        assert_eq!(shape(self), shape(earlier), "layers, experts and ranks of two snapshots");
-        let minus =
-            |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
-        LoadSnapshot {
-            by_expert: minus(&self.by_expert, &earlier.by_expert),
-            by_rank: minus(&self.by_rank, &earlier.by_rank),
-            ..self.clone()
+    /// The default for a model: one series per expert up to [`SMALL_MODEL_EXPERTS`] of them over all layers.
+    pub fn of_model(layers: usize, experts: usize) -> ExpertDetail {
+        if layers.saturating_mul(experts) <= SMALL_MODEL_EXPERTS {
+            ExpertDetail::Expert
+        } else {
+            ExpertDetail::Layer
         }
     }
 }
 
-/// Who can tell the expert load: the MoE layers in a running server, a table in tests.
-pub trait LoadSource: Send + Sync {
-    /// Counts since start. Shape and order never change while the process lives; counts never go back. Called about
-    /// once a second from a thread that runs no model.
-    fn snapshot(&self) -> LoadSnapshot;
-}
-
-/// Index of the highest load, the lowest among equals; 0 for an empty slice.
-pub fn hottest(loads: &[u64]) -> usize {
-    loads.iter().enumerate().fold(0, |best, (i, &load)| if load > loads[best] { i } else { best })
-}
+/// Experts over all layers that still make a page one likes to read.
+pub const SMALL_MODEL_EXPERTS: usize = 512;
 
 #[cfg(test)]
 mod tests {
@@ -230,7 +248,7 @@ mod tests {
         for family in FAMILIES {
             let name = family.name;
             assert!(seen.insert(name), "{name} twice");
-            assert!(name.starts_with("moeyard_"), "{name}: prefix");
+            assert!(name.starts_with("moeyard_") || name.starts_with("process_"), "{name}: prefix");
             let snake = |s: &str| s.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
             assert!(snake(name) && !name.contains("__"), "{name}: snake case");
             assert_eq!(
@@ -254,41 +272,6 @@ mod tests {
             if let Kind::Histogram(bounds) = family.kind {
                 assert!(bounds.is_sorted_by(|a, b| a < b) && bounds[0] > 0.0, "{name}: {bounds:?}");
             }
-        }
-    }
-
-    fn two_ranks() -> LoadSnapshot {
-        let mut load = LoadSnapshot::zeros(vec![1, 3], 3, 2);
-        load.by_expert = vec![1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50, 60];
-        load.by_rank = vec![3, 3, 4, 11, 30, 30, 40, 110];
-        load
-    }
-
-    #[test]
-    fn rows_are_found() {
-        let load = two_ranks();
-        assert_eq!(load.experts_of(Phase::Decode, 1), [40, 50, 60]);
-        assert_eq!(load.ranks_of(Phase::Prefill, 1), [4, 11]);
-        assert_eq!(load.layer_experts(0), [11, 22, 33]);
-        assert_eq!(load.rank_total(0, Phase::Decode), 70);
-    }
-
-    #[test]
-    fn a_window_is_the_difference_of_two_snapshots() {
-        let then = two_ranks();
-        let mut now = two_ranks();
-        now.by_expert[2] += 7;
-        now.by_rank[1] += 7;
-        let window = now.since(&then);
-        assert_eq!(window.rank_total(1, Phase::Prefill), 7);
-        assert_eq!(window.rank_total(0, Phase::Prefill), 0);
-        assert_eq!(window.layer_experts(0), [0, 0, 7]);
-    }
-
-    #[test]
-    fn the_hottest_expert_is_the_first_of_equals() {
-        for (loads, hot) in [(&[0, 8, 0][..], 1), (&[1, 3, 3][..], 1), (&[0, 0][..], 0), (&[][..], 0)] {
-            assert_eq!(hottest(loads), hot, "{loads:?}");
         }
     }
 }
