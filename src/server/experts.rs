@@ -328,7 +328,8 @@ mod tests {
             experts.tick(at(second));
         }
         assert_eq!(counted(&experts, 5, at(1000)).0, 5.0);
-        assert_eq!(counted(&experts, 60, at(1000)), (60.0, 15));
+        // Twelve snapshots since second 940, and one of each answer.
+        assert_eq!(counted(&experts, 60, at(1000)), (60.0, 14));
         assert_eq!(counted(&experts, 300, at(1000)).0, 300.0);
         let kept = experts.past.lock().unwrap().snapshots.len() as u64;
         assert_eq!(kept, MAX_WINDOW_S / SPACING_S + 1);
