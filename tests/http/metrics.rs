@@ -1,8 +1,8 @@
 //! The metrics page, against the rules of its format and against what was done.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use moeyard::engine::EngineStats;
