@@ -168,7 +168,7 @@ fn rules(state: &AppState, common: Common<'_>) -> Rules {
 
 /// One choice of `prompt`, but for its sampling.
 fn engine_request(prompt: &Prompt, common: Common<'_>, rules: &Rules, max_model_len: usize) -> Request {
-    let Common { generation, max_tokens, default_max_tokens, logprobs, echo } = common;
+    let Common { generation, max_tokens, default_max_tokens, logprobs, echo, .. } = common;
     // A default that was not asked for bends to what the context leaves; a full context is refused by the engine.
     let room = max_model_len.saturating_sub(prompt.tokens.len()).max(1);
     let max_tokens = max_tokens.unwrap_or(default_max_tokens.min(room));
