@@ -118,6 +118,15 @@ fn split_labels(file: &Path) -> (PathBuf, Vec<String>) {
     }
 }
 
+/// A bar over the runs of a sweep, hidden unless standard error is a terminal.
+pub fn points_bar(points: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{pos}/{len} runs {wide_bar} {eta}");
+    ProgressBar::new(points as u64).with_style(style.expect("a template that is a constant"))
+}
+
 /// A bar on standard error, when that is a terminal. It goes away at the end of the file.
 fn progress(path: &Path) -> Option<formats::Progress> {
     if !std::io::stderr().is_terminal() {

@@ -12,6 +12,7 @@ mod split;
 mod simulation;
 mod summary;
 mod replay;
+mod compare;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,8 @@ enum Command {
     Split(split::Arguments),
     /// Run tokens through a placement, a split and a cluster, step by step
     Replay(Box<replay::Arguments>),
+    /// Run many alternatives on the same tokens, side by side
+    Compare(Box<compare::Arguments>),
 }
 
 /// Entry point of the binary.
@@ -62,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Place(arguments) => place::run(arguments),
         Command::Split(arguments) => split::run(arguments),
         Command::Replay(arguments) => replay::run(*arguments),
+        Command::Compare(arguments) => compare::run(*arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

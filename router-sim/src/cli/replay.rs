@@ -7,7 +7,7 @@ use clap::Args;
 use router_sim::Result;
 use router_sim::formats::source::write_text;
 use router_sim::placement::{Expected, Placement};
-use router_sim::simulate::{Choice, PolicyName, Rebalancing, Trigger};
+use router_sim::simulate::{Choice, Rebalancing, Trigger};
 
 use super::simulation::SimulationFlags;
 use super::summary;
@@ -53,6 +53,12 @@ pub struct Arguments {
     /// Groups of experts that eplb-hierarchical keeps on a node
     #[arg(long, value_name = "N", default_value_t = 1)]
     groups: usize,
+    /// Rebalance while serving: look at the load every so many steps
+    #[arg(long, value_name = "STEPS")]
+    rebalance_interval: Option<u64>,
+    /// Steps of load that a look is at [default: the interval]
+    #[arg(long, value_name = "STEPS", requires = "rebalance_interval")]
+    window: Option<u64>,
     #[command(flatten)]
     rebalancing: RebalancingFlags,
     /// Write everything that was found as JSON
@@ -67,12 +73,6 @@ pub struct Arguments {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Rebalancing while serving")]
 pub struct RebalancingFlags {
-    /// Look at the load every so many steps; without it the placement stays
-    #[arg(long, value_name = "STEPS")]
-    pub rebalance_interval: Option<u64>,
-    /// Steps of load that are looked at [default: the interval]
-    #[arg(long, value_name = "STEPS")]
-    pub window: Option<u64>,
     /// Parts of the window that are planned on one by one
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub window_parts: usize,
@@ -94,12 +94,11 @@ pub struct RebalancingFlags {
 }
 
 impl RebalancingFlags {
-    /// What they stand for; `None` keeps placements.
-    pub fn settings(&self) -> Result<Option<Rebalancing>> {
-        let Some(interval) = self.rebalance_interval else { return Ok(None) };
+    /// What they stand for, with a look every `interval` steps.
+    pub fn settings(&self, interval: u64, window: Option<u64>) -> Result<Rebalancing> {
         let settings = Rebalancing {
             interval,
-            window: self.window.unwrap_or(interval),
+            window: window.unwrap_or(interval),
             parts: self.window_parts,
             trigger: match self.below {
                 None => Trigger::Interval,
@@ -110,7 +109,7 @@ impl RebalancingFlags {
             synchronous: self.synchronous,
         };
         settings.check()?;
-        Ok(Some(settings))
+        Ok(settings)
     }
 }
 
@@ -118,7 +117,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let Arguments { ranks, redundant, .. } = arguments;
     let simulation = arguments.simulation.prepare(ranks)?;
     let scenario = simulation.scenario();
-    let policy = PolicyName::parse(&arguments.policy, arguments.groups, simulation.cluster.nodes_of(ranks))?;
+    let policy = simulation.policy(&arguments.policy, arguments.groups, ranks)?;
     let expected =
         Expected { ranks: Some(ranks), experts: simulation.experts(), layer_ids: simulation.layer_ids() };
     let placement = arguments.placement.as_ref().map(|file| Placement::read(file, &expected)).transpose()?;
@@ -128,7 +127,10 @@ pub fn run(arguments: Arguments) -> Result<()> {
         policy,
         placement,
         split: simulation.split(&arguments.split, ranks)?,
-        rebalancing: arguments.rebalancing.settings()?,
+        rebalancing: arguments
+            .rebalance_interval
+            .map(|interval| arguments.rebalancing.settings(interval, arguments.window))
+            .transpose()?,
     };
     let mut lines = arguments.layer_steps.is_some().then(|| LAYER_STEPS_HEADER.to_owned());
     let layer_ids = simulation.layer_ids();

@@ -136,6 +136,7 @@ pub struct Simulation {
     pub threads: usize,
     input: String,
     fitted_on: Option<String>,
+    order: String,
     seed: u64,
 }
 
@@ -198,6 +199,10 @@ impl SimulationFlags {
             threads: self.machine.threads(),
             input: input.display().to_string(),
             fitted_on: self.fit.as_ref().map(|file| file.display().to_string()),
+            order: format!(
+                "{:?} of {:?} requests, {} windows",
+                self.batches.order, self.batches.requests, self.fit_windows
+            ),
             seed: self.batches.seed,
         })
     }
@@ -304,6 +309,29 @@ impl Simulation {
             constants: &self.constants,
             reference: PolicyName::BEST,
         }
+    }
+
+    /// A policy by name; hierarchical ones know the nodes of so many ranks.
+    pub fn policy(&self, name: &str, groups: usize, ranks: usize) -> Result<PolicyName> {
+        PolicyName::parse(name, groups, self.cluster.nodes_of(ranks))
+    }
+
+    /// Everything that all runs of a sweep share, in words: two sweeps with the same words give the same figures.
+    pub fn describe(&self) -> String {
+        format!(
+            "input {} fit {} tokens-per-rank {} order {} steps {:?} sources {:?} seed {} top-k {} model {:?} cluster {:?} cost {:?}",
+            self.input,
+            self.fitted_on.as_deref().unwrap_or("the same"),
+            self.tokens_per_rank,
+            self.order,
+            self.steps,
+            self.sources,
+            self.seed,
+            self.top_k,
+            self.model,
+            self.cluster,
+            self.constants
+        )
     }
 
     /// A split by name: random ones with the seed, near ones with the cluster's nodes, the decode one with the model's

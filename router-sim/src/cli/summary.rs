@@ -67,6 +67,71 @@ pub fn of_run(run: &Run) -> String {
     out
 }
 
+/// Alternatives side by side; gains are against the first.
+pub fn table(runs: &[Run]) -> String {
+    let header = [
+        "alternative",
+        "plan",
+        "actual",
+        "p5",
+        "best",
+        "bound",
+        "experts",
+        "step",
+        "tokens/s",
+        "gain",
+        "moved",
+        "weights",
+    ];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    let first = runs.first().map_or(0.0, |run| run.totals.tokens_per_s);
+    let priced = runs.iter().any(|run| run.totals.usd_per_million_tokens.is_some());
+    if priced {
+        rows[0].push("$/M tokens".to_owned());
+    }
+    for run in runs {
+        let t = &run.totals;
+        let gain = if first > 0.0 { 100.0 * (t.tokens_per_s / first - 1.0) } else { 0.0 };
+        let mut row = vec![
+            run.name.clone(),
+            format!("{:.4}", t.plan),
+            format!("{:.4}", t.actual),
+            format!("{:.3}", t.actual_p5),
+            format!("{:.4}", t.best_split),
+            format!("{:.4}", t.bound),
+            us(t.expert_us),
+            us(t.step_us),
+            count(t.tokens_per_s),
+            format!("{gain:+.1} %"),
+            if t.transfers > 0 { bytes(t.moved_bytes) } else { "-".to_owned() },
+            bytes(t.expert_bytes_per_rank),
+        ];
+        if priced {
+            row.push(t.usd_per_million_tokens.map_or("-".to_owned(), |usd| format!("{usd:.3}")));
+        }
+        rows.push(row);
+    }
+    aligned(&rows)
+}
+
+/// The first column to the left, all others to the right.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    let mut out = String::new();
+    for row in rows {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            match column {
+                0 => write!(out, "{cell:<width$}"),
+                _ => write!(out, "  {cell:>width$}"),
+            }
+            .expect("a String takes everything");
+        }
+        out.push('\n');
+    }
+    out
+}
+
 fn per_token(pairs: u64, tokens: u64, layers: usize) -> f64 {
     pairs as f64 / (tokens.max(1) * layers.max(1) as u64) as f64
 }

@@ -3,7 +3,7 @@
 use crate::report::data::TimePoint;
 
 /// Points that are kept; neighbours are merged two by two when there are more.
-const MOST_POINTS: usize = 512;
+const MOST_POINTS: usize = 256;
 
 /// Points over equally many steps each.
 #[derive(Debug, Clone, Default)]
