@@ -32,6 +32,15 @@ pub enum Error {
         sum: String,
     },
 
+    /// A device failed.
+    #[error("{device}: {why}")]
+    Device {
+        /// Which one.
+        device: String,
+        /// What was done, and what the driver said.
+        why: String,
+    },
+
     /// A client's request is refused; nothing of it was run.
     #[error("{message}")]
     Request {

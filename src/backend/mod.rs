@@ -7,12 +7,15 @@
 
 pub mod check;
 pub mod cpu;
+pub mod cuda;
+mod event;
 mod precision;
 pub mod reference;
 mod tensor;
 
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
+pub use event::Event;
 pub use precision::Precision;
 pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
@@ -258,6 +261,22 @@ pub trait Backend: Send + Sync {
 
     /// One line for logs: device, instruction set, threads.
     fn describe(&self) -> String;
+
+    // ---- order of work between ranks of one process
+
+    /// Moves `event` to the end of the work given to this backend so far. Methods of a backend may return before their work
+    /// is done (only [`Backend::download`] waits); the work of one backend runs in the order given.
+    fn record(&self, event: &mut Event) -> Result<()> {
+        // Work is done when a method returns.
+        let _ = event;
+        Ok(())
+    }
+
+    /// What is given to this backend from now on runs after what `event` marks, which another backend of the same kind recorded.
+    fn wait(&self, event: &Event) -> Result<()> {
+        let _ = event;
+        Ok(())
+    }
 
     // ---- memory
 

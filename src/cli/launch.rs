@@ -7,12 +7,12 @@ use std::time::Duration;
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Expected, Linear, Placement, PlacementPolicy};
 
+use super::devices::{self, Devices};
 use super::model::OpenModel;
 use super::progress;
-use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
-use crate::config::{Options, RawOptions, host_memory};
+use crate::config::{Options, RawOptions};
 use crate::engine::recorder::Recorder;
 use crate::engine::{Engine, EngineHandle, EngineOptions, Hooks, RankSetup, TimingObserver};
 use crate::error::Result;
@@ -83,9 +83,9 @@ impl Prepared {
             check_finite(&model.checkpoint, spec, &model.family.names, None)?;
         }
         let placement = Arc::new(placement(spec, &options)?);
-        let backends = (0..options.parallel.world)
-            .map(|_| Ok(Arc::new(CpuBackend::detect(options.model.threads)?) as Arc<dyn Backend>))
-            .collect::<Result<Vec<_>>>()?;
+        let model_options = options.model;
+        let Devices { backends, memory: available } =
+            devices::open(model_options.device, options.parallel.world, model_options.threads)?;
         let sizes = sizes(spec, &options, needs, None);
         let share = Share {
             backend: backends[0].as_ref(),
@@ -95,10 +95,7 @@ impl Prepared {
             sizes,
         };
         let footprint = Footprint::of(spec, share);
-        let memory = memory::plan(
-            host_memory::available().unwrap_or(u64::MAX),
-            &demand(spec, &options, footprint, backends[0].describe()),
-        )?;
+        let memory = memory::plan(available, &demand(spec, &options, footprint, backends[0].describe()))?;
         let counters = (0..options.parallel.world)
             .map(|_| Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep)))
             .collect();

@@ -1,5 +1,6 @@
 //! The command line: `moeyard serve | generate | verify | inspect`.
 
+mod devices;
 mod embedded;
 mod generate;
 pub mod inspect;
@@ -99,6 +100,8 @@ fn exit_code(error: &Error) -> ExitCode {
         | Error::Request { .. }
         | Error::Io { .. }
         | Error::Routing(_) => ExitCode::from(2),
-        Error::Busy { .. } | Error::Peer { .. } | Error::Stopped(_) => ExitCode::from(1),
+        Error::Busy { .. } | Error::Device { .. } | Error::Peer { .. } | Error::Stopped(_) => {
+            ExitCode::from(1)
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::Communicator;
-use crate::backend::{Backend, DType, Tensor, View, ViewMut};
+use crate::backend::{Backend, DType, Event, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
 
 /// One rank's end of a group of threads.
@@ -41,6 +41,8 @@ struct Group {
 struct Mailbox {
     rows: HashMap<DType, Tensor>,
     counts: Vec<u32>,
+    /// The rank's work up to its offer, reads of the collective before included.
+    offered: Event,
 }
 
 impl Local {
@@ -123,12 +125,21 @@ impl Local {
         Ok(())
     }
 
-    /// Meets the other ranks; after it, everything offered in this collective may be read.
+    /// Meets the other ranks; after it, everything offered in this collective may be read. On devices that work
+    /// asynchronously the meeting is one of streams too: work given from now on runs after what all ranks gave before.
     fn meet(&mut self) -> Result<()> {
+        {
+            let mut mailbox = self.own().write().unwrap_or_else(PoisonError::into_inner);
+            self.backend.record(&mut mailbox.offered)?;
+        }
         let arrived = Instant::now();
         let met = self.group.meeting.wait(self.rank);
         self.waited += arrived.elapsed();
-        met
+        met?;
+        for r in (0..self.size()).filter(|&r| r != self.rank) {
+            self.backend.wait(&self.of(r).read().unwrap_or_else(PoisonError::into_inner).offered)?;
+        }
+        Ok(())
     }
 
     fn done(&mut self) -> Result<()> {

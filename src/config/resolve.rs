@@ -65,6 +65,8 @@ pub enum GenerationConfig {
 /// How the model is loaded and computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelOptions {
+    /// `--device`; what it comes to is for who opens the devices to see.
+    pub device: DeviceChoice,
     /// `--dtype`; what it means for a model is [`crate::backend::Precision::of`]'s to say.
     pub dtype: DType,
     /// Compute threads of each rank.
@@ -122,9 +124,6 @@ impl Options {
     /// # Errors
     /// [`Error::Config`] naming the option, the limit and the value.
     pub fn resolve(raw: RawOptions, spec: &ModelSpec, cores: usize) -> Result<Options> {
-        if raw.device == Some(DeviceChoice::Cuda) {
-            return Err(Error::config("device", "this build has no cuda: expected auto or cpu, found cuda"));
-        }
         let parallel = Parallel::resolve(&raw, spec)?;
         Ok(Options {
             model: model(&raw, &parallel, cores)?,
@@ -183,6 +182,7 @@ fn metrics(raw: &RawMetrics) -> SeriesOptions {
 fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
     let share = (cores / parallel.world).clamp(1, MAX_THREADS);
     Ok(ModelOptions {
+        device: raw.device.unwrap_or(DeviceChoice::Auto),
         // Auto is bf16 for every checkpoint, F32 ones too: on a CPU the bytes of the weights are the time of a step,
         // and who wants f32 says so.
         dtype: match raw.dtype.unwrap_or(DtypeChoice::Auto) {
@@ -282,7 +282,12 @@ mod tests {
                 drain_timeout: Duration::from_secs(30),
                 metrics: SeriesOptions { expert_detail: None, max_series: 20_000 },
             },
-            model: ModelOptions { dtype: DType::Bf16, threads: 16, check_weights: false },
+            model: ModelOptions {
+                device: DeviceChoice::Auto,
+                dtype: DType::Bf16,
+                threads: 16,
+                check_weights: false,
+            },
             parallel: Parallel::SINGLE,
             scheduler: SchedulerOptions {
                 max_model_len: None,
@@ -309,7 +314,11 @@ mod tests {
             ..RawOptions::default()
         })
         .unwrap();
-        assert_eq!(options.model, ModelOptions { dtype: DType::F32, threads: 5, check_weights: false });
+        let device = DeviceChoice::Cpu;
+        assert_eq!(
+            options.model,
+            ModelOptions { device, dtype: DType::F32, threads: 5, check_weights: false }
+        );
         assert_eq!(options.experts.slots_per_rank, 4);
         assert_eq!(options.scheduler.prefill_chunk_size, 100);
         assert!(!options.cache.prefix_caching);
@@ -351,10 +360,6 @@ mod tests {
             (
                 RawOptions { drain_timeout: Some(86401), ..none() },
                 "drain-timeout: expected 0 to 86400, found 86401",
-            ),
-            (
-                RawOptions { device: Some(DeviceChoice::Cuda), ..none() },
-                "device: this build has no cuda: expected auto or cpu, found cuda",
             ),
         ] {
             assert_eq!(refusal(raw), message);

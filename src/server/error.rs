@@ -136,6 +136,10 @@ impl From<Error> for ApiError {
                 tracing::error!("rank {rank}: {why}");
                 Self::unavailable("A rank of the engine was lost.")
             }
+            Error::Device { device, why } => {
+                tracing::error!("{device}: {why}");
+                Self::unavailable("A device of the engine failed.")
+            }
             // These belong to start-up; met here they are our bug, and their text names files and devices.
             other @ (Error::Checkpoint(_)
             | Error::Config { .. }

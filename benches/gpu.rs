@@ -1,0 +1,338 @@
+//! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
+//! table; does nothing where there is no GPU.
+//!
+//! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
+//! together larger than the second-level cache.
+
+use std::time::Instant;
+
+use half::bf16;
+use moeyard::backend::cuda::{self, CudaBackend};
+use moeyard::backend::{
+    AttentionBatch, Backend, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
+    KvShape, Matrix, Mlp, SeqSpan, Tensor,
+};
+use moeyard::spec::{Activation, Renormalize, Router, Score};
+
+fn main() {
+    // `cargo test --benches` only asks whether it starts.
+    if std::env::args().any(|a| a == "--test") {
+        return;
+    }
+    match cuda::devices() {
+        Ok(_) => Bench { gpu: CudaBackend::open(0).unwrap(), numbers: Numbers(7) }.run(),
+        Err(why) => println!("no benchmark: {why}"),
+    }
+}
+
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+    /// Uniform in [-1, 1).
+    fn unit(&mut self) -> f32 {
+        self.next() as f32 / (1u64 << 30) as f32 - 1.0
+    }
+    /// Standard normal, nearly: the sum of twelve uniform numbers.
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.unit() * 0.5).sum()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ExpertShape {
+    name: &'static str,
+    hidden: usize,
+    width: usize,
+    experts: usize,
+    top_k: usize,
+}
+
+const SHAPES: [ExpertShape; 2] = [
+    ExpertShape { name: "Mixtral-8x7B", hidden: 4096, width: 14336, experts: 8, top_k: 2 },
+    // A quarter of the experts and of the choices: one of four ranks.
+    ExpertShape { name: "DeepSeek-V3, EP 4", hidden: 7168, width: 2048, experts: 64, top_k: 2 },
+];
+
+struct Bench {
+    gpu: CudaBackend,
+    numbers: Numbers,
+}
+
+/// Limits of this card.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Bytes read and written by a large copy, per second.
+    bandwidth: f64,
+}
+
+impl Bench {
+    fn run(mut self) {
+        println!("{}", self.gpu.describe());
+        println!("{:<46} {:>10} {:>10} {:>10} {:>9}", "operation", "us", "TFLOP/s", "GB/s", "of copy");
+        let limits = self.copy();
+        for (rows, n, k) in [(8192, 8192, 8192), (4096, 28672, 4096), (4096, 4096, 14336)] {
+            self.linear(limits, rows, n, k);
+        }
+        for (rows, n, k) in
+            [(1, 6144, 4096), (1, 4096, 4096), (1, 32000, 4096), (16, 6144, 4096), (64, 6144, 4096)]
+        {
+            self.linear(limits, rows, n, k);
+        }
+        for shape in SHAPES {
+            let slots = self.slots(shape);
+            for (tokens, spread) in
+                [(4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0), (1, 0.0), (8, 0.0), (64, 0.0)]
+            {
+                self.experts(limits, shape, &slots, tokens, spread);
+            }
+        }
+        self.around_experts(limits, 4096);
+        for (sequences, context) in [(1, 1024), (1, 8192), (64, 1024), (64, 4096)] {
+            self.decode_attention(limits, sequences, context);
+        }
+        self.prefill_attention(2048);
+    }
+
+    /// Seconds per call.
+    fn time(&self, mut call: impl FnMut(&CudaBackend)) -> f64 {
+        let probe = self.gpu.alloc(DType::F32, 1, 1).unwrap();
+        let wait = || self.gpu.download(probe.view(), &mut [0; 4]).unwrap();
+        call(&self.gpu);
+        wait();
+        let start = Instant::now();
+        call(&self.gpu);
+        wait();
+        let once = start.elapsed().as_secs_f64();
+        let calls = ((0.15 / once) as usize).clamp(3, 2000);
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            let start = Instant::now();
+            for _ in 0..calls {
+                call(&self.gpu);
+            }
+            wait();
+            best = best.min(start.elapsed().as_secs_f64() / calls as f64);
+        }
+        best
+    }
+
+    fn line(&self, name: &str, seconds: f64, flops: f64, bytes: f64, limits: Option<Limits>) {
+        let share =
+            limits.map_or(String::new(), |l| format!("{:.0} %", 100.0 * bytes / seconds / l.bandwidth));
+        println!(
+            "{name:<46} {:>10.1} {:>10.1} {:>10.0} {share:>9}",
+            seconds * 1e6,
+            flops / seconds / 1e12,
+            bytes / seconds / 1e9
+        );
+    }
+
+    fn random(&mut self, rows: usize, cols: usize) -> Tensor {
+        // A period that is prime to everything keeps rows different; generating gigabytes would take longer than the benchmark.
+        let period: Vec<bf16> = (0..65_537).map(|_| bf16::from_f32(self.numbers.unit() * 0.05)).collect();
+        let bytes: Vec<u8> = period.iter().cycle().take(rows * cols).flat_map(|x| x.to_le_bytes()).collect();
+        let mut tensor = self.gpu.alloc(DType::Bf16, rows, cols).unwrap();
+        self.gpu.upload(&bytes, tensor.view_mut()).unwrap();
+        tensor
+    }
+
+    fn twin(&self, of: &Tensor) -> Tensor {
+        let mut tensor = self.gpu.alloc(of.dtype(), of.rows(), of.cols()).unwrap();
+        self.gpu.copy_rows(of.view(), tensor.view_mut()).unwrap();
+        tensor
+    }
+
+    fn copy(&mut self) -> Limits {
+        let src = self.random(1 << 15, 1 << 14);
+        let mut dst = self.gpu.alloc(DType::Bf16, 1 << 15, 1 << 14).unwrap();
+        let seconds = self.time(|gpu| gpu.copy_rows(src.view(), dst.view_mut()).unwrap());
+        let bytes = 2.0 * src.bytes() as f64;
+        self.line("copy of 1 GiB (read and written)", seconds, 0.0, bytes, None);
+        Limits { bandwidth: bytes / seconds }
+    }
+
+    fn linear(&mut self, limits: Limits, rows: usize, n: usize, k: usize) {
+        // Several matrices in turn, so that none stays in the cache.
+        let first = self.random(n, k);
+        let copies = (400_000_000 / first.bytes()).clamp(1, 16);
+        let mut matrices: Vec<Matrix> =
+            (1..copies).map(|_| Matrix { data: self.twin(&first), n, k }).collect();
+        matrices.push(Matrix { data: first, n, k });
+        let x = self.random(rows, k);
+        let mut out = self.gpu.alloc(DType::Bf16, rows, n).unwrap();
+        let mut turn = 0;
+        let seconds = self.time(|gpu| {
+            turn += 1;
+            gpu.linear(x.view(), &matrices[turn % copies], None, out.view_mut()).unwrap();
+        });
+        let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
+        let name = format!("linear {rows} x {n} x {k}");
+        self.line(&name, seconds, 2.0 * (rows * n * k) as f64, bytes, Some(limits));
+    }
+
+    fn slots(&mut self, shape: ExpertShape) -> Vec<Option<Mlp>> {
+        let mut matrix = |n, k| {
+            let values = (0..65_537).map(|_| bf16::from_f32(self.numbers.unit() * 0.02)).collect::<Vec<_>>();
+            HostMatrix { n, k, data: HostData::Bf16(values.into_iter().cycle().take(n * k).collect()) }
+        };
+        let host = HostMlp {
+            gate: matrix(shape.width, shape.hidden),
+            up: matrix(shape.width, shape.hidden),
+            down: matrix(shape.hidden, shape.width),
+            bias: None,
+        };
+        let first = self.gpu.pack_mlp(&host, DType::Bf16).unwrap();
+        let copy = || Mlp { parts: first.parts.iter().map(|p| self.twin(p)).collect(), ..first };
+        let mut slots: Vec<Option<Mlp>> = (1..shape.experts).map(|_| Some(copy())).collect();
+        slots.push(Some(first));
+        slots
+    }
+
+    /// Rows of each expert: every choice is independent, its probability the exponential of a normal number times `spread`.
+    fn loads(&mut self, shape: ExpertShape, rows: usize, spread: f32) -> Vec<usize> {
+        let odds: Vec<f32> = (0..shape.experts).map(|_| (self.numbers.normal() * spread).exp()).collect();
+        let total: f32 = odds.iter().sum();
+        let mut counts = vec![0; shape.experts];
+        for _ in 0..rows {
+            let mut at = (self.numbers.unit() * 0.5 + 0.5) * total;
+            let chosen = odds.iter().position(|o| {
+                at -= o;
+                at < 0.0
+            });
+            counts[chosen.unwrap_or(shape.experts - 1)] += 1;
+        }
+        counts
+    }
+
+    fn experts(
+        &mut self,
+        limits: Limits,
+        shape: ExpertShape,
+        slots: &[Option<Mlp>],
+        tokens: usize,
+        spread: f32,
+    ) {
+        let rows = tokens * shape.top_k;
+        let counts = self.loads(shape, rows, spread);
+        let mut offsets = vec![0];
+        for count in &counts {
+            offsets.push(offsets[offsets.len() - 1] + count);
+        }
+        let x = self.random(rows, shape.hidden);
+        let mut out = self.gpu.alloc(DType::Bf16, rows, shape.hidden).unwrap();
+        let seconds = self.time(|gpu| {
+            let args =
+                ExpertsArgs { rows: x.view(), offsets: &offsets, slots, activation: Activation::SiluMul };
+            gpu.experts(args, out.view_mut()).unwrap();
+        });
+        let busy = counts.iter().filter(|&&n| n > 0).count();
+        let parameters = 3 * shape.hidden * shape.width;
+        let bytes = 2.0 * (busy * parameters + rows * (2 * shape.hidden + 2 * shape.width)) as f64;
+        let loads = if spread > 0.0 { "log-normal" } else { "uniform" };
+        let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
+        self.line(&name, seconds, 2.0 * (rows * parameters) as f64, bytes, Some(limits));
+    }
+
+    /// Router, permutation and combine of a Mixtral layer.
+    fn around_experts(&mut self, limits: Limits, tokens: usize) {
+        let (experts, top_k, hidden) = (8, 2, 4096);
+        let router = Router {
+            score: Score::Softmax,
+            logit_bias: false,
+            choice_bias: false,
+            groups: None,
+            renormalize: Renormalize::Sum { eps: 0.0 },
+            scale: 1.0,
+        };
+        let logits: Vec<u8> = (0..tokens * experts).flat_map(|_| self.numbers.unit().to_le_bytes()).collect();
+        let mut scores = self.gpu.alloc(DType::F32, tokens, experts).unwrap();
+        self.gpu.upload(&logits, scores.view_mut()).unwrap();
+        let mut ids = self.gpu.alloc(DType::I32, tokens, top_k).unwrap();
+        let mut weights = self.gpu.alloc(DType::F32, tokens, top_k).unwrap();
+        let seconds = self.time(|gpu| {
+            gpu.route(scores.view(), None, &router, ids.view_mut(), weights.view_mut()).unwrap();
+        });
+        self.line(
+            &format!("router, {tokens} tokens"),
+            seconds,
+            0.0,
+            (tokens * 4 * (experts + 2 * top_k)) as f64,
+            None,
+        );
+        let x = self.random(tokens, hidden);
+        let rows = tokens * top_k;
+        let index: Vec<u32> = (0..rows).map(|i| (i * 7919 % tokens) as u32).collect();
+        let mut permuted = self.gpu.alloc(DType::Bf16, rows, hidden).unwrap();
+        let seconds = self.time(|gpu| gpu.gather_rows(x.view(), &index, permuted.view_mut()).unwrap());
+        let bytes = (2 * rows * hidden * 2) as f64;
+        self.line(&format!("permute, {tokens} tokens"), seconds, 0.0, bytes, Some(limits));
+        let index: Vec<u32> = (0..rows).map(|i| (i * 7919 % rows) as u32).collect();
+        let mut out = self.gpu.alloc(DType::F32, tokens, hidden).unwrap();
+        let seconds = self.time(|gpu| {
+            let args =
+                CombineArgs { rows: permuted.view(), index: &index, weights: weights.view(), parts: 1 };
+            gpu.combine(args, out.view_mut()).unwrap();
+        });
+        let bytes = (rows * hidden * 2 + tokens * hidden * 4) as f64;
+        self.line(&format!("combine, {tokens} tokens"), seconds, 0.0, bytes, Some(limits));
+    }
+
+    /// 32 heads over 8 KV heads of 128, as Mixtral has them.
+    fn attention(&mut self, spans: &[SeqSpan], context: usize) -> f64 {
+        const BLOCK: usize = 32;
+        let (heads, kv_heads, dim) = (32, 8, 128);
+        let blocks = spans.len() * context.div_ceil(BLOCK);
+        let shape = KvShape::Gqa { kv_heads, head_dim: dim };
+        let mut cache = self.gpu.alloc_kv(shape, DType::Bf16, BLOCK, blocks).unwrap();
+        for part in &mut cache.parts {
+            let (rows, cols) = (part.rows(), part.cols());
+            *part = self.random(rows, cols);
+        }
+        let rows: usize = spans.iter().map(|s| s.rows as usize).sum();
+        let random = self.random(rows, heads * dim);
+        let mut q = self.gpu.alloc(DType::F32, rows, heads * dim).unwrap();
+        self.gpu.copy_rows(random.view(), q.view_mut()).unwrap();
+        let mut out = self.gpu.alloc(DType::Bf16, rows, heads * dim).unwrap();
+        let block_table: Vec<u32> = (0..blocks as u32).collect();
+        self.time(|gpu| {
+            let batch = AttentionBatch { spans, block_table: &block_table };
+            let args =
+                GqaArgs { q: q.view(), cache: &cache, batch, heads, scale: 0.088, window: None, sinks: None };
+            gpu.attention_gqa(args, out.view_mut()).unwrap();
+        })
+    }
+
+    fn decode_attention(&mut self, limits: Limits, sequences: usize, context: usize) {
+        let blocks = context.div_ceil(32);
+        let span = |s: usize| SeqSpan {
+            row: s as u32,
+            rows: 1,
+            position: context as u32 - 1,
+            prompt_len: 0,
+            first_block: (s * blocks) as u32,
+        };
+        let spans: Vec<SeqSpan> = (0..sequences).map(span).collect();
+        let seconds = self.attention(&spans, context);
+        let bytes = (sequences * context * 2 * 8 * 128 * 2) as f64;
+        let flops = (sequences * context * 32 * 128 * 4) as f64;
+        self.line(
+            &format!("attention, {sequences} rows over {context}"),
+            seconds,
+            flops,
+            bytes,
+            Some(limits),
+        );
+    }
+
+    fn prefill_attention(&mut self, rows: usize) {
+        let spans =
+            [SeqSpan { row: 0, rows: rows as u32, position: 0, prompt_len: rows as u32, first_block: 0 }];
+        let seconds = self.attention(&spans, rows);
+        let flops = (rows * rows / 2 * 32 * 128 * 4) as f64;
+        self.line(&format!("attention, prompt of {rows}"), seconds, flops, 0.0, None);
+    }
+}

@@ -1,0 +1,218 @@
+// Every launcher of this folder: one function and one argument struct each, mirrored in src/backend/cuda/enabled/ffi.rs.
+//
+// Pointers are device pointers unless a comment says "host". Launchers are asynchronous on `stream` and return 0 or a
+// cudaError_t. Formulas are those of the methods of the trait Backend that a launcher serves.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOEYARD_API __attribute__((visibility("default")))
+
+typedef enum { MOEYARD_F32 = 0, MOEYARD_BF16 = 1, MOEYARD_I32 = 2 } MoeyardType;
+
+// Row-major [rows, cols]; `stride` elements from one row to the next.
+typedef struct {
+  void* data;
+  int64_t stride;
+  int32_t rows, cols;
+  int32_t type;
+  int32_t reserved;
+} MoeyardMatrix;
+
+// ---- device.cu
+
+// Number of devices according to the statically linked runtime, or -cudaError_t.
+MOEYARD_API int moeyard_device_count(void);
+// Name of a cudaError_t (host string, static).
+MOEYARD_API const char* moeyard_error_name(int error);
+
+// ---- rows.cu
+
+// dst[to(i)] = src[index ? index[i] : i], converted. `half` -1: to(i) = i. 0 or 1: rows are dealt in groups of eight into
+// every other group of dst, starting with the first or the second: how gate and up matrices are interleaved.
+typedef struct {
+  MoeyardMatrix src, dst;
+  const uint32_t* index;
+  int32_t rows;
+  int32_t half;
+} MoeyardCopy;
+MOEYARD_API int moeyard_copy(const MoeyardCopy* args, void* stream);
+
+// dst[h * latent + l, d] = src[h * (nope + v) + d, l]: W_k of each head, transposed.
+typedef struct {
+  MoeyardMatrix src, dst;
+  int32_t heads, nope, v, latent;
+} MoeyardTransposeHeads;
+MOEYARD_API int moeyard_transpose_heads(const MoeyardTransposeHeads* args, void* stream);
+
+// out[i] = table[ids[i]] * scale
+typedef struct {
+  MoeyardMatrix table, out;
+  const uint32_t* ids;
+  float scale;
+} MoeyardEmbed;
+MOEYARD_API int moeyard_embed(const MoeyardEmbed* args, void* stream);
+
+typedef enum { MOEYARD_ADD_SCALED = 0, MOEYARD_SCALE = 1, MOEYARD_CLAMP = 2, MOEYARD_SIGMOID_GATE = 3 } MoeyardMapKind;
+// y += x * factor | y *= factor | y = clamp(y, +-factor) | y *= sigmoid(x[i, 0])
+typedef struct {
+  MoeyardMatrix x, y;
+  float factor;
+  int32_t kind;
+} MoeyardMap;
+MOEYARD_API int moeyard_map(const MoeyardMap* args, void* stream);
+
+// ---- norm.cu
+
+typedef struct {
+  MoeyardMatrix x, out;  // may be the same
+  const float* weight;
+  const float* bias;  // or null
+  int32_t width;
+  int32_t centred;  // subtract the mean: a layer norm
+  float eps;
+} MoeyardNorm;
+MOEYARD_API int moeyard_norm(const MoeyardNorm* args, void* stream);
+
+// out[i] = sum of squares of row i
+typedef struct {
+  MoeyardMatrix x, out;
+} MoeyardSquareSum;
+MOEYARD_API int moeyard_square_sum(const MoeyardSquareSum* args, void* stream);
+
+// x[i] *= 1 / sqrt(sums[i] / width + eps) * weight
+typedef struct {
+  MoeyardMatrix sums, x;
+  const float* weight;
+  float width, eps;
+} MoeyardScaleBySquareSum;
+MOEYARD_API int moeyard_scale_by_square_sum(const MoeyardScaleBySquareSum* args, void* stream);
+
+typedef struct {
+  MoeyardMatrix x, table;
+  const uint32_t* rows;
+  int32_t heads, head_stride, offset, dim, interleaved;
+} MoeyardRope;
+MOEYARD_API int moeyard_rope(const MoeyardRope* args, void* stream);
+
+// ---- gemm_f32.cu, gemm_bf16.cu
+
+// What happens to a gate and an up column before they are stored.
+typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 2 } MoeyardActivation;
+
+// out[t, j] = sum_k x[t, k] * w[j, k] (+ bias[j]), k ascending in every configuration.
+// Grouped: with `offsets` (slots + 1 entries) rows offsets[s]..offsets[s + 1] of x use weights[s].
+// Batched: product b starts `*_batch` elements further in x, w and out.
+// With an activation (bf16 kernel only), rows of w come as eight gates, eight ups, and out has n / 2 columns.
+typedef struct {
+  MoeyardMatrix x, out;
+  const void* weight;          // of all rows, without `offsets`
+  const float* bias;           // or null
+  const void* const* weights;  // one per slot, with `offsets`
+  const float* const* biases;  // one per slot, or null
+  const int32_t* offsets;      // or null
+  int64_t x_batch, w_batch, out_batch;
+  int32_t slots, batches;
+  int32_t n, k;
+  int32_t ldw;     // elements from one row of w to the next
+  int32_t w_type;
+  int32_t row_tile;  // rows of x per tile: 8, 16, 32, 64 or 128 (bf16), 64 (f32)
+  int32_t row_tiles; // over all slots
+  int32_t activation;
+  float limit, alpha;
+} MoeyardGemm;
+MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
+// Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
+MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
+
+// ---- moe.cu
+
+// out[i, d] = act(gate, up) of rows that hold eight gates, eight ups.
+typedef struct {
+  MoeyardMatrix in, out;
+  int32_t activation;
+  float limit, alpha;
+} MoeyardGate;
+MOEYARD_API int moeyard_gate(const MoeyardGate* args, void* stream);
+
+typedef enum {
+  MOEYARD_SOFTMAX = 0,
+  MOEYARD_SIGMOID = 1,
+  MOEYARD_SOFTMAX_OVER_CHOSEN = 2,
+  MOEYARD_SPARSE_MIXER = 3
+} MoeyardScore;
+typedef enum { MOEYARD_NO_GROUPS = 0, MOEYARD_GROUP_MAX = 1, MOEYARD_GROUP_TOP2_SUM = 2 } MoeyardGroupScore;
+typedef struct {
+  MoeyardMatrix logits, ids, weights;
+  const float* bias;  // or null
+  int32_t score;
+  int32_t group_score, groups, keep;
+  int32_t renormalize;
+  float renormalize_eps, scale, epsilon;
+} MoeyardRoute;
+MOEYARD_API int moeyard_route(const MoeyardRoute* args, void* stream);
+
+typedef struct {
+  MoeyardMatrix rows, weights, out;
+  const uint32_t* index;
+  int32_t parts;
+} MoeyardCombine;
+MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
+
+// ---- attention.cu
+
+// cache row `slots[i]` of each part = row i
+typedef struct {
+  MoeyardMatrix source[2];
+  MoeyardMatrix part[2];
+  const uint32_t* slots;
+} MoeyardKvWrite;
+MOEYARD_API int moeyard_kv_write(const MoeyardKvWrite* args, void* stream);
+
+// Consecutive rows of one sequence.
+typedef struct {
+  uint32_t row, rows;
+  uint32_t position;     // of the first row
+  uint32_t first_block;  // in the block table
+  uint32_t base;         // first row of this sequence in parts that are not paged
+} MoeyardSpan;
+
+// Part of a key or value: `dim` columns of a row per position.
+typedef struct {
+  const void* data;
+  int64_t stride;       // elements from one position to the next
+  int32_t head_stride;  // elements from one KV head to the next; 0 when all share it
+  int32_t dim;          // 0: absent
+  int32_t paged;        // position -> row through the block table; else row = base + position
+  int32_t reserved;
+} MoeyardKvPart;
+
+// Softmax attention of `spans`, one softmax per row and query head. A query and its key are the concatenation of two parts.
+typedef struct {
+  MoeyardMatrix query[2];  // by part; columns: heads at query_stride
+  MoeyardMatrix out;       // heads of value.dim columns
+  MoeyardKvPart key[2];
+  MoeyardKvPart value;
+  const MoeyardSpan* spans;
+  const uint32_t* block_table;
+  const float* sinks;  // or null
+  int32_t query_stride[2];
+  int32_t span_count;
+  int32_t span_rows;  // most rows of a span
+  int32_t block_size;
+  int32_t heads, kv_heads;
+  int32_t window;  // 0: none
+  int32_t kv_type;
+  float scale;
+} MoeyardAttention;
+MOEYARD_API int moeyard_attention(const MoeyardAttention* args, void* stream);
+// Bytes of shared memory that moeyard_attention needs per block: host function, no stream.
+MOEYARD_API size_t moeyard_attention_shared_bytes(const MoeyardAttention* args);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,147 @@
+// Products of bf16 on the tensor cores, grouped or not. The weights are the first operand of the instruction (16 outputs by 16
+// k), the rows the second (8 rows): so decode wastes little. k runs in steps of 16 in ascending order in every configuration, so
+// all of them give an element the same bits, whatever the tile, the group or the rows beside it.
+#include "groups.cuh"
+#include "mma.cuh"
+
+using namespace moeyard;
+
+namespace {
+
+constexpr int DEPTH = 64;  // k per stage: a row of 128 bytes
+
+// A block computes WARPS_N * TILES_N * 16 outputs of WARPS_R * TILES_R * 8 rows.
+template <int WARPS_N_, int WARPS_R_, int TILES_N_, int TILES_R_, int STAGES_> struct Shape {
+  static constexpr int WARPS_N = WARPS_N_, WARPS_R = WARPS_R_, TILES_N = TILES_N_, TILES_R = TILES_R_, STAGES = STAGES_;
+  static constexpr int THREADS = WARPS_N * WARPS_R * WARP;
+  static constexpr int N = WARPS_N * TILES_N * 16, R = WARPS_R * TILES_R * 8;
+  static constexpr int STAGE_BYTES = (N + R) * DEPTH * 2;
+  static constexpr int SHARED_BYTES = STAGE_BYTES * STAGES;
+};
+
+// Copies `rows` rows of one stage; what lies outside the matrix becomes 0.
+template <int ROWS, int THREADS>
+__device__ void fetch(uint32_t to, const bf16* from, int64_t stride, int rows, int k_left) {
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * 8; i += THREADS) {
+    int row = i / 8, chunk = i % 8;
+    bool valid = row < rows && chunk * 8 < k_left;
+    copy_async(swizzled(to, row, chunk), valid ? from + row * stride + chunk * 8 : from, valid);
+  }
+}
+
+template <class S>
+__device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t w, uint32_t x) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int n0 = warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
+#pragma unroll
+  for (int step = 0; step < DEPTH / 16; ++step) {
+    uint32_t a[S::TILES_N][4], b[S::TILES_R][2];
+#pragma unroll
+    for (int i = 0; i < S::TILES_N; ++i)
+      load_matrix_x4(a[i], swizzled(w, n0 + i * 16 + lane % 16, step * 2 + lane / 16));
+    if constexpr (S::TILES_R % 2 == 0) {
+#pragma unroll
+      for (int j = 0; j < S::TILES_R; j += 2) {
+        uint32_t r[4];
+        load_matrix_x4(r, swizzled(x, r0 + j * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+        b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < S::TILES_R; ++j)
+        load_matrix_x2(b[j], swizzled(x, r0 + j * 8 + lane % 8, step * 2 + lane / 8 % 2));
+    }
+#pragma unroll
+    for (int i = 0; i < S::TILES_N; ++i)
+#pragma unroll
+      for (int j = 0; j < S::TILES_R; ++j) multiply_add(acc[i][j], a[i], b[j][0], b[j][1]);
+  }
+}
+
+// A lane holds outputs g and g + 8 of each tile of 16 for two rows.
+template <class S>
+__device__ void finish(const MoeyardGemm& a, const Tile& tile, int col, const float (&acc)[S::TILES_N][S::TILES_R][4]) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int n0 = col + warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
+  const float* bias = bias_of(a, tile);
+  int64_t shift = blockIdx.z * a.out_batch;
+#pragma unroll
+  for (int i = 0; i < S::TILES_N; ++i) {
+    int n = n0 + i * 16 + lane / 4;
+    float low = bias && n < a.n ? bias[n] : 0.0f, high = bias && n + 8 < a.n ? bias[n + 8] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < S::TILES_R; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        int r = r0 + j * 8 + lane % 4 * 2 + e;
+        if (r >= tile.rows) continue;
+        float u = acc[i][j][e] + low, v = acc[i][j][e + 2] + high;
+        if (a.activation) {  // u is a gate, v its up; n counts both
+          if (n < a.n)
+            store(a.out, tile.row + r, shift + (n0 + i * 16) / 2 + lane / 4, activate(u, v, a.activation, a.limit, a.alpha));
+        } else {
+          if (n < a.n) store(a.out, tile.row + r, shift + n, u);
+          if (n + 8 < a.n) store(a.out, tile.row + r, shift + n + 8, v);
+        }
+      }
+  }
+}
+
+template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Tile tile = find_tile(a, blockIdx.x, S::R);
+  if (tile.rows == 0) return;
+  int col = blockIdx.y * S::N;
+  const bf16* x = static_cast<const bf16*>(a.x.data) + blockIdx.z * a.x_batch + int64_t(tile.row) * a.x.stride;
+  const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
+  uint32_t base = shared_address(shared);
+  int steps = (a.k + DEPTH - 1) / DEPTH;
+  auto issue = [&](int step) {
+    if (step < steps) {
+      uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
+      int k = step * DEPTH;
+      fetch<S::N, S::THREADS>(at, w + k, a.ldw, a.n - col, a.k - k);
+      fetch<S::R, S::THREADS>(at + S::N * DEPTH * 2, x + k, a.x.stride, tile.rows, a.k - k);
+    }
+    copy_commit();  // an empty group keeps the count of groups even
+  };
+  for (int step = 0; step < S::STAGES - 1; ++step) issue(step);
+  float acc[S::TILES_N][S::TILES_R][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<S::STAGES - 2>();
+    __syncthreads();
+    issue(step + S::STAGES - 1);
+    uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
+    multiply_stage<S>(acc, at, at + S::N * DEPTH * 2);
+  }
+  finish<S>(a, tile, col, acc);
+}
+
+template <class S> int launch(const MoeyardGemm& a, void* stream) {
+  dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
+  cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES);
+  if (error) return int(error);
+  gemm<S><<<grid, S::THREADS, S::SHARED_BYTES, stream_of(stream)>>>(a);
+  return launched();
+}
+
+// With few tiles, narrower ones keep more multiprocessors busy.
+template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
+  int64_t tiles = int64_t(a.row_tiles) * ((a.n + Wide::N - 1) / Wide::N) * a.batches;
+  return tiles < 264 ? launch<Narrow>(a, stream) : launch<Wide>(a, stream);
+}
+
+}  // namespace
+
+extern "C" int moeyard_gemm_bf16(const MoeyardGemm* a, void* stream) {
+  if (a->row_tiles == 0 || a->n == 0 || a->batches == 0) return 0;
+  switch (a->row_tile) {
+    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 8>>(*a, stream);
+    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 8>>(*a, stream);
+    case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 6>>(*a, stream);
+    case 64: return launch_either<Shape<4, 1, 1, 8, 6>, Shape<2, 2, 1, 4, 6>>(*a, stream);
+    case 128: return launch_either<Shape<2, 4, 4, 4, 4>, Shape<2, 4, 2, 4, 4>>(*a, stream);
+    default: return int(cudaErrorInvalidValue);
+  }
+}

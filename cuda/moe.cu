@@ -1,0 +1,185 @@
+// Around the experts: router, gated activation, combine.
+#include "common.cuh"
+
+using namespace moeyard;
+
+namespace {
+
+__global__ void gate(MoeyardGate a) {
+  for (int d = blockIdx.y * blockDim.x + threadIdx.x; d < a.out.cols; d += gridDim.y * blockDim.x) {
+    int64_t at = int64_t(d / 8) * 16 + d % 8;
+    store(a.out, blockIdx.x, d,
+          activate(load(a.in, blockIdx.x, at), load(a.in, blockIdx.x, at + 8), a.activation, a.limit, a.alpha));
+  }
+}
+
+// Router: one warp per row. `score` and `choice` are arrays of `n` floats in shared memory, `taken` of n flags.
+
+// Index of the largest of `x[first..first + n]` whose flag is not set; ties go to the lowest. Every NaN counts as -inf, so an index
+// within bounds comes back whatever the input is. -1 when all are taken.
+__device__ int best_of(const float* x, const unsigned char* taken, int first, int n) {
+  float best = -INFINITY;
+  int at = INT_MAX;
+  for (int i = first + int(threadIdx.x); i < first + n; i += WARP) {
+    float v = x[i];
+    if (!taken[i] && (at == INT_MAX || v > best)) {
+      best = v == v ? v : -INFINITY;
+      at = i;
+    }
+  }
+  for (int o = WARP / 2; o; o >>= 1) {
+    float v = __shfl_xor_sync(FULL, best, o);
+    int i = __shfl_xor_sync(FULL, at, o);
+    if (i != INT_MAX && (at == INT_MAX || v > best || (v == best && i < at))) {
+      best = v;
+      at = i;
+    }
+  }
+  return at == INT_MAX ? -1 : at;
+}
+
+// x -> softmax(x) over n, in place of `out`.
+__device__ void softmax(const float* x, float* out, int n) {
+  float max = -INFINITY;
+  for (int i = threadIdx.x; i < n; i += WARP) max = fmaxf(max, x[i]);
+  max = warp_max(max);
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < n; i += WARP) sum += expf(x[i] - max);
+  sum = warp_sum(sum);
+  for (int i = threadIdx.x; i < n; i += WARP) out[i] = expf(x[i] - max) / sum;
+}
+
+// Takes experts outside the best groups out of `choice`.
+__device__ void keep_groups(const MoeyardRoute& a, const float* score, float* choice, unsigned char* taken, float* group,
+                            int n) {
+  int size = n / a.groups;
+  for (int g = 0; g < a.groups; ++g) {
+    const float* x = a.group_score == MOEYARD_GROUP_MAX ? score : choice;
+    int first = best_of(x, taken, g * size, size);
+    float sum = x[first];
+    if (a.group_score == MOEYARD_GROUP_TOP2_SUM && size > 1) {
+      if (threadIdx.x == 0) taken[first] = 1;
+      __syncwarp();
+      sum += x[best_of(x, taken, g * size, size)];
+      __syncwarp();
+      if (threadIdx.x == 0) taken[first] = 0;
+    }
+    if (threadIdx.x == 0) group[g] = sum;
+    __syncwarp();
+  }
+  for (int kept = 0; kept < a.keep; ++kept) {  // `taken` serves as flags of groups, then is cleared
+    int g = best_of(group, taken, 0, a.groups);
+    if (threadIdx.x == 0) taken[g] = 1;
+    __syncwarp();
+  }
+  float outside = a.group_score == MOEYARD_GROUP_MAX ? 0.0f : -INFINITY;
+  for (int e = threadIdx.x; e < n; e += WARP)
+    if (!taken[e / size]) choice[e] = outside;
+  __syncwarp();
+  for (int g = threadIdx.x; g < a.groups; g += WARP) taken[g] = 0;
+  __syncwarp();
+}
+
+// Softmax at `at` over the logits near the maximum; those taken count as -inf.
+__device__ float near_weight(const float* logits, const unsigned char* taken, int n, int at, float epsilon) {
+  float max = logits[at], sum = 0.0f;
+  for (int e = threadIdx.x; e < n; e += WARP) {
+    float l = logits[e];
+    bool far = (max - l) / fmaxf(fabsf(l), max) > 2.0f * epsilon;
+    if (!far && !taken[e]) sum += expf(l - max);
+  }
+  return 1.0f / warp_sum(sum);
+}
+
+__global__ void route(MoeyardRoute a) {
+  extern __shared__ float shared[];
+  int n = a.logits.cols, k = a.ids.cols;
+  float *logits = shared, *score = logits + n, *choice = score + n, *group = choice + n;
+  unsigned char* taken = reinterpret_cast<unsigned char*>(group + n);
+  int64_t row = blockIdx.x;
+  for (int e = threadIdx.x; e < n; e += WARP) {
+    logits[e] = load(a.logits, row, e);
+    taken[e] = 0;
+  }
+  __syncwarp();
+  bool by_logit = a.score == MOEYARD_SOFTMAX_OVER_CHOSEN || a.score == MOEYARD_SPARSE_MIXER;
+  if (a.score == MOEYARD_SOFTMAX) softmax(logits, score, n);
+  if (a.score == MOEYARD_SIGMOID)
+    for (int e = threadIdx.x; e < n; e += WARP) score[e] = sigmoid(logits[e]);
+  __syncwarp();
+  for (int e = threadIdx.x; e < n; e += WARP)
+    choice[e] = by_logit ? logits[e] : score[e] + (a.bias ? a.bias[e] : 0.0f);
+  __syncwarp();
+  if (a.group_score != MOEYARD_NO_GROUPS) keep_groups(a, score, choice, taken, group, n);
+
+  int32_t* ids = static_cast<int32_t*>(a.ids.data) + row * a.ids.stride;
+  float* weights = static_cast<float*>(a.weights.data) + row * a.weights.stride;
+  float first = 0.0f, sum = 0.0f;
+  for (int j = 0; j < k; ++j) {
+    int e = best_of(choice, taken, 0, n);
+    float w;
+    if (a.score == MOEYARD_SPARSE_MIXER) w = near_weight(logits, taken, n, e, a.epsilon);
+    else if (a.score == MOEYARD_SOFTMAX_OVER_CHOSEN) {
+      if (j == 0) first = logits[e];
+      w = expf(logits[e] - first);
+    } else w = score[e];
+    sum += w;
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      taken[e] = 1;
+      ids[j] = e;
+      weights[j] = w;
+    }
+    __syncwarp();
+  }
+  float divisor = 1.0f;
+  if (a.score == MOEYARD_SOFTMAX_OVER_CHOSEN) divisor = sum;
+  else if (a.score != MOEYARD_SPARSE_MIXER && a.renormalize) divisor = sum + a.renormalize_eps;
+  if (threadIdx.x == 0)
+    for (int j = 0; j < k; ++j) weights[j] = weights[j] / divisor * a.scale;
+}
+
+__global__ void combine(MoeyardCombine a) {
+  int k = a.weights.cols;
+  int64_t t = blockIdx.x;
+  const uint32_t* index = a.index + t * k * a.parts;
+  for (int d = blockIdx.y * blockDim.x + threadIdx.x; d < a.out.cols; d += gridDim.y * blockDim.x) {
+    float sum = 0.0f;
+    for (int j = 0; j < k; ++j) {
+      float output = 0.0f;
+      for (int x = 0; x < a.parts; ++x) output += load(a.rows, index[j * a.parts + x], d);
+      sum += load(a.weights, t, j) * output;
+    }
+    store(a.out, t, d, sum);
+  }
+}
+
+dim3 row_grid(int rows, int cols) {
+  int wanted = (cols + 1023) / 1024, room = 2048 / (rows < 2048 ? rows : 2048);
+  return dim3(rows, wanted < room ? wanted : room < 1 ? 1 : room);
+}
+
+}  // namespace
+
+extern "C" int moeyard_gate(const MoeyardGate* a, void* stream) {
+  if (a->out.rows == 0 || a->out.cols == 0) return 0;
+  gate<<<row_grid(a->out.rows, a->out.cols), 256, 0, stream_of(stream)>>>(*a);
+  return launched();
+}
+
+extern "C" int moeyard_route(const MoeyardRoute* a, void* stream) {
+  if (a->logits.rows == 0) return 0;
+  size_t bytes = size_t(a->logits.cols) * (4 * sizeof(float) + 1);
+  if (bytes > 48 * 1024) {
+    cudaError_t error = cudaFuncSetAttribute(route, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (error) return int(error);
+  }
+  route<<<a->logits.rows, WARP, bytes, stream_of(stream)>>>(*a);
+  return launched();
+}
+
+extern "C" int moeyard_combine(const MoeyardCombine* a, void* stream) {
+  if (a->out.rows == 0 || a->out.cols == 0) return 0;
+  combine<<<row_grid(a->out.rows, a->out.cols), 256, 0, stream_of(stream)>>>(*a);
+  return launched();
+}

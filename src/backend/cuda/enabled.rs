@@ -1,0 +1,363 @@
+//! [`CudaBackend`]: each method of [`Backend`] puts kernels of cuda/ into the rank's stream and returns. Only `download`
+//! waits, and what needs host memory to come free.
+
+mod attention;
+mod ffi;
+mod gpu;
+mod memory;
+mod moe;
+mod products;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{result, sys};
+
+use crate::backend::{
+    AttentionBatch, Backend, CombineArgs, DType, DeviceId, Event, ExpertsArgs, GqaArgs, HostMatrix, HostMlp,
+    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut, check,
+};
+use crate::error::Result;
+use crate::spec::{Activation, NormKind, Router};
+use gpu::Gpu;
+pub use gpu::devices;
+use memory::{Buffer, Resident, Staging, Upload};
+
+/// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
+pub struct CudaBackend {
+    gpu: Arc<Gpu>,
+    scratch: Mutex<Scratch>,
+    /// Part addresses of the experts of each layer, by the address of its slot table.
+    slot_tables: Mutex<HashMap<usize, Resident>>,
+    staging: Mutex<Staging>,
+    residents: Mutex<Residents>,
+}
+
+/// Working memory, by what it holds.
+#[derive(Default)]
+struct Scratch {
+    /// Gate and up in f32, where the kernel does not fuse what follows.
+    gate_up: Buffer,
+    /// What experts hold between their two matrices.
+    product: Buffer,
+    /// Latents in order of position, and the keys and values made of them.
+    latents: Buffer,
+    expanded: Buffer,
+    /// Rows of generated tokens: queries, queries in the latent's space, weighted means of latents.
+    queries: Buffer,
+    latent_queries: Buffer,
+    means: Buffer,
+}
+
+/// Host arrays that are the same in every layer of a step.
+#[derive(Default)]
+struct Residents {
+    /// Cache row of each batch row.
+    slots: Resident,
+    blocks: Resident,
+    spans: Resident,
+    expanded: Resident,
+    absorbed: Resident,
+    rope_rows: Resident,
+}
+
+/// Locks a mutex whose value is whole whatever its last holder did.
+trait Lock<T> {
+    fn lock_now(&self) -> MutexGuard<'_, T>;
+}
+
+impl<T> Lock<T> for Mutex<T> {
+    fn lock_now(&self) -> MutexGuard<'_, T> {
+        self.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl CudaBackend {
+    /// A rank's share of GPU `ordinal`: a stream of its own.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] when there is no such GPU, with the reason; [`crate::Error::Device`] when it cannot be used.
+    pub fn open(ordinal: u32) -> Result<CudaBackend> {
+        let gpu = Arc::new(Gpu::open(ordinal)?);
+        let staging = Mutex::new(Staging::new(&gpu)?);
+        Ok(CudaBackend {
+            gpu,
+            scratch: Mutex::default(),
+            slot_tables: Mutex::default(),
+            staging,
+            residents: Mutex::default(),
+        })
+    }
+
+    /// Bytes free on the GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`].
+    pub fn free_memory(&self) -> Result<u64> {
+        self.gpu.free_memory()
+    }
+
+    /// As what the engine computes with.
+    pub fn into_dyn(self) -> Arc<dyn Backend> {
+        Arc::new(self)
+    }
+
+    fn upload_bytes(&self, bytes: &[u8], dst: ViewMut<'_>) -> Result<()> {
+        let upload = Upload { bytes, dtype: dst.dtype(), half: None };
+        memory::upload(&self.gpu, &mut self.staging.lock_now(), upload, ffi::Matrix::of(&dst.as_view()))
+    }
+
+    fn copy(&self, src: View<'_>, index: usize, dst: ViewMut<'_>) -> Result<()> {
+        let rows = ffi::int(dst.rows());
+        let (src, dst) = (ffi::Matrix::of(&src), ffi::Matrix::of(&dst.as_view()));
+        self.gpu.launch("copy", ffi::moeyard_copy, &ffi::Copy { src, dst, index, rows, half: -1 })
+    }
+
+    /// `dst[i] = src[index[i]]`, converted.
+    fn gather(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()> {
+        let index = self.staging.lock_now().push(bytemuck::cast_slice(index))?;
+        self.copy(src, index, dst)
+    }
+
+    fn map(&self, kind: ffi::MapKind, x: Option<View<'_>>, factor: f32, y: ViewMut<'_>) -> Result<()> {
+        let x = x.map_or(ffi::Matrix::NONE, |x| ffi::Matrix::of(&x));
+        let y = ffi::Matrix::of(&y.as_view());
+        self.gpu.launch("elementwise", ffi::moeyard_map, &ffi::Map { x, y, factor, kind })
+    }
+
+    fn normalise(&self, x: View<'_>, args: NormArgs<'_>, out: View<'_>) -> Result<()> {
+        let args = ffi::Norm {
+            x: ffi::Matrix::of(&x),
+            out: ffi::Matrix::of(&out),
+            weight: args.weight.address(),
+            bias: args.bias.map_or(0, |b| b.address()),
+            width: ffi::int(args.width),
+            centred: i32::from(args.kind == NormKind::Layer),
+            eps: args.eps,
+        };
+        self.gpu.launch("norm", ffi::moeyard_norm, &args)
+    }
+}
+
+/// A point in a stream.
+struct StreamEvent {
+    gpu: Arc<Gpu>,
+    event: sys::CUevent,
+}
+
+// SAFETY: the driver's events may be used from any thread.
+unsafe impl Send for StreamEvent {}
+// SAFETY: as above; waiting changes nothing.
+unsafe impl Sync for StreamEvent {}
+
+impl StreamEvent {
+    fn new(gpu: &Arc<Gpu>) -> Result<StreamEvent> {
+        gpu.enter()?;
+        let made = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(StreamEvent { gpu: Arc::clone(gpu), event: gpu.driver("making an event", made)? })
+    }
+}
+
+impl Drop for StreamEvent {
+    fn drop(&mut self) {
+        if self.gpu.enter().is_ok() {
+            // SAFETY: made in `new`; the driver keeps it until what waits for it is done.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
+
+/// One line each where it fits: the files named after what they compute have the rest.
+impl Backend for CudaBackend {
+    fn device(&self) -> DeviceId {
+        DeviceId::Cuda(self.gpu.info().ordinal)
+    }
+    fn describe(&self) -> String {
+        let info = self.gpu.info();
+        let (major, minor) = info.capability;
+        format!("cuda:{}, {}, sm_{major}{minor}, {} GiB", info.ordinal, info.name, info.memory >> 30)
+    }
+
+    fn record(&self, event: &mut Event) -> Result<()> {
+        if event.get::<StreamEvent>().is_none() {
+            event.set(StreamEvent::new(&self.gpu)?);
+        }
+        let mark = event.get::<StreamEvent>().expect("set above");
+        self.gpu.enter()?;
+        // SAFETY: both live; an event that was recorded before is moved to the new point.
+        let done = unsafe { result::event::record(mark.event, self.gpu.stream()) };
+        self.gpu.driver("recording an event", done)
+    }
+    fn wait(&self, event: &Event) -> Result<()> {
+        let Some(mark) = event.get::<StreamEvent>() else { return Ok(()) };
+        self.gpu.enter()?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both live.
+        let done = unsafe { result::stream::wait_event(self.gpu.stream(), mark.event, flags) };
+        self.gpu.driver("waiting for an event", done)
+    }
+
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        memory::tensor(&self.gpu, dtype, rows, cols)
+    }
+    fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()> {
+        check::transfer(src.len(), &dst.as_view());
+        self.upload_bytes(src, dst)
+    }
+    fn download(&self, src: View<'_>, dst: &mut [u8]) -> Result<()> {
+        check::transfer(dst.len(), &src);
+        memory::download(&self.gpu, &mut self.staging.lock_now(), src, dst)
+    }
+    fn copy_rows(&self, src: View<'_>, dst: ViewMut<'_>) -> Result<()> {
+        check::copy_rows(&src, &dst);
+        self.copy(src, 0, dst)
+    }
+    fn gather_rows(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()> {
+        check::gather_rows(&src, index, &dst);
+        self.gather(src, index, dst)
+    }
+
+    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+        CudaBackend::pack_matrix(self, host, dtype)
+    }
+    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+        CudaBackend::pack_mlp(self, host, dtype)
+    }
+    fn pack_mla(
+        &self,
+        kv_b: &HostMatrix,
+        heads: usize,
+        nope_dim: usize,
+        v_dim: usize,
+        dtype: DType,
+    ) -> Result<MlaWeights> {
+        self.pack_kv_b(kv_b, heads, nope_dim, v_dim, dtype)
+    }
+    fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
+        n * products::padded(k) * dtype.bytes()
+    }
+    fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
+        CudaBackend::mlp_bytes_of(hidden, intermediate, bias, dtype)
+    }
+    fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize {
+        CudaBackend::mla_bytes_of(heads, nope_dim, v_dim, latent, dtype)
+    }
+
+    fn embed(&self, table: View<'_>, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<()> {
+        check::embed(&table, ids, &out);
+        let ids = self.staging.lock_now().push(bytemuck::cast_slice(ids))?;
+        let (table, out) = (ffi::Matrix::of(&table), ffi::Matrix::of(&out.as_view()));
+        self.gpu.launch("embedding", ffi::moeyard_embed, &ffi::Embed { table, out, ids, scale })
+    }
+    fn norm(&self, x: View<'_>, args: NormArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::norm(&x, &args, &out.as_view());
+        self.normalise(x, args, out.as_view())
+    }
+    fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()> {
+        check::norm(&x.as_view(), &args, &x.as_view());
+        self.normalise(x.as_view(), args, x.as_view())
+    }
+    fn square_sum(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::square_sum(&x, &out);
+        let args = ffi::SquareSum { x: ffi::Matrix::of(&x), out: ffi::Matrix::of(&out.as_view()) };
+        self.gpu.launch("sum of squares", ffi::moeyard_square_sum, &args)
+    }
+    fn scale_by_square_sum(
+        &self,
+        sums: View<'_>,
+        width: usize,
+        eps: f32,
+        weight: View<'_>,
+        x: ViewMut<'_>,
+    ) -> Result<()> {
+        check::scale_by_square_sum(&sums, width, &weight, &x);
+        let args = ffi::ScaleBySquareSum {
+            sums: ffi::Matrix::of(&sums),
+            x: ffi::Matrix::of(&x.as_view()),
+            weight: weight.address(),
+            width: width as f32,
+            eps,
+        };
+        self.gpu.launch("second half of a norm", ffi::moeyard_scale_by_square_sum, &args)
+    }
+    fn linear(&self, x: View<'_>, w: &Matrix, bias: Option<View<'_>>, out: ViewMut<'_>) -> Result<()> {
+        self.linear_of(x, w, bias, out)
+    }
+    fn rope(&self, x: ViewMut<'_>, args: RopeArgs<'_>) -> Result<()> {
+        check::rope(&x, &args);
+        let rows = {
+            let mut staging = self.staging.lock_now();
+            let rows = bytemuck::cast_slice(args.rows);
+            self.residents.lock_now().rope_rows.put(&self.gpu, &mut staging, rows)?
+        };
+        let args = ffi::Rope {
+            x: ffi::Matrix::of(&x.as_view()),
+            table: ffi::Matrix::of(&args.table),
+            rows,
+            heads: ffi::int(args.heads),
+            head_stride: ffi::int(args.head_stride),
+            offset: ffi::int(args.offset),
+            dim: ffi::int(args.dim),
+            interleaved: i32::from(args.interleaved),
+        };
+        self.gpu.launch("rotary embedding", ffi::moeyard_rope, &args)
+    }
+    fn add_scaled(&self, x: View<'_>, scale: f32, y: ViewMut<'_>) -> Result<()> {
+        check::add_scaled(&x, &y);
+        self.map(ffi::MapKind::AddScaled, Some(x), scale, y)
+    }
+    fn scale(&self, scale: f32, x: ViewMut<'_>) -> Result<()> {
+        check::scale(&x);
+        self.map(ffi::MapKind::Scale, None, scale, x)
+    }
+    fn clamp(&self, limit: f32, x: ViewMut<'_>) -> Result<()> {
+        check::clamp(limit, &x);
+        self.map(ffi::MapKind::Clamp, None, limit, x)
+    }
+    fn sigmoid_gate(&self, gate: View<'_>, x: ViewMut<'_>) -> Result<()> {
+        check::sigmoid_gate(&gate, &x);
+        self.map(ffi::MapKind::SigmoidGate, Some(gate), 0.0, x)
+    }
+
+    fn alloc_kv(&self, shape: KvShape, dtype: DType, block_size: usize, blocks: usize) -> Result<KvCache> {
+        self.alloc_cache(shape, dtype, block_size, blocks)
+    }
+    fn kv_block_bytes(&self, shape: KvShape, dtype: DType, block_size: usize) -> usize {
+        CudaBackend::cache_block_bytes(shape, dtype, block_size)
+    }
+    fn kv_write(
+        &self,
+        k: View<'_>,
+        v: View<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        self.write_cache(k, v, batch, cache)
+    }
+    fn attention_gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        self.gqa(args, out)
+    }
+    fn attention_mla(&self, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        self.mla(args, out)
+    }
+
+    fn route(
+        &self,
+        logits: View<'_>,
+        bias: Option<View<'_>>,
+        router: &Router,
+        ids: ViewMut<'_>,
+        weights: ViewMut<'_>,
+    ) -> Result<()> {
+        self.choose(logits, bias, router, ids, weights)
+    }
+    fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        self.experts_of(args, out)
+    }
+    fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()> {
+        self.mlp_of(x, w, activation, out)
+    }
+    fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        self.combine_rows(args, out)
+    }
+}

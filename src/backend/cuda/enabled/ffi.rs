@@ -1,0 +1,315 @@
+//! cuda/api.h in Rust. Every struct has the layout of its namesake there; both sides assert the same sizes at compile time.
+
+use std::ffi::{c_char, c_int, c_void};
+
+use crate::backend::{DType, View};
+
+/// `MoeyardMatrix`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix {
+    pub data: usize,
+    pub stride: i64,
+    pub rows: i32,
+    pub cols: i32,
+    pub dtype: i32,
+    pub reserved: i32,
+}
+
+impl Matrix {
+    /// Absent.
+    pub const NONE: Matrix = Matrix { data: 0, stride: 0, rows: 0, cols: 0, dtype: 0, reserved: 0 };
+
+    /// A view, as kernels see it.
+    ///
+    /// # Panics
+    /// When rows or columns exceed what an i32 counts.
+    pub fn of(view: &View<'_>) -> Matrix {
+        Matrix {
+            data: view.address(),
+            stride: view.stride() as i64,
+            rows: int(view.rows()),
+            cols: int(view.cols()),
+            dtype: type_code(view.dtype()),
+            reserved: 0,
+        }
+    }
+}
+
+/// A count that kernels take as i32.
+///
+/// # Panics
+/// Beyond i32.
+pub fn int(n: usize) -> i32 {
+    i32::try_from(n).unwrap_or_else(|_| panic!("{n} exceeds what a kernel counts"))
+}
+
+/// `MoeyardType`
+pub fn type_code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::Bf16 => 1,
+        DType::I32 => 2,
+    }
+}
+
+/// `MoeyardCopy`
+#[repr(C)]
+pub struct Copy {
+    pub src: Matrix,
+    pub dst: Matrix,
+    pub index: usize,
+    pub rows: i32,
+    pub half: i32,
+}
+
+/// `MoeyardTransposeHeads`
+#[repr(C)]
+pub struct TransposeHeads {
+    pub src: Matrix,
+    pub dst: Matrix,
+    pub heads: i32,
+    pub nope: i32,
+    pub v: i32,
+    pub latent: i32,
+}
+
+/// `MoeyardEmbed`
+#[repr(C)]
+pub struct Embed {
+    pub table: Matrix,
+    pub out: Matrix,
+    pub ids: usize,
+    pub scale: f32,
+}
+
+/// `MoeyardMap`
+#[repr(C)]
+pub struct Map {
+    pub x: Matrix,
+    pub y: Matrix,
+    pub factor: f32,
+    pub kind: MapKind,
+}
+
+/// `MoeyardMapKind`
+#[repr(i32)]
+#[derive(Debug, Clone, Copy)]
+pub enum MapKind {
+    AddScaled = 0,
+    Scale = 1,
+    Clamp = 2,
+    SigmoidGate = 3,
+}
+
+/// `MoeyardNorm`
+#[repr(C)]
+pub struct Norm {
+    pub x: Matrix,
+    pub out: Matrix,
+    pub weight: usize,
+    pub bias: usize,
+    pub width: i32,
+    pub centred: i32,
+    pub eps: f32,
+}
+
+/// `MoeyardSquareSum`
+#[repr(C)]
+pub struct SquareSum {
+    pub x: Matrix,
+    pub out: Matrix,
+}
+
+/// `MoeyardScaleBySquareSum`
+#[repr(C)]
+pub struct ScaleBySquareSum {
+    pub sums: Matrix,
+    pub x: Matrix,
+    pub weight: usize,
+    pub width: f32,
+    pub eps: f32,
+}
+
+/// `MoeyardRope`
+#[repr(C)]
+pub struct Rope {
+    pub x: Matrix,
+    pub table: Matrix,
+    pub rows: usize,
+    pub heads: i32,
+    pub head_stride: i32,
+    pub offset: i32,
+    pub dim: i32,
+    pub interleaved: i32,
+}
+
+/// `MoeyardGemm`
+#[repr(C)]
+pub struct Gemm {
+    pub x: Matrix,
+    pub out: Matrix,
+    pub weight: usize,
+    pub bias: usize,
+    pub weights: usize,
+    pub biases: usize,
+    pub offsets: usize,
+    pub x_batch: i64,
+    pub w_batch: i64,
+    pub out_batch: i64,
+    pub slots: i32,
+    pub batches: i32,
+    pub n: i32,
+    pub k: i32,
+    pub ldw: i32,
+    pub w_type: i32,
+    pub row_tile: i32,
+    pub row_tiles: i32,
+    pub gate: Gate,
+}
+
+/// The last three fields of `MoeyardGemm` and `MoeyardGate`: what becomes of a gate and an up.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Gate {
+    pub activation: i32,
+    pub limit: f32,
+    pub alpha: f32,
+}
+
+/// `MoeyardGate`
+#[repr(C)]
+pub struct GateRows {
+    pub input: Matrix,
+    pub out: Matrix,
+    pub gate: Gate,
+}
+
+/// `MoeyardRoute`
+#[repr(C)]
+pub struct Route {
+    pub logits: Matrix,
+    pub ids: Matrix,
+    pub weights: Matrix,
+    pub bias: usize,
+    pub score: i32,
+    pub group_score: i32,
+    pub groups: i32,
+    pub keep: i32,
+    pub renormalize: i32,
+    pub renormalize_eps: f32,
+    pub scale: f32,
+    pub epsilon: f32,
+}
+
+/// `MoeyardCombine`
+#[repr(C)]
+pub struct Combine {
+    pub rows: Matrix,
+    pub weights: Matrix,
+    pub out: Matrix,
+    pub index: usize,
+    pub parts: i32,
+}
+
+/// `MoeyardKvWrite`
+#[repr(C)]
+pub struct KvWrite {
+    pub source: [Matrix; 2],
+    pub part: [Matrix; 2],
+    pub slots: usize,
+}
+
+/// `MoeyardSpan`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Span {
+    pub row: u32,
+    pub rows: u32,
+    pub position: u32,
+    pub first_block: u32,
+    pub base: u32,
+}
+
+/// `MoeyardKvPart`
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct KvPart {
+    pub data: usize,
+    pub stride: i64,
+    pub head_stride: i32,
+    pub dim: i32,
+    pub paged: i32,
+    pub reserved: i32,
+}
+
+impl KvPart {
+    /// Absent.
+    pub const NONE: KvPart = KvPart { data: 0, stride: 0, head_stride: 0, dim: 0, paged: 0, reserved: 0 };
+}
+
+/// `MoeyardAttention`
+#[repr(C)]
+pub struct Attention {
+    pub query: [Matrix; 2],
+    pub out: Matrix,
+    pub key: [KvPart; 2],
+    pub value: KvPart,
+    pub spans: usize,
+    pub block_table: usize,
+    pub sinks: usize,
+    pub query_stride: [i32; 2],
+    pub span_count: i32,
+    pub span_rows: i32,
+    pub block_size: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub window: i32,
+    pub kv_type: i32,
+    pub scale: f32,
+}
+
+/// A launcher of cuda/api.h.
+pub type Launcher<A> = unsafe extern "C" fn(*const A, *mut c_void) -> c_int;
+
+unsafe extern "C" {
+    pub fn moeyard_device_count() -> c_int;
+    pub fn moeyard_error_name(error: c_int) -> *const c_char;
+    pub fn moeyard_copy(args: *const Copy, stream: *mut c_void) -> c_int;
+    pub fn moeyard_transpose_heads(args: *const TransposeHeads, stream: *mut c_void) -> c_int;
+    pub fn moeyard_embed(args: *const Embed, stream: *mut c_void) -> c_int;
+    pub fn moeyard_map(args: *const Map, stream: *mut c_void) -> c_int;
+    pub fn moeyard_norm(args: *const Norm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_square_sum(args: *const SquareSum, stream: *mut c_void) -> c_int;
+    pub fn moeyard_scale_by_square_sum(args: *const ScaleBySquareSum, stream: *mut c_void) -> c_int;
+    pub fn moeyard_rope(args: *const Rope, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
+    pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
+    pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
+    pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention(args: *const Attention, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention_shared_bytes(args: *const Attention) -> usize;
+}
+
+// The same numbers stand in cuda/device.cu.
+const _: () = {
+    assert!(size_of::<Matrix>() == 32);
+    assert!(size_of::<Copy>() == 80);
+    assert!(size_of::<TransposeHeads>() == 80);
+    assert!(size_of::<Embed>() == 80);
+    assert!(size_of::<Map>() == 72);
+    assert!(size_of::<Norm>() == 96);
+    assert!(size_of::<SquareSum>() == 64);
+    assert!(size_of::<ScaleBySquareSum>() == 80);
+    assert!(size_of::<Rope>() == 96);
+    assert!(size_of::<Gemm>() == 176);
+    assert!(size_of::<GateRows>() == 80);
+    assert!(size_of::<Route>() == 136);
+    assert!(size_of::<Combine>() == 112);
+    assert!(size_of::<KvWrite>() == 136);
+    assert!(size_of::<Span>() == 20);
+    assert!(size_of::<KvPart>() == 32);
+    assert!(size_of::<Attention>() == 256);
+};

@@ -1,0 +1,184 @@
+//! One rank's hold on a GPU: the primary context, a stream, and errors that say what failed.
+
+use std::ffi::{CStr, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use cudarc::driver::{CudaContext, CudaStream};
+
+use super::ffi;
+use crate::backend::cuda::GpuInfo;
+use crate::error::{Error, Result};
+
+/// The GPUs that can be used, or why there are none. Never panics: cudarc panics when the driver's library is missing, so
+/// its presence is asked first.
+///
+/// # Errors
+/// A sentence for the user.
+pub fn devices() -> Result<Vec<GpuInfo>, String> {
+    // SAFETY: only tries to open the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("no NVIDIA driver (libcuda.so.1 is not there)".to_owned());
+    }
+    let count =
+        CudaContext::device_count().map_err(|e| format!("the NVIDIA driver cannot be used: {}", name(e)))?;
+    if count == 0 {
+        return Err("the NVIDIA driver finds no GPU".to_owned());
+    }
+    // The runtime linked into this program may be newer than the driver.
+    // SAFETY: takes and keeps nothing.
+    let seen = unsafe { ffi::moeyard_device_count() };
+    if seen < count {
+        let error = if seen < 0 { runtime_error(-seen) } else { format!("it sees {seen} of {count} GPUs") };
+        return Err(format!("the CUDA runtime of this build cannot use the NVIDIA driver: {error}"));
+    }
+    let found = (0..count as u32)
+        .map(|ordinal| info(ordinal).map_err(|e| format!("GPU {ordinal} cannot be asked: {}", name(e))))
+        .collect::<Result<Vec<_>, _>>()?;
+    match found.iter().find(|gpu| !runs_on(ARCHS, gpu.capability)) {
+        None => Ok(found),
+        Some(gpu) => Err(format!(
+            "{} has compute capability {}.{}, and this build has kernels for {ARCHS} (MOEYARD_CUDA_ARCHS)",
+            gpu.name, gpu.capability.0, gpu.capability.1
+        )),
+    }
+}
+
+/// What the kernels were compiled for, such as "80,90a".
+const ARCHS: &str = env!("MOEYARD_CUDA_ARCHS");
+
+/// Whether machine code for one of `archs` runs on this capability: an architecture serves its own major number from its minor
+/// number on; one with a letter, only itself.
+fn runs_on(archs: &str, (major, minor): (u32, u32)) -> bool {
+    archs.split(',').any(|arch| {
+        let digits = arch.trim_end_matches(|c: char| c.is_ascii_lowercase());
+        let Ok(number) = digits.parse::<u32>() else { return false };
+        let exact = digits.len() < arch.len();
+        number / 10 == major && (number % 10 == minor || (!exact && number % 10 < minor))
+    })
+}
+
+fn info(ordinal: u32) -> Result<GpuInfo, DriverError> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let device = result::device::get(ordinal as i32)?;
+    // SAFETY: `device` came from the driver.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+    Ok(GpuInfo {
+        ordinal,
+        name: result::device::get_name(device)?,
+        capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+        ),
+        // SAFETY: as above.
+        memory: unsafe { result::device::total_mem(device)? } as u64,
+    })
+}
+
+/// The symbol of a driver error, such as CUDA_ERROR_NO_DEVICE.
+fn name(error: DriverError) -> String {
+    error.error_name().map_or_else(|_| format!("{:?}", error.0), |name| name.to_string_lossy().into_owned())
+}
+
+fn runtime_error(code: i32) -> String {
+    // SAFETY: the runtime returns a static string for every number.
+    unsafe { CStr::from_ptr(ffi::moeyard_error_name(code)) }.to_string_lossy().into_owned()
+}
+
+/// A context and a stream of its own. All work of a rank runs in the order in which it was given.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    info: GpuInfo,
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal`.
+    pub fn open(ordinal: u32) -> Result<Gpu> {
+        let found = devices().map_err(|why| Error::config("device", why))?;
+        let Some(info) = found.get(ordinal as usize).cloned() else {
+            let why = format!("expected a GPU from 0 to {}, found {ordinal}", found.len() - 1);
+            return Err(Error::config("device", why));
+        };
+        let failed =
+            |e| Error::Device { device: format!("cuda:{ordinal}"), why: format!("opening it: {}", name(e)) };
+        let context = CudaContext::new(ordinal as usize).map_err(failed)?;
+        let stream = context.new_stream().map_err(failed)?;
+        Ok(Gpu { context, stream, info })
+    }
+
+    pub fn info(&self) -> &GpuInfo {
+        &self.info
+    }
+
+    pub fn stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+
+    /// Makes this GPU the calling thread's: what every driver or runtime call needs before it.
+    pub fn enter(&self) -> Result<()> {
+        self.driver("entering its context", self.context.bind_to_thread())
+    }
+
+    /// An error of the driver as one of ours.
+    pub fn driver<T>(&self, what: &str, outcome: Result<T, DriverError>) -> Result<T> {
+        outcome.map_err(|e| self.failure(format!("{what}: {}", name(e))))
+    }
+
+    pub fn failure(&self, why: String) -> Error {
+        Error::Device { device: format!("cuda:{}", self.info.ordinal), why }
+    }
+
+    /// Puts a kernel into the stream.
+    pub fn launch<A>(&self, what: &str, launcher: ffi::Launcher<A>, args: &A) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the launcher reads its own argument struct, which lives until it returns; what the struct points to is
+        // device memory of tensors that outlive the call, and memory is freed only after the context has come to rest.
+        match unsafe { launcher(args, self.stream().cast::<c_void>()) } {
+            0 => Ok(()),
+            code => Err(self.failure(format!("{what}: {}", runtime_error(code)))),
+        }
+    }
+
+    /// Waits until everything given to this rank's stream is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as `self`.
+        self.driver("waiting for it", unsafe { result::stream::synchronize(self.stream()) })
+    }
+
+    /// Waits until the whole GPU is idle, other ranks' streams included.
+    pub fn come_to_rest(&self) -> Result<()> {
+        self.enter()?;
+        self.driver("waiting for it", result::ctx::synchronize())
+    }
+
+    /// Bytes free.
+    pub fn free_memory(&self) -> Result<u64> {
+        self.enter()?;
+        self.driver("asking for its memory", result::mem_get_info()).map(|(free, _)| free as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::runs_on;
+
+    #[test]
+    fn machine_code_serves_its_major_number() {
+        for (archs, capability, expected) in [
+            ("80,90a", (8, 0), true),
+            ("80,90a", (8, 9), true),
+            ("80,90a", (9, 0), true),
+            ("80,90a", (10, 0), false),
+            ("80,90a", (7, 5), false),
+            ("86", (8, 0), false),
+            ("100a", (10, 0), true),
+            ("100a", (10, 3), false),
+            ("120", (12, 1), true),
+        ] {
+            assert_eq!(runs_on(archs, capability), expected, "{archs} on {capability:?}");
+        }
+    }
+}

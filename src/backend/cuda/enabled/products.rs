@@ -1,0 +1,341 @@
+//! Products: linear layers, experts, and what packs their weights.
+//!
+//! Matrices are row-major `[n, k]` with rows padded by zeros to a multiple of eight elements. Gate and up of an MLP are one
+//! matrix whose rows alternate, eight gates, eight ups, so that the kernel holds both halves of a gated activation in one lane.
+
+use super::ffi;
+use super::memory::{Upload, tensor, upload};
+use super::{CudaBackend, Lock as _};
+use crate::backend::{
+    DType, ExpertsArgs, HostData, HostMatrix, HostMlp, Matrix, Mlp, Tensor, View, ViewMut, check,
+};
+use crate::error::Result;
+use crate::spec::Activation;
+
+/// Rows of gates before the ups of the same columns: what the bf16 kernel's lanes hold together.
+const DEAL: usize = 8;
+
+/// Elements of a row in device memory.
+pub fn padded(k: usize) -> usize {
+    k.next_multiple_of(8)
+}
+
+/// The type and bytes of a host matrix.
+fn host_bytes(host: &HostMatrix) -> (DType, &[u8]) {
+    match &host.data {
+        HostData::F32(values) => (DType::F32, bytemuck::cast_slice(values)),
+        HostData::Bf16(values) => (DType::Bf16, bytemuck::cast_slice(values)),
+    }
+}
+
+fn none() -> ffi::Gate {
+    ffi::Gate { activation: 0, limit: 0.0, alpha: 0.0 }
+}
+
+fn gate(activation: Activation) -> ffi::Gate {
+    match activation {
+        Activation::SiluMul => ffi::Gate { activation: 1, limit: 0.0, alpha: 0.0 },
+        Activation::ClampedSwiglu { limit, alpha } => ffi::Gate { activation: 2, limit, alpha },
+    }
+}
+
+/// Weights that rows are multiplied with: device addresses.
+#[derive(Clone, Copy)]
+enum Weights {
+    /// One matrix for all rows, and its bias or 0.
+    One { matrix: usize, bias: usize },
+    /// A matrix for each slot: arrays of addresses, the array of biases or 0, and the offsets of the slots' rows.
+    Slots { matrices: usize, biases: usize, offsets: usize },
+}
+
+/// The shape of a product, the same for every slot.
+#[derive(Clone, Copy)]
+struct Shape {
+    n: usize,
+    k: usize,
+    dtype: DType,
+}
+
+/// `batches` equal products side by side: elements from one to the next.
+#[derive(Clone, Copy)]
+struct Batches {
+    count: usize,
+    x: usize,
+    w: usize,
+    out: usize,
+}
+
+impl Batches {
+    const ONE: Batches = Batches { count: 1, x: 0, w: 0, out: 0 };
+}
+
+/// The slots' share of the rows.
+#[derive(Clone, Copy)]
+struct Groups<'a> {
+    offsets: &'a [usize],
+}
+
+impl Groups<'_> {
+    /// Rows per tile of the bf16 kernel: as many as a slot with rows has on average. All tiles give the same bits.
+    fn row_tile(self) -> usize {
+        let busy = self.offsets.windows(2).filter(|w| w[0] < w[1]).count();
+        let rows = self.offsets[self.offsets.len() - 1];
+        rows.div_ceil(busy.max(1)).next_power_of_two().clamp(8, 128)
+    }
+
+    fn tiles(self, size: usize) -> usize {
+        self.offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(size)).sum()
+    }
+}
+
+/// Rows that the tensor cores can read where they lie: 16-byte steps.
+fn in_steps(x: &View<'_>) -> bool {
+    x.dtype() == DType::Bf16 && x.stride().is_multiple_of(8) && x.address().is_multiple_of(16)
+}
+
+impl CudaBackend {
+    pub(super) fn pack_rows(&self, host: &HostMatrix, dtype: DType) -> Result<Tensor> {
+        let mut data = tensor(&self.gpu, dtype, host.n, padded(host.k))?;
+        self.place(host, data.view_mut().cols_range(0..host.k), None)?;
+        Ok(data)
+    }
+
+    fn place(&self, host: &HostMatrix, dst: ViewMut<'_>, half: Option<u8>) -> Result<()> {
+        let (dtype, bytes) = host_bytes(host);
+        // Interleaved rows go to twice as many.
+        let dst = ffi::Matrix { rows: ffi::int(host.n), ..ffi::Matrix::of(&dst.as_view()) };
+        upload(&self.gpu, &mut self.staging.lock_now(), Upload { bytes, dtype, half }, dst)
+    }
+
+    pub(super) fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+        check::host_matrix("matrix", host);
+        Ok(Matrix { data: self.pack_rows(host, dtype)?, n: host.n, k: host.k })
+    }
+
+    /// Parts: gate and up dealt by rows, down, then their biases where there are any.
+    pub(super) fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+        check::pack_mlp(host);
+        let (hidden, intermediate) = (host.gate.k, host.gate.n);
+        let mut gate_up = tensor(&self.gpu, dtype, 2 * intermediate.next_multiple_of(DEAL), padded(hidden))?;
+        self.place(&host.gate, gate_up.view_mut().cols_range(0..hidden), Some(0))?;
+        self.place(&host.up, gate_up.view_mut().cols_range(0..hidden), Some(1))?;
+        let mut parts = vec![gate_up, self.pack_rows(&host.down, dtype)?];
+        if let Some(bias) = &host.bias {
+            let mut dealt = vec![0f32; 2 * intermediate.next_multiple_of(DEAL)];
+            for (i, (&gate, &up)) in bias.gate.iter().zip(&bias.up).enumerate() {
+                let at = i / DEAL * 2 * DEAL + i % DEAL;
+                dealt[at] = gate;
+                dealt[at + DEAL] = up;
+            }
+            parts.push(self.vector(&dealt)?);
+            parts.push(self.vector(&bias.down)?);
+        }
+        Ok(Mlp { parts, hidden, intermediate })
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Tensor> {
+        let mut data = tensor(&self.gpu, DType::F32, 1, values.len())?;
+        self.upload_bytes(bytemuck::cast_slice(values), data.view_mut())?;
+        Ok(data)
+    }
+
+    pub(super) fn mlp_bytes_of(hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
+        let rows = 2 * intermediate.next_multiple_of(DEAL);
+        let matrices = rows * padded(hidden) + hidden * padded(intermediate);
+        matrices * dtype.bytes() + if bias { (rows + hidden) * DType::F32.bytes() } else { 0 }
+    }
+
+    pub(super) fn linear_of(
+        &self,
+        x: View<'_>,
+        w: &Matrix,
+        bias: Option<View<'_>>,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        check::linear(&x, w, bias.as_ref(), &out);
+        let weights =
+            Weights::One { matrix: w.data.view().address(), bias: bias.map_or(0, |bias| bias.address()) };
+        let shape = Shape { n: w.n, k: w.k, dtype: w.data.dtype() };
+        self.multiply(x, weights, shape, Groups { offsets: &[0, x.rows()] }, Batches::ONE, none(), out)
+    }
+
+    /// `count` products side by side: columns `b * k..` of `x` (where `x_step` elements apart) with rows `b * w_step..` of `w`.
+    pub(super) fn linear_heads(&self, x: View<'_>, w: &Tensor, heads: Heads, out: ViewMut<'_>) -> Result<()> {
+        let row = w.cols();
+        let matrix = w.view().address() + heads.first_row * row * w.dtype().bytes();
+        let batches = Batches { count: heads.count, x: heads.x_step, w: heads.row_step * row, out: heads.n };
+        let shape = Shape { n: heads.n, k: heads.k, dtype: w.dtype() };
+        let groups = Groups { offsets: &[0, x.rows()] };
+        self.multiply(x, Weights::One { matrix, bias: 0 }, shape, groups, batches, none(), out)
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the one funnel to both kernels; every argument is a named struct"
+    )]
+    fn multiply(
+        &self,
+        x: View<'_>,
+        weights: Weights,
+        shape: Shape,
+        groups: Groups<'_>,
+        batches: Batches,
+        gate: ffi::Gate,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let fast = in_steps(&x)
+            && shape.dtype == DType::Bf16
+            && shape.k.is_multiple_of(8)
+            && batches.x.is_multiple_of(8);
+        assert!(fast || gate.activation == 0, "only the bf16 kernel has a gated activation");
+        let row_tile = if fast { groups.row_tile() } else { 64 };
+        let (weight, bias, weights, biases, offsets) = match weights {
+            Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0),
+            Weights::Slots { matrices, biases, offsets } => (0, 0, matrices, biases, offsets),
+        };
+        let args = ffi::Gemm {
+            x: ffi::Matrix::of(&x),
+            out: ffi::Matrix::of(&out.as_view()),
+            weight,
+            bias,
+            weights,
+            biases,
+            offsets,
+            x_batch: batches.x as i64,
+            w_batch: batches.w as i64,
+            out_batch: batches.out as i64,
+            slots: ffi::int(groups.offsets.len() - 1),
+            batches: ffi::int(batches.count),
+            n: ffi::int(shape.n),
+            k: ffi::int(shape.k),
+            ldw: ffi::int(padded(shape.k)),
+            w_type: ffi::type_code(shape.dtype),
+            row_tile: ffi::int(row_tile),
+            row_tiles: ffi::int(groups.tiles(row_tile)),
+            gate,
+        };
+        if fast {
+            self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args)
+        } else {
+            self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args)
+        }
+    }
+
+    pub(super) fn experts_of(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::experts(&args, &out);
+        let Some(first) = args.slots.iter().flatten().next() else { return Ok(()) };
+        let shape = MlpShape::of(first);
+        for (s, slot) in args.slots.iter().enumerate() {
+            let same = slot.as_ref().is_none_or(|w| MlpShape::of(w) == shape);
+            assert!(same, "slot {s}: an expert of another shape than {shape:?}");
+        }
+        let slots = args.slots.len();
+        let table = self.slot_table(args.slots)?;
+        let offsets: Vec<i32> = args.offsets.iter().map(|&o| ffi::int(o)).collect();
+        let offsets = self.staging.lock_now().push(bytemuck::cast_slice(&offsets))?;
+        let array = |part: usize| table + part * slots * size_of::<usize>();
+        let weights = |part: usize| Weights::Slots {
+            matrices: array(part),
+            biases: if shape.bias { array(part + 2) } else { 0 },
+            offsets,
+        };
+        let groups = Groups { offsets: args.offsets };
+        self.gated(args.rows, [weights(0), weights(1)], shape, groups, args.activation, out)
+    }
+
+    pub(super) fn mlp_of(
+        &self,
+        x: View<'_>,
+        w: &Mlp,
+        activation: Activation,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        check::mlp(&x, w, &out);
+        let address = |part: usize| w.parts.get(part).map_or(0, |t| t.view().address());
+        let weights = |part: usize| Weights::One { matrix: address(part), bias: address(part + 2) };
+        let groups = Groups { offsets: &[0, x.rows()] };
+        self.gated(x, [weights(0), weights(1)], MlpShape::of(w), groups, activation, out)
+    }
+
+    /// Both products and what lies between.
+    fn gated(
+        &self,
+        x: View<'_>,
+        [gate_up, down]: [Weights; 2],
+        shape: MlpShape,
+        groups: Groups<'_>,
+        activation: Activation,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let rows = x.rows();
+        if rows == 0 {
+            return Ok(());
+        }
+        let width = shape.intermediate.next_multiple_of(DEAL);
+        let first = Shape { n: 2 * width, k: shape.hidden, dtype: shape.dtype };
+        // Padding columns of the product are act(0, 0) = 0 and meet zeros of the padded rows of `down`.
+        let second = Shape { n: shape.hidden, k: width, dtype: shape.dtype };
+        let mut scratch = self.scratch.lock_now();
+        let scratch = &mut *scratch;
+        let mut product = scratch.product.take(&self.gpu, x.dtype(), rows, width)?;
+        if in_steps(&x) && shape.dtype == DType::Bf16 && shape.hidden.is_multiple_of(8) {
+            self.multiply(x, gate_up, first, groups, Batches::ONE, gate(activation), product.reborrow())?;
+        } else {
+            let mut between = scratch.gate_up.take(&self.gpu, DType::F32, rows, 2 * width)?;
+            self.multiply(x, gate_up, first, groups, Batches::ONE, none(), between.reborrow())?;
+            let args = ffi::GateRows {
+                input: ffi::Matrix::of(&between.as_view()),
+                out: ffi::Matrix::of(&product.as_view()),
+                gate: gate(activation),
+            };
+            self.gpu.launch("gated activation", ffi::moeyard_gate, &args)?;
+        }
+        self.multiply(product.as_view(), down, second, groups, Batches::ONE, none(), out)
+    }
+
+    /// Device address of the slots' part addresses: an array over slots for each of four parts. It is uploaded again only when an
+    /// expert has moved.
+    fn slot_table(&self, slots: &[Option<Mlp>]) -> Result<usize> {
+        let mut addresses = vec![0usize; 4 * slots.len()];
+        for (s, slot) in slots.iter().enumerate() {
+            for (p, part) in slot.iter().flat_map(|w| w.parts.iter().enumerate()) {
+                addresses[p * slots.len() + s] = part.view().address();
+            }
+        }
+        let mut tables = self.slot_tables.lock_now();
+        let table = tables.entry(slots.as_ptr() as usize).or_default();
+        table.put(&self.gpu, &mut self.staging.lock_now(), bytemuck::cast_slice(&addresses))
+    }
+}
+
+/// What all experts of a layer have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct MlpShape {
+    hidden: usize,
+    intermediate: usize,
+    dtype: DType,
+    bias: bool,
+}
+
+impl MlpShape {
+    fn of(w: &Mlp) -> MlpShape {
+        MlpShape {
+            hidden: w.hidden,
+            intermediate: w.intermediate,
+            dtype: w.parts[0].dtype(),
+            bias: w.parts.len() > 2,
+        }
+    }
+}
+
+/// Products of [`CudaBackend::linear_heads`]: head h multiplies `k` columns of x from `h * x_step` with `n` rows of w from
+/// `first_row + h * row_step`, into `n` columns of the output from `h * n`.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub count: usize,
+    pub n: usize,
+    pub k: usize,
+    pub x_step: usize,
+    pub first_row: usize,
+    pub row_step: usize,
+}

@@ -1,0 +1,28 @@
+//! NVIDIA GPUs: [`Backend`](super::Backend) by the kernels in `cuda/`, one stream per rank.
+//!
+//! Products of bf16 run on the tensor cores, everything else in plain f32 (never tf32). Each output element is summed in one
+//! order, that of ascending k, positions or choices, whatever the tile or the rows beside it. The kernels are compiled with the
+//! feature `cuda`; without it [`devices`] says so. Either way the program starts without a driver.
+
+#[cfg(feature = "cuda")]
+mod enabled;
+#[cfg(feature = "cuda")]
+pub use enabled::{CudaBackend, devices};
+
+#[cfg(not(feature = "cuda"))]
+mod disabled;
+#[cfg(not(feature = "cuda"))]
+pub use disabled::{CudaBackend, devices};
+
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// Its number, for [`CudaBackend::open`].
+    pub ordinal: u32,
+    /// As the driver calls it.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
+    /// Bytes of its memory.
+    pub memory: u64,
+}

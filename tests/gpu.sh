@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# The self-check and benchmarks of the CUDA backend, in a folder made by scripts/build-gpu-suite.sh. Needs a GPU, its driver and python3;
+# neither Rust nor a network. A table of everything that ran is printed last.
+#
+#   FOLDER/gpu.sh [LOG_FOLDER]
+set -uo pipefail
+cd "$(dirname "$0")"
+
+logs="${1:-$(mktemp -d)}"
+mkdir -p "$logs"
+jobs=6
+failures=0
+table=()
+export MOEYARD_LOG=warn
+
+note() { # NAME OUTCOME DETAIL
+    table+=("$(printf '%-44s %-5s %s' "$1" "$2" "$3")")
+    if [ "$2" = FAIL ]; then failures=$((failures + 1)); fi
+}
+outcome() { # NAME STATUS DETAIL
+    if [ "$2" = 0 ]; then note "$1" ok "$3"; else note "$1" FAIL "$3"; fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+
+if ldd bin/moeyard | grep -E 'libcuda|libcudart|libnccl|libstdc'; then note "links no CUDA library" FAIL ""; else note "links no CUDA library" ok ""; fi
+
+# A program that finds no GPU says why, and takes the CPU only where that was left to it.
+CUDA_VISIBLE_DEVICES= bin/moeyard generate --device cuda models/demo-mixtral --prompt a >"$logs/no-gpu.txt" 2>&1
+if [ $? = 2 ] && grep -q 'device: cuda: ' "$logs/no-gpu.txt"; then note "a missing GPU is named" ok "$(tail -1 "$logs/no-gpu.txt")"; else note "a missing GPU is named" FAIL "$(tail -1 "$logs/no-gpu.txt")"; fi
+
+start=$SECONDS
+timeout 120 bin/gpu --test-threads 12 >"$logs/operations.txt" 2>&1
+outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
+grep -E 'FAILED|panicked|expected|^---- ' "$logs/operations.txt" | grep -v '^test .* ok$' | head -60
+
+# model, dtype, flags -> $logs/NAME.json
+verify() { # NAME MODEL DTYPE FLAGS...
+    local name="$1" model="$2" dtype="$3"
+    shift 3
+    timeout 60 bin/moeyard verify "$model" --prompts "$model/golden.json" --out "$logs/$name.json" --device cuda --dtype "$dtype" \
+        --max-model-len 512 --kv-cache-memory 64MiB "$@" >"$logs/$name.log" 2>&1
+}
+judge() { # NAME MODEL DTYPE FLAGS...: verify, then compare with the golden outputs
+    local name="$1" model="$2" dtype="$3"
+    if verify "$@" && python3 fixtures/check_fixture.py "$model" "$logs/$name.json" --mode "$dtype" >"$logs/$name.txt" 2>&1; then
+        echo ok >"$logs/$name.outcome"
+    else
+        { echo FAIL; tail -3 "$logs/$name.log" | tr '\n' ' '; grep -i fail "$logs/$name.txt" 2>/dev/null | head -3 | tr '\n' ' '; } >"$logs/$name.outcome"
+    fi
+}
+throttle() { while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done; }
+
+names=()
+start=$SECONDS
+divisions=("--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--tensor-parallel-size 2" "--prefill-chunk-size 5 --max-num-seqs 2")
+compact() { echo "$*" | tr -d ' '; }
+for model in fixtures/*/; do
+    model="${model%/}"
+    [ -f "$model/golden.json" ] && [ -f "$model/config.json" ] || continue
+    for dtype in f32 bf16; do
+        name="$(basename "$model")-$dtype"
+        names+=("$name")
+        throttle
+        judge "$name" "$model" "$dtype" &
+    done
+done
+for model in fixtures/mixtral fixtures/deepseek_v3 fixtures/qwen2_moe; do
+    for flags in "${divisions[@]}"; do
+        name="$(compact "$(basename "$model")-f32$flags")"
+        names+=("$name")
+        throttle
+        # shellcheck disable=SC2086
+        judge "$name" "$model" f32 $flags &
+    done
+done
+
+# The trained demo models continue their golden prompts token by token.
+demo() { # NAME MODEL FLAGS...
+    local name="$1" model="$2"
+    shift 2
+    python3 - "$model/golden.json" "$logs/$name.prompts.json" <<'PY'
+import json, sys
+golden = json.load(open(sys.argv[1]))
+case = lambda i, p: {"id": str(i), "input_ids": p["prompt_ids"], "all_logits": [], "greedy": {"tokens": p["f32_ids"]}}
+json.dump({"schema": "moe-fixture-dump/1", "prompts": [case(i, p) for i, p in enumerate(golden["prompts"])]}, open(sys.argv[2], "w"))
+PY
+    if timeout 60 bin/moeyard verify "$model" --prompts "$logs/$name.prompts.json" --out "$logs/$name.json" --device cuda \
+        --dtype f32 "$@" >"$logs/$name.log" 2>&1 &&
+        python3 - "$model/golden.json" "$logs/$name.json" >"$logs/$name.txt" 2>&1 <<'PY'; then
+import json, sys
+golden, dump = (json.load(open(path))["prompts"] for path in sys.argv[1:])
+assert len(golden) == len(dump) > 0
+for want, found in zip(golden, dump):
+    assert found["greedy"]["tokens"] == want["f32_ids"], (want["prompt"], want["f32_ids"], found["greedy"]["tokens"])
+PY
+        echo ok >"$logs/$name.outcome"
+    else
+        { echo FAIL; tail -1 "$logs/$name.log" "$logs/$name.txt" | tr '\n' ' '; } >"$logs/$name.outcome"
+    fi
+}
+for model in models/*/; do
+    model="${model%/}"
+    for flags in "" "${divisions[@]}"; do
+        name="$(compact "$(basename "$model")-f32$flags")"
+        names+=("$name")
+        throttle
+        # shellcheck disable=SC2086
+        demo "$name" "$model" $flags &
+    done
+done
+wait
+for name in "${names[@]}"; do
+    read -r first <"$logs/$name.outcome"
+    note "$name" "${first:-FAIL}" "$(sed -n 2p "$logs/$name.outcome" | cut -c1-200)"
+done
+note "time of all models" ok "$((SECONDS - start)) s"
+
+# Placement, EP degree and chunks do not change a bit.
+for model in mixtral deepseek_v3 qwen2_moe demo-mixtral demo-deepseek; do
+    for flags in "${divisions[@]}"; do
+        case "$flags" in *tensor*) continue ;; esac
+        cmp -s "$logs/$model-f32.safetensors" "$logs/$(compact "$model-f32$flags").safetensors"
+        outcome "$model: the bits of one rank with $flags" $? ""
+    done
+done
+
+if [ -x bin/gpu_bench ]; then
+    timeout 150 bin/gpu_bench 2>&1 | tee "$logs/bench.txt"
+    outcome "benchmarks" "${PIPESTATUS[0]}" ""
+fi
+
+printf '\n%s\n' "--- $(date -u +%F) $(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
+printf '%s\n' "${table[@]}"
+if [ -f "$logs/bench.txt" ]; then printf '\n'; cat "$logs/bench.txt"; fi
+echo "failures: $failures"
+[ "$failures" = 0 ]

@@ -1,0 +1,260 @@
+//! The paged cache, grouped-query attention and both forms of MLA.
+
+use libtest_mimic::Trial;
+use moeyard::backend::{
+    AttentionBatch, Backend, DType, GqaArgs, KvCache, KvShape, MlaArgs, Precision, SeqSpan, Tensor,
+};
+
+use crate::pair::{Device, Numbers, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
+use crate::trial;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("attention::gqa", gqa),
+        trial("attention::gqa_with_windows_and_sinks", gqa_with_windows_and_sinks),
+        trial("attention::mla", mla),
+        trial(
+            "attention::a_row_has_the_same_bits_alone_and_in_any_chunk",
+            a_row_has_the_same_bits_alone_and_in_any_chunk,
+        ),
+    ]
+}
+
+const BLOCK: usize = 16;
+
+/// Sequences of which some positions are cached and some are rows of the batch; blocks are dealt out of order.
+struct Batch {
+    spans: Vec<SeqSpan>,
+    table: Vec<u32>,
+    blocks: usize,
+}
+
+impl Batch {
+    /// (positions cached, rows, prompt length) of each sequence.
+    fn new(numbers: &mut Numbers, sequences: &[(usize, usize, usize)]) -> Batch {
+        let mut spans = Vec::new();
+        let (mut row, mut blocks) = (0, 0);
+        for &(cached, rows, prompt_len) in sequences {
+            spans.push(SeqSpan {
+                row,
+                rows: rows as u32,
+                position: cached as u32,
+                prompt_len: prompt_len as u32,
+                first_block: blocks as u32,
+            });
+            row += rows as u32;
+            blocks += (cached + rows).div_ceil(BLOCK);
+        }
+        let mut table: Vec<u32> = (0..blocks as u32).collect();
+        for i in (1..blocks).rev() {
+            table.swap(i, numbers.below(i + 1));
+        }
+        Batch { spans, table, blocks }
+    }
+
+    fn batch<'a>(&'a self, spans: &'a [SeqSpan]) -> AttentionBatch<'a> {
+        AttentionBatch { spans, block_table: &self.table }
+    }
+
+    fn rows(&self) -> usize {
+        self.batch(&self.spans).rows()
+    }
+
+    /// The same sequences from their first position to the end of the batch: what is written into the cache.
+    fn all(&self) -> Vec<SeqSpan> {
+        let mut row = 0;
+        let whole = |s: &SeqSpan| {
+            let rows = s.position + s.rows;
+            let span = SeqSpan { row, rows, position: 0, ..*s };
+            row += rows;
+            span
+        };
+        self.spans.iter().map(whole).collect()
+    }
+
+    /// A cache with keys and values of all positions.
+    fn cache(&self, device: Device<'_>, shape: KvShape, dtype: DType, k: &[f32], v: &[f32]) -> KvCache {
+        let mut cache = device.alloc_kv(shape, dtype, BLOCK, self.blocks).unwrap();
+        let all = self.all();
+        let rows = self.batch(&all).rows();
+        let k = tensor(device, DType::F32, rows, k.len() / rows, k);
+        let v = tensor(device, DType::F32, rows, v.len() / rows, v);
+        device.kv_write(k.view(), v.view(), self.batch(&all), &mut cache).unwrap();
+        cache
+    }
+
+    fn positions(&self) -> usize {
+        self.spans.iter().map(|s| (s.position + s.rows) as usize).sum()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Heads {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+fn check_gqa(
+    batch: &Batch,
+    h: Heads,
+    dtype: DType,
+    window: Option<usize>,
+    sinks: bool,
+    numbers: &mut Numbers,
+) {
+    let width = h.kv_heads * h.dim;
+    let (k, v) = (numbers.vec(batch.positions() * width), numbers.vec(batch.positions() * width));
+    let q: Vec<f32> = numbers.vec(batch.rows() * h.heads * h.dim).iter().map(|x| x * 4.0).collect();
+    let sink_values = numbers.vec(h.heads);
+    let what = format!(
+        "{} / {} heads of {}, {dtype:?}, window {window:?}, sinks {sinks}",
+        h.heads, h.kv_heads, h.dim
+    );
+    same(&what, tolerance(dtype), |device| {
+        let cache =
+            batch.cache(device, KvShape::Gqa { kv_heads: h.kv_heads, head_dim: h.dim }, dtype, &k, &v);
+        let q = tensor(device, DType::F32, batch.rows(), h.heads * h.dim, &q);
+        let sinks = sinks.then(|| tensor(device, DType::F32, 1, h.heads, &sink_values));
+        let mut out = poisoned(device, dtype, batch.rows(), h.heads * h.dim);
+        let args = GqaArgs {
+            q: q.view(),
+            cache: &cache,
+            batch: batch.batch(&batch.spans),
+            heads: h.heads,
+            scale: (h.dim as f32).powf(-0.5),
+            window,
+            sinks: sinks.as_ref().map(Tensor::view),
+        };
+        device.attention_gqa(args, out.view_mut()).unwrap();
+        values(device, out.view())
+    });
+}
+
+fn gqa() {
+    let mut numbers = Numbers::new(21);
+    let batches: [&[(usize, usize, usize)]; 4] = [
+        &[(0, 1, 1)],
+        &[(0, 37, 37)],
+        &[(40, 1, 3), (0, 5, 5), (100, 1, 9)],
+        &[(31, 70, 101), (5, 1, 4), (63, 2, 65)],
+    ];
+    for (heads, kv_heads, dim) in
+        [(1, 1, 1), (2, 1, 16), (4, 2, 20), (8, 8, 64), (12, 1, 32), (8, 2, 128), (6, 3, 96), (2, 2, 256)]
+    {
+        for sequences in batches {
+            let batch = Batch::new(&mut numbers, sequences);
+            for dtype in [DType::F32, DType::Bf16] {
+                check_gqa(&batch, Heads { heads, kv_heads, dim }, dtype, None, false, &mut numbers);
+            }
+        }
+    }
+}
+
+fn gqa_with_windows_and_sinks() {
+    let mut numbers = Numbers::new(22);
+    let batches: [&[(usize, usize, usize)]; 2] = [&[(0, 90, 90)], &[(200, 1, 3), (33, 40, 80), (5, 1, 2)]];
+    for sequences in batches {
+        let batch = Batch::new(&mut numbers, sequences);
+        for (window, sinks) in [
+            (Some(1), false),
+            (Some(7), true),
+            (Some(32), false),
+            (Some(64), true),
+            (Some(10_000), false),
+            (None, true),
+        ] {
+            for (heads, kv_heads, dim) in [(4, 2, 32), (8, 1, 64)] {
+                for dtype in [DType::F32, DType::Bf16] {
+                    check_gqa(&batch, Heads { heads, kv_heads, dim }, dtype, window, sinks, &mut numbers);
+                }
+            }
+        }
+    }
+}
+
+fn mla() {
+    let mut numbers = Numbers::new(23);
+    let batches: [&[(usize, usize, usize)]; 5] = [
+        &[(0, 1, 1)],
+        &[(0, 33, 33)],
+        &[(40, 1, 3), (17, 1, 17)],
+        // Prompt rows, generated rows, and sequences that have both.
+        &[(10, 30, 25), (60, 1, 7), (0, 20, 20), (3, 4, 4)],
+        &[(20, 3, 0), (0, 9, 9)],
+    ];
+    for (heads, latent, nope, rope, v) in
+        [(2, 16, 8, 4, 8), (3, 33, 12, 6, 10), (4, 64, 32, 16, 32), (16, 512, 128, 64, 128)]
+    {
+        for sequences in batches {
+            let batch = Batch::new(&mut numbers, sequences);
+            let (latents, ropes) =
+                (numbers.vec(batch.positions() * latent), numbers.vec(batch.positions() * rope));
+            let q: Vec<f32> =
+                numbers.vec(batch.rows() * heads * (nope + rope)).iter().map(|x| x * 3.0).collect();
+            for precision in Precision::ALL {
+                let kv_b = host_matrix(&mut numbers, heads * (nope + v), latent, precision.weights);
+                let what = format!("{heads} heads, {latent} {nope} {rope} {v}, {precision:?}, {sequences:?}");
+                let allowed = if precision.activations == DType::Bf16 { 2e-2 } else { 3e-5 };
+                same(&what, allowed, |device| {
+                    let weights = device.pack_mla(&kv_b, heads, nope, v, precision.weights).unwrap();
+                    let shape = KvShape::Mla { latent, rope_dim: rope };
+                    let cache = batch.cache(device, shape, precision.activations, &ropes, &latents);
+                    let q = tensor(device, DType::F32, batch.rows(), heads * (nope + rope), &q);
+                    let mut out = poisoned(device, precision.activations, batch.rows(), heads * v);
+                    let args = MlaArgs {
+                        q: q.view(),
+                        cache: &cache,
+                        weights: &weights,
+                        batch: batch.batch(&batch.spans),
+                        scale: ((nope + rope) as f32).powf(-0.5),
+                    };
+                    device.attention_mla(args, out.view_mut()).unwrap();
+                    values(device, out.view())
+                });
+            }
+        }
+    }
+}
+
+fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
+    let gpu = gpu();
+    let mut numbers = Numbers::new(24);
+    let (heads, kv_heads, dim, positions) = (8, 2, 64, 150);
+    let batch = Batch::new(&mut numbers, &[(0, positions, positions)]);
+    let width = kv_heads * dim;
+    let (k, v) = (numbers.vec(positions * width), numbers.vec(positions * width));
+    let q = numbers.vec(positions * heads * dim);
+    for dtype in [DType::F32, DType::Bf16] {
+        let cache = batch.cache(&gpu, KvShape::Gqa { kv_heads, head_dim: dim }, dtype, &k, &v);
+        let q = tensor(&gpu, DType::F32, positions, heads * dim, &q);
+        let run = |rows: std::ops::Range<usize>, window| {
+            let spans = [SeqSpan {
+                row: 0,
+                rows: rows.len() as u32,
+                position: rows.start as u32,
+                prompt_len: 0,
+                first_block: 0,
+            }];
+            let mut out = poisoned(&gpu, dtype, rows.len(), heads * dim);
+            let args = GqaArgs {
+                q: q.view().rows_range(rows),
+                cache: &cache,
+                batch: batch.batch(&spans),
+                heads,
+                scale: 0.125,
+                window,
+                sinks: None,
+            };
+            gpu.attention_gqa(args, out.view_mut()).unwrap();
+            values(&gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        };
+        for window in [None, Some(50)] {
+            let whole = run(0..positions, window);
+            for rows in [0..1, 149..150, 31..33, 64..128, 1..100, 77..78] {
+                let expected = &whole[rows.start * heads * dim..rows.end * heads * dim];
+                assert_eq!(run(rows.clone(), window), expected, "{dtype:?} rows {rows:?}, window {window:?}");
+            }
+        }
+    }
+}

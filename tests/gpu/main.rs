@@ -1,0 +1,32 @@
+//! The CUDA backend against the reference, operation by operation, over many shapes. Where there is no GPU, or the build has no
+//! CUDA, every test is listed as ignored and the reason is printed first.
+
+mod attention;
+mod dense;
+mod moe;
+mod pair;
+mod products;
+mod ranks;
+
+use libtest_mimic::{Arguments, Trial};
+use moeyard::backend::cuda;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let gpus = cuda::devices();
+    match &gpus {
+        Ok(gpus) => eprintln!("on {}", gpus[0].name),
+        Err(why) => eprintln!("ignored: {why}"),
+    }
+    let groups = [dense::trials(), products::trials(), attention::trials(), moe::trials(), ranks::trials()];
+    let trials = groups.into_iter().flatten().map(|trial| trial.with_ignored_flag(gpus.is_err())).collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// A test that fails by panicking, as those of the standard harness do.
+fn trial(name: &str, body: impl Fn() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        body();
+        Ok(())
+    })
+}

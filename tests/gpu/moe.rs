@@ -1,0 +1,155 @@
+//! Router and combine.
+
+use libtest_mimic::Trial;
+use moeyard::backend::{CombineArgs, DType};
+use moeyard::spec::{ExpertGroups, GroupScore, Renormalize, Router, Score};
+
+use crate::pair::{CLOSE, EXACT, Numbers, gpu, poisoned, same, tensor, values};
+use crate::trial;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("moe::every_router", every_router),
+        trial("moe::ties_go_to_the_lowest_id", ties_go_to_the_lowest_id),
+        trial("moe::logits_that_are_no_numbers_choose_experts_that_exist", logits_that_are_no_numbers),
+        trial("moe::combine", combine),
+    ]
+}
+
+fn router(score: Score) -> Router {
+    Router {
+        score,
+        logit_bias: false,
+        choice_bias: false,
+        groups: None,
+        renormalize: Renormalize::Off,
+        scale: 1.0,
+    }
+}
+
+fn grouped(score: Score, count: usize, keep: usize, group_score: GroupScore, choice_bias: bool) -> Router {
+    Router {
+        groups: Some(ExpertGroups { count, keep, score: group_score }),
+        choice_bias,
+        renormalize: Renormalize::Sum { eps: 1e-20 },
+        scale: 2.5,
+        ..router(score)
+    }
+}
+
+fn check(
+    what: &str,
+    router: &Router,
+    rows: usize,
+    experts: usize,
+    top_k: usize,
+    logits: &[f32],
+    bias: &[f32],
+) {
+    let run = |ids_only: bool| {
+        move |device: crate::pair::Device<'_>| {
+            let logits = tensor(device, DType::F32, rows, experts, logits);
+            let bias = tensor(device, DType::F32, 1, experts, bias);
+            let mut ids = poisoned(device, DType::I32, rows, top_k);
+            let mut weights = poisoned(device, DType::F32, rows, top_k);
+            let bias = router.choice_bias.then(|| bias.view());
+            device.route(logits.view(), bias, router, ids.view_mut(), weights.view_mut()).unwrap();
+            values(device, if ids_only { ids.view() } else { weights.view() })
+        }
+    };
+    same(&format!("{what}: ids"), EXACT, run(true));
+    same(&format!("{what}: weights"), CLOSE, run(false));
+}
+
+fn every_router() {
+    let mut numbers = Numbers::new(31);
+    let all = [
+        ("softmax", router(Score::Softmax)),
+        ("renormalised", Router { renormalize: Renormalize::Sum { eps: 0.0 }, ..router(Score::Softmax) }),
+        ("sigmoid", Router { choice_bias: true, scale: 1.5, ..router(Score::Sigmoid) }),
+        ("chosen", router(Score::SoftmaxOverChosen)),
+        ("sparse mixer", router(Score::SparseMixer { epsilon: 0.01 })),
+        ("best of groups", grouped(Score::Softmax, 4, 2, GroupScore::Max, false)),
+        ("pairs of groups", grouped(Score::Sigmoid, 4, 2, GroupScore::Top2Sum, true)),
+    ];
+    for (name, router) in &all {
+        for (rows, experts, top_k) in
+            [(1, 8, 2), (60, 16, 2), (40, 64, 6), (9, 128, 8), (5, 256, 8), (7, 512, 10), (3, 1024, 4)]
+        {
+            let logits: Vec<f32> = numbers.vec(rows * experts).iter().map(|x| x * 3.0).collect();
+            let bias: Vec<f32> = numbers.vec(experts).iter().map(|x| x * 0.2).collect();
+            check(
+                &format!("{name} {rows} x {experts}, top {top_k}"),
+                router,
+                rows,
+                experts,
+                top_k,
+                &logits,
+                &bias,
+            );
+        }
+    }
+    for (experts, top_k) in [(1, 1), (3, 3), (33, 5)] {
+        let logits = numbers.vec(6 * experts);
+        check("odd numbers", &router(Score::Softmax), 6, experts, top_k, &logits, &vec![0.0; experts]);
+    }
+}
+
+fn ties_go_to_the_lowest_id() {
+    for score in
+        [Score::Softmax, Score::Sigmoid, Score::SoftmaxOverChosen, Score::SparseMixer { epsilon: 0.01 }]
+    {
+        check("all equal", &router(score), 1, 40, 5, &[0.25; 40], &[0.0; 40]);
+    }
+    let mut numbers = Numbers::new(32);
+    let few: Vec<f32> = (0..200 * 64).map(|_| numbers.below(3) as f32).collect();
+    check("three levels", &router(Score::Softmax), 200, 64, 8, &few, &[0.0; 64]);
+    for score in [GroupScore::Max, GroupScore::Top2Sum] {
+        check("groups", &grouped(Score::Sigmoid, 8, 3, score, false), 200, 64, 8, &few, &[0.0; 64]);
+    }
+}
+
+/// Garbage in must not become an index out of bounds.
+fn logits_that_are_no_numbers() {
+    let gpu = gpu();
+    let device: crate::pair::Device<'_> = &gpu;
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for router in [
+            router(Score::Softmax),
+            router(Score::Sigmoid),
+            router(Score::SoftmaxOverChosen),
+            router(Score::SparseMixer { epsilon: 0.01 }),
+            grouped(Score::Sigmoid, 4, 2, GroupScore::Top2Sum, false),
+            grouped(Score::Softmax, 4, 2, GroupScore::Max, false),
+        ] {
+            let logits = tensor(device, DType::F32, 2, 48, &[[value; 48], [1.0; 48]].concat());
+            let mut ids = poisoned(device, DType::I32, 2, 6);
+            let mut weights = poisoned(device, DType::F32, 2, 6);
+            device.route(logits.view(), None, &router, ids.view_mut(), weights.view_mut()).unwrap();
+            let mut chosen = values(device, ids.head(1));
+            assert!(chosen.iter().all(|&e| (0.0..48.0).contains(&e)), "{value}: {chosen:?}");
+            chosen.dedup();
+            assert_eq!(chosen.len(), 6, "{value}");
+        }
+    }
+}
+
+fn combine() {
+    let mut numbers = Numbers::new(33);
+    for dtype in [DType::F32, DType::Bf16] {
+        for (tokens, top_k, parts, hidden) in [(1, 1, 1, 1), (7, 2, 1, 100), (33, 8, 2, 65), (3, 6, 1, 4096)]
+        {
+            let rows = tokens * top_k * parts;
+            let (data, weights) = (numbers.vec(rows * hidden), numbers.vec(tokens * top_k));
+            let index: Vec<u32> = (0..rows).map(|_| numbers.below(rows) as u32).collect();
+            same(&format!("{dtype:?} {tokens} x {top_k} x {parts} x {hidden}"), CLOSE, |device| {
+                let rows = tensor(device, dtype, rows, hidden, &data);
+                let weights = tensor(device, DType::F32, tokens, top_k, &weights);
+                let mut out = poisoned(device, DType::F32, tokens, hidden);
+                let args = CombineArgs { rows: rows.view(), index: &index, weights: weights.view(), parts };
+                device.combine(args, out.view_mut()).unwrap();
+                values(device, out.view())
+            });
+        }
+    }
+}
