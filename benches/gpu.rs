@@ -4,6 +4,7 @@
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
 //! together larger than the second-level cache.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use half::bf16;
@@ -20,7 +21,7 @@ fn main() {
         return;
     }
     match cuda::devices() {
-        Ok(_) => Bench { gpu: CudaBackend::open(0).unwrap(), numbers: Numbers(7) }.run(),
+        Ok(_) => Bench { gpu: CudaBackend::open(0).unwrap().into_dyn(), numbers: Numbers(7) }.run(),
         Err(why) => println!("no benchmark: {why}"),
     }
 }
@@ -58,7 +59,7 @@ const SHAPES: [ExpertShape; 2] = [
 ];
 
 struct Bench {
-    gpu: CudaBackend,
+    gpu: Arc<dyn Backend>,
     numbers: Numbers,
 }
 
@@ -98,13 +99,13 @@ impl Bench {
     }
 
     /// Seconds per call.
-    fn time(&self, mut call: impl FnMut(&CudaBackend)) -> f64 {
+    fn time(&self, mut call: impl FnMut(&dyn Backend)) -> f64 {
         let probe = self.gpu.alloc(DType::F32, 1, 1).unwrap();
         let wait = || self.gpu.download(probe.view(), &mut [0; 4]).unwrap();
-        call(&self.gpu);
+        call(self.gpu.as_ref());
         wait();
         let start = Instant::now();
-        call(&self.gpu);
+        call(self.gpu.as_ref());
         wait();
         let once = start.elapsed().as_secs_f64();
         let calls = ((0.15 / once) as usize).clamp(3, 2000);
@@ -112,7 +113,7 @@ impl Bench {
         for _ in 0..3 {
             let start = Instant::now();
             for _ in 0..calls {
-                call(&self.gpu);
+                call(self.gpu.as_ref());
             }
             wait();
             best = best.min(start.elapsed().as_secs_f64() / calls as f64);

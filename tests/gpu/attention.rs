@@ -2,7 +2,7 @@
 
 use libtest_mimic::Trial;
 use moeyard::backend::{
-    AttentionBatch, Backend, DType, GqaArgs, KvCache, KvShape, MlaArgs, Precision, SeqSpan, Tensor,
+    AttentionBatch, DType, GqaArgs, KvCache, KvShape, MlaArgs, Precision, SeqSpan, Tensor,
 };
 
 use crate::pair::{Device, Numbers, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
@@ -218,7 +218,8 @@ fn mla() {
 }
 
 fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
-    let gpu = gpu();
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let mut numbers = Numbers::new(24);
     let (heads, kv_heads, dim, positions) = (8, 2, 64, 150);
     let batch = Batch::new(&mut numbers, &[(0, positions, positions)]);
@@ -226,8 +227,8 @@ fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
     let (k, v) = (numbers.vec(positions * width), numbers.vec(positions * width));
     let q = numbers.vec(positions * heads * dim);
     for dtype in [DType::F32, DType::Bf16] {
-        let cache = batch.cache(&gpu, KvShape::Gqa { kv_heads, head_dim: dim }, dtype, &k, &v);
-        let q = tensor(&gpu, DType::F32, positions, heads * dim, &q);
+        let cache = batch.cache(gpu, KvShape::Gqa { kv_heads, head_dim: dim }, dtype, &k, &v);
+        let q = tensor(gpu, DType::F32, positions, heads * dim, &q);
         let run = |rows: std::ops::Range<usize>, window| {
             let spans = [SeqSpan {
                 row: 0,
@@ -236,7 +237,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
                 prompt_len: 0,
                 first_block: 0,
             }];
-            let mut out = poisoned(&gpu, dtype, rows.len(), heads * dim);
+            let mut out = poisoned(gpu, dtype, rows.len(), heads * dim);
             let args = GqaArgs {
                 q: q.view().rows_range(rows),
                 cache: &cache,
@@ -247,7 +248,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
                 sinks: None,
             };
             gpu.attention_gqa(args, out.view_mut()).unwrap();
-            values(&gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            values(gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         };
         for window in [None, Some(50)] {
             let whole = run(0..positions, window);

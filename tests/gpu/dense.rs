@@ -41,14 +41,15 @@ fn bytes_return_as_they_went() {
 fn a_large_tensor_makes_the_round_trip() {
     let (rows, cols) = (5000, 2049);
     let data: Vec<f32> = (0..rows * cols).map(|i| (i % 65521) as f32).collect();
-    let gpu = crate::pair::gpu();
-    let whole = tensor(&gpu, DType::F32, rows, cols, &data);
-    assert_eq!(values(&gpu, whole.view()), data);
-    let mut wide = poisoned(&gpu, DType::F32, rows, cols + 3);
+    let owner = crate::pair::gpu();
+    let gpu = owner.as_ref();
+    let whole = tensor(gpu, DType::F32, rows, cols, &data);
+    assert_eq!(values(gpu, whole.view()), data);
+    let mut wide = poisoned(gpu, DType::F32, rows, cols + 3);
     let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
-    moeyard::backend::Backend::upload(&gpu, &bytes, wide.view_mut().cols_range(2..cols + 2)).unwrap();
-    assert_eq!(values(&gpu, wide.view().cols_range(2..cols + 2)), data);
-    assert!(values(&gpu, wide.view().cols_range(0..2)).iter().all(|x| x.is_nan()));
+    gpu.upload(&bytes, wide.view_mut().cols_range(2..cols + 2)).unwrap();
+    assert_eq!(values(gpu, wide.view().cols_range(2..cols + 2)), data);
+    assert!(values(gpu, wide.view().cols_range(0..2)).iter().all(|x| x.is_nan()));
 }
 
 fn rows_are_copied_between_types_and_strides() {

@@ -111,8 +111,9 @@ fn ties_go_to_the_lowest_id() {
 
 /// Garbage in must not become an index out of bounds.
 fn logits_that_are_no_numbers() {
-    let gpu = gpu();
-    let device: crate::pair::Device<'_> = &gpu;
+    let owner = gpu();
+    let gpu = owner.as_ref();
+    let device: crate::pair::Device<'_> = gpu;
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for router in [
             router(Score::Softmax),

@@ -1,5 +1,7 @@
 //! One body on two backends: what the GPU computed against what the reference did.
 
+use std::sync::Arc;
+
 use half::bf16;
 use moeyard::backend::cuda::CudaBackend;
 use moeyard::backend::reference::ReferenceBackend;
@@ -74,8 +76,8 @@ pub fn host_matrix(numbers: &mut Numbers, n: usize, k: usize, dtype: DType) -> H
 }
 
 /// A GPU of this test's own: a stream and its buffers.
-pub fn gpu() -> CudaBackend {
-    CudaBackend::open(0).unwrap()
+pub fn gpu() -> Arc<dyn Backend> {
+    CudaBackend::open(0).unwrap().into_dyn()
 }
 
 /// Relative error allowed where results are f32 sums of some hundred terms.
@@ -94,7 +96,7 @@ pub fn tolerance(dtype: DType) -> f32 {
 /// mean square of all, whichever is larger.
 #[track_caller]
 pub fn same(what: &str, tolerance: f32, body: impl Fn(Device<'_>) -> Vec<f32>) {
-    same_on(&gpu(), what, tolerance, body);
+    same_on(gpu().as_ref(), what, tolerance, body);
 }
 
 /// [`same`] on a GPU backend that is used for more than one case.

@@ -1,7 +1,7 @@
 //! Linear layers, MLPs and grouped experts, and what their bits may not depend on.
 
 use libtest_mimic::Trial;
-use moeyard::backend::{Backend, DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Precision, Tensor};
+use moeyard::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Precision, Tensor};
 use moeyard::spec::Activation;
 
 use crate::pair::{Device, Numbers, ROUNDED, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
@@ -189,7 +189,8 @@ fn many_small_experts() {
 }
 
 fn footprints_are_what_is_allocated() {
-    let gpu = gpu();
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let mut numbers = Numbers::new(16);
     for dtype in [DType::F32, DType::Bf16] {
         let matrix = host_matrix(&mut numbers, 7, 13, DType::F32);
@@ -213,18 +214,19 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 /// The tile follows the number of rows; the bits must not.
 fn a_row_has_the_same_bits_in_every_batch() {
-    let gpu = gpu();
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let mut numbers = Numbers::new(17);
     for precision in Precision::ALL {
         let (n, k) = (320, 1000);
         let w =
             gpu.pack_matrix(&host_matrix(&mut numbers, n, k, precision.weights), precision.weights).unwrap();
         let x = numbers.vec(300 * k);
-        let x = tensor(&gpu, precision.activations, 300, k, &x);
+        let x = tensor(gpu, precision.activations, 300, k, &x);
         let run = |rows: std::ops::Range<usize>| {
-            let mut out = poisoned(&gpu, DType::F32, rows.len(), n);
+            let mut out = poisoned(gpu, DType::F32, rows.len(), n);
             gpu.linear(x.view().rows_range(rows), &w, None, out.view_mut()).unwrap();
-            bits(&values(&gpu, out.view()))
+            bits(&values(gpu, out.view()))
         };
         let whole = run(0..300);
         for rows in [0..1, 7..8, 3..12, 10..30, 100..140, 90..180, 0..200, 299..300] {
@@ -235,7 +237,8 @@ fn a_row_has_the_same_bits_in_every_batch() {
 
 /// Placement moves experts between slots and splits their rows between replicas; neither may show.
 fn an_expert_has_the_same_bits_in_every_slot() {
-    let gpu = gpu();
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let mut numbers = Numbers::new(18);
     for precision in Precision::ALL {
         let (hidden, width) = (256, 192);
@@ -245,14 +248,14 @@ fn an_expert_has_the_same_bits_in_every_slot() {
         let data = numbers.vec(150 * hidden);
         let counts = [20, 100, 30];
         let plain = [pack(0), pack(1), pack(2)];
-        let all = |rows: &[f32]| tensor(&gpu, precision.activations, rows.len() / hidden, hidden, rows);
-        let expected = bits(&run_experts(&gpu, &all(&data), &counts, &plain, Activation::SiluMul));
+        let all = |rows: &[f32]| tensor(gpu, precision.activations, rows.len() / hidden, hidden, rows);
+        let expected = bits(&run_experts(gpu, &all(&data), &counts, &plain, Activation::SiluMul));
         // Expert 1 in two replicas, 2 before 0, an empty slot.
         let (e0, rest) = data.split_at(20 * hidden);
         let (e1, e2) = rest.split_at(100 * hidden);
         let moved = [e2, &e1[..90 * hidden], e0, &e1[90 * hidden..]].concat();
         let slots = [pack(2), pack(1), None, pack(0), pack(1)];
-        let found = bits(&run_experts(&gpu, &all(&moved), &[30, 90, 0, 20, 10], &slots, Activation::SiluMul));
+        let found = bits(&run_experts(gpu, &all(&moved), &[30, 90, 0, 20, 10], &slots, Activation::SiluMul));
         let at = |from: usize, rows: usize| found[from * hidden..(from + rows) * hidden].to_vec();
         let back = [at(120, 20), at(30, 90), at(140, 10), at(0, 30)].concat();
         assert_eq!(back, expected, "{precision:?}");

@@ -18,7 +18,7 @@ pub fn trials() -> Vec<Trial> {
 fn collectives_order_the_streams() {
     let (rows, cols, rounds) = (512, 1024, 20);
     for size in [2, 3, 4] {
-        let backends: Vec<Arc<dyn Backend>> = (0..size).map(|_| gpu().into_dyn()).collect();
+        let backends: Vec<Arc<dyn Backend>> = (0..size).map(|_| gpu()).collect();
         let world = Local::world(backends.clone());
         std::thread::scope(|scope| {
             for (mut rank, backend) in world.into_iter().zip(&backends) {
