@@ -3,13 +3,39 @@
 mod samples;
 
 use std::fs;
+use std::path::Path;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use router_sim::formats::{self, Format, Options};
+use router_sim::formats::{self, Format, Input, Options};
 use router_sim::load::{LoadWindow, Phase};
 use router_sim::stream::{TokenBatch, TokenStream};
-use samples::{EXPERTS, LAYERS, TOKENS, TOP_K, Tokens, drain, expert, write_all};
+use samples::{EXPERTS, LAYERS, TOKENS, TOP_K, Tokens, expert, write_all};
+
+/// Reads a whole file: rows or windows, and records left out.
+fn drain(path: &Path, options: &Options) -> router_sim::Result<(usize, u64)> {
+    match formats::open(path, options)? {
+        Input::Tokens(mut tokens) => {
+            let (mut batch, mut rows) = (TokenBatch::default(), 0);
+            let shape = tokens.shape().clone();
+            while tokens.next_batch(&mut batch)? {
+                assert_eq!(batch.ids.len(), batch.rows.len() * shape.ids_per_row());
+                assert!(batch.ids.iter().all(|id| usize::from(*id) < shape.experts));
+                let weights = if shape.weights { batch.ids.len() } else { 0 };
+                assert_eq!(batch.weights.len(), weights);
+                rows += batch.rows.len();
+            }
+            Ok((rows, tokens.skipped()))
+        }
+        Input::Loads(mut loads) => {
+            let (mut window, mut windows) = (loads.empty_window(), 0);
+            while loads.next_window(&mut window)? {
+                windows += 1;
+            }
+            Ok((windows, loads.skipped()))
+        }
+    }
+}
 
 /// Tokens of each expert over all samples' tokens.
 fn expected_load(layer_ids: &[usize]) -> LoadWindow {

@@ -12,6 +12,7 @@ mod split;
 mod simulation;
 mod summary;
 mod replay;
+mod report;
 mod compare;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ Examples:
   router-sim synth traffic.moeroute --like deepseek-v3 --ranks 32 --drift 0.25
   router-sim place --load load.npy --ranks 32 --slots 288 --policy moeyard --out placement.json
   router-sim split --load load.npy --placement placement.json --ranks 32 --split exact --out tokens.npy
+  router-sim report found.json --html report.html
 
 Every input may be in any known format; `router-sim convert --help` lists them.
 Ask each command for its own examples: router-sim convert --help";
@@ -54,6 +56,8 @@ enum Command {
     Replay(Box<replay::Arguments>),
     /// Run many alternatives on the same tokens, side by side
     Compare(Box<compare::Arguments>),
+    /// Show what replay, compare or advise found: as text, CSV or one HTML page
+    Report(report::Arguments),
 }
 
 /// Entry point of the binary.
@@ -66,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Split(arguments) => split::run(arguments),
         Command::Replay(arguments) => replay::run(*arguments),
         Command::Compare(arguments) => compare::run(*arguments),
+        Command::Report(arguments) => report::run(arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

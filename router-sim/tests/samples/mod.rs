@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use router_sim::formats::{self, Format, Input, Options, write};
+use router_sim::formats::{self, Format, Options, write};
 use router_sim::load::Phase;
 use router_sim::stream::{TokenBatch, TokenRow, TokenShape, TokenStream};
 use router_sim::trace::RowInfo;
@@ -185,30 +185,5 @@ fn trtllm(folder: &Path) {
             .map(|(name, bytes)| (name, TensorView::new(Dtype::I32, vec![EXPERTS], bytes).unwrap()));
         let file = safetensors::serialize(views, None).unwrap();
         fs::write(folder.join(format!("rank{rank}.safetensors")), file).unwrap();
-    }
-}
-
-/// All tokens of a file, `[tokens]` of request, position, label and `[layers][top_k]` ids; or what is wrong with it.
-pub fn drain(path: &Path, options: &Options) -> router_sim::Result<(usize, u64)> {
-    match formats::open(path, options)? {
-        Input::Tokens(mut tokens) => {
-            let (mut batch, mut rows) = (TokenBatch::default(), 0);
-            let shape = tokens.shape().clone();
-            while tokens.next_batch(&mut batch)? {
-                assert_eq!(batch.ids.len(), batch.rows.len() * shape.ids_per_row());
-                assert!(batch.ids.iter().all(|id| usize::from(*id) < shape.experts));
-                let weights = if shape.weights { batch.ids.len() } else { 0 };
-                assert_eq!(batch.weights.len(), weights);
-                rows += batch.rows.len();
-            }
-            Ok((rows, tokens.skipped()))
-        }
-        Input::Loads(mut loads) => {
-            let (mut window, mut windows) = (loads.empty_window(), 0);
-            while loads.next_window(&mut window)? {
-                windows += 1;
-            }
-            Ok((windows, loads.skipped()))
-        }
     }
 }
