@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use router_sim::bounds;
 use router_sim::load::LoadWindow;
-use router_sim::placement::{ClusterShape, Eplb, Linear, Placement, PlacementPolicy, duplicates, transfers};
+use router_sim::placement::{
+    ClusterShape, Eplb, Linear, Moeyard, Placement, PlacementPolicy, duplicates, transfers,
+};
 use router_sim::split::{Shares, even_balancedness};
 use router_sim::{Error, Result};
 
@@ -19,7 +21,10 @@ Examples:
   The published EPLB, groups of experts kept on a node:
     router-sim place --load load.npy --ranks 32 --slots 288 --nodes 4 --groups 8 --policy eplb-hierarchical --out p.json
 
-Loads with several steps are summed over the steps.";
+  Repair a placement for a new load, at most 16 experts moved in each layer:
+    router-sim place --load new.npy --ranks 32 --slots 288 --policy moeyard --from placement.json --max-transfers 16 --out p.json
+
+Loads with several steps are summed over the steps, unless --windows keeps them apart.";
 
 /// What to plan for.
 #[derive(Args)]
@@ -34,10 +39,10 @@ pub struct Arguments {
     /// Slots per layer over all ranks: experts and redundant copies; a multiple of the ranks
     #[arg(long, value_name = "R")]
     slots: usize,
-    /// Nodes that the ranks are on, in runs of equal length
+    /// Nodes that the ranks are on, in runs of equal length; linear and eplb are blind to them
     #[arg(long, value_name = "N", default_value_t = 1)]
     nodes: usize,
-    /// Groups of consecutive experts that a token's experts are limited to
+    /// Groups of consecutive experts that a token's experts are limited to; linear and eplb are blind to them
     #[arg(long, value_name = "K", default_value_t = 1)]
     groups: usize,
     /// How to plan
@@ -46,9 +51,27 @@ pub struct Arguments {
     /// Placement that is served now: transfers are counted from it
     #[arg(long, value_name = "PLACEMENT.json")]
     from: Option<PathBuf>,
+    /// Change at most this many slots per layer of the placement that is served now
+    #[arg(long, value_name = "K", requires = "from")]
+    max_transfers: Option<usize>,
+    /// Move at most this many bytes per layer
+    #[arg(long, value_name = "BYTES", requires = "from", requires = "expert_bytes")]
+    max_bytes: Option<u64>,
     /// Bytes of one expert's weights in one layer, to say what transfers cost
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
     expert_bytes: Option<u64>,
+    /// Plan for the sum over up to this many windows of each window's largest load, not for their total
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    windows: usize,
+    /// Expect each expert's load to drift by a factor exp(D x N(0,1)) and plan for that too
+    #[arg(long, value_name = "D", default_value_t = 0.0)]
+    drift: f64,
+    /// Stop the search this close to the bound: 0.0001 is 0.01 %
+    #[arg(long, value_name = "GAP", default_value_t = Moeyard::default().gap)]
+    gap: f64,
+    /// Ranks that must stay empty, as 3,17
+    #[arg(long, value_name = "RANKS", value_delimiter = ',')]
+    failed_ranks: Vec<usize>,
     /// Placement file to write
     #[arg(long, value_name = "PLACEMENT.json")]
     out: PathBuf,
@@ -65,10 +88,17 @@ enum PolicyName {
     Eplb,
     /// The published EPLB, groups kept whole on nodes (--nodes, --groups)
     EplbHierarchical,
+    /// Search on windows, with few transfers; groups are kept whole on nodes where both are several
+    Moeyard,
 }
 
 pub fn run(arguments: Arguments) -> Result<()> {
-    let load = arguments.input.total_load(&arguments.load)?;
+    check_policy_flags(&arguments)?;
+    let mut windows = match arguments.windows {
+        0 | 1 => vec![arguments.input.total_load(&arguments.load)?],
+        most => arguments.input.windows(&arguments.load, most)?,
+    };
+    let mut load = sum(&windows)?;
     let cluster = cluster(&arguments, load.experts())?;
     let current = arguments.from.as_deref().map(|path| read_placement(path, &load, Some(arguments.ranks)));
     let current = current.transpose()?;
@@ -79,18 +109,64 @@ pub fn run(arguments: Arguments) -> Result<()> {
             arguments.slots
         )));
     }
-    let load = match &current {
-        Some(current) => load.with_layer_ids(current.layer_ids())?,
-        None => load,
-    };
+    if let Some(current) = &current {
+        load = load.with_layer_ids(current.layer_ids())?;
+        let renamed = windows.into_iter().map(|window| window.with_layer_ids(current.layer_ids()));
+        windows = renamed.collect::<Result<_>>()?;
+    }
     let policy: Box<dyn PlacementPolicy> = match arguments.policy {
         PolicyName::Linear => Box::new(Linear),
         PolicyName::Eplb => Box::new(Eplb::GLOBAL),
         PolicyName::EplbHierarchical => Box::new(Eplb::hierarchical(arguments.groups, arguments.nodes)),
+        PolicyName::Moeyard => Box::new(moeyard(&arguments)),
     };
-    let placement = policy.place(&load, &cluster)?;
+    let placement = policy.replan(&windows, current.as_ref(), &cluster)?;
     placement.write(&arguments.out)?;
     super::print(&summary(&arguments, &load, &placement, current.as_ref())?)
+}
+
+/// Flags that only one policy knows are refused with another.
+fn check_policy_flags(arguments: &Arguments) -> Result<()> {
+    let default = Moeyard::default();
+    let own = [
+        ("--max-transfers", arguments.max_transfers.is_some()),
+        ("--max-bytes", arguments.max_bytes.is_some()),
+        ("--windows", arguments.windows > 1),
+        ("--drift", arguments.drift != default.drift),
+        ("--gap", arguments.gap != default.gap),
+        ("--failed-ranks", !arguments.failed_ranks.is_empty()),
+    ];
+    match own.iter().find(|(_, given)| *given) {
+        Some((flag, _)) if arguments.policy != PolicyName::Moeyard => {
+            Err(Error::Impossible(format!("{flag} needs --policy moeyard")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn moeyard(arguments: &Arguments) -> Moeyard {
+    let in_bytes = arguments
+        .max_bytes
+        .map(|bytes| Moeyard::transfers_within(bytes, arguments.expert_bytes.expect("clap requires it")));
+    let limits = arguments.max_transfers.into_iter().chain(in_bytes);
+    Moeyard {
+        gap: arguments.gap,
+        max_transfers: limits.min(),
+        phase_shares: None,
+        drift: arguments.drift,
+        groups: arguments.groups,
+        nodes: arguments.nodes,
+        failed_ranks: arguments.failed_ranks.clone(),
+    }
+}
+
+fn sum(windows: &[LoadWindow]) -> Result<LoadWindow> {
+    let Some((first, others)) = windows.split_first() else {
+        return Err(Error::Impossible("--load holds no window".into()));
+    };
+    let mut sum = first.clone();
+    others.iter().try_for_each(|window| sum.merge(window))?;
+    Ok(sum)
 }
 
 fn cluster(arguments: &Arguments, experts: usize) -> Result<ClusterShape> {

@@ -32,7 +32,7 @@ impl Eplb {
         Eplb { groups, nodes }
     }
 
-    fn check(&self, experts: usize, ranks: usize) -> Result<()> {
+    pub(super) fn check(&self, experts: usize, ranks: usize) -> Result<()> {
         let Eplb { groups, nodes } = *self;
         let rules = [
             (nodes > 0 && groups > 0, format!("{groups} groups on {nodes} nodes: at least 1 of each")),
@@ -81,7 +81,7 @@ type Candidate = (u32, Reverse<u32>);
 
 /// Reused buffers of the two steps.
 #[derive(Default)]
-struct Packer {
+pub(super) struct Packer {
     /// `[experts]`: the experts in node-major order.
     members: Vec<u32>,
     /// `[experts of a node]`
@@ -99,7 +99,7 @@ struct Packer {
 
 impl Packer {
     /// Fills one layer's map `[ranks * slots_per_rank]` from the experts' weights.
-    fn place_layer(&mut self, weights: &[f32], shape: Eplb, ranks: usize, map: &mut [i32]) {
+    pub(super) fn place_layer(&mut self, weights: &[f32], shape: Eplb, ranks: usize, map: &mut [i32]) {
         let nodes = shape.nodes;
         let (per_node, width, ranks_per_node) = (weights.len() / nodes, map.len() / nodes, ranks / nodes);
         let slots_per_rank = map.len() / ranks;

@@ -8,10 +8,12 @@ mod file;
 mod linear;
 mod eplb;
 mod moves;
+mod moeyard;
 
 pub use eplb::Eplb;
 pub use file::{Expected, PlacementFile};
 pub use linear::Linear;
+pub use moeyard::Moeyard;
 pub use moves::{Transfer, duplicates, transfers};
 
 use crate::load::LoadWindow;
@@ -61,6 +63,26 @@ pub trait PlacementPolicy {
     /// # Errors
     /// [`Error::Impossible`] when the slots cannot hold all experts.
     fn place(&self, load: &LoadWindow, cluster: &ClusterShape) -> Result<Placement>;
+
+    /// A placement from several windows, oldest first, knowing what is served now. Policies that look at neither plan
+    /// afresh for the sum of the windows.
+    ///
+    /// # Errors
+    /// [`Error::Impossible`] without windows, when their shapes or that of the current placement differ, and as
+    /// [`PlacementPolicy::place`].
+    fn replan(
+        &self,
+        windows: &[LoadWindow],
+        _current: Option<&Placement>,
+        cluster: &ClusterShape,
+    ) -> Result<Placement> {
+        let Some((first, others)) = windows.split_first() else {
+            return Err(Error::Impossible("a placement needs at least one load window".into()));
+        };
+        let mut sum = first.clone();
+        others.iter().try_for_each(|window| sum.merge(window))?;
+        self.place(&sum, cluster)
+    }
 }
 
 /// Slot -> expert map of all MoE layers.
