@@ -1,15 +1,20 @@
 //! `moeyard inspect`: what a model is and what one rank of a run would hold.
 
 use std::fmt::Write;
-
+use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
-use super::Run;
+use clap::Args;
+use router_sim::topology::Cluster;
+
+use super::Settings;
+use super::cluster::ClusterPlan;
 use super::model::OpenModel;
 use crate::backend::{DType, Precision};
 use crate::config::size::ByteSize;
 use crate::config::{Options, Parallel};
-use crate::error::Result;
+use crate::error::{Error, Problems, Result};
+use crate::model::families;
 use crate::spec::{Attention, FeedForward, ModelSpec};
 
 /// What a report needs to know about a run besides the model.
@@ -25,20 +30,61 @@ pub struct RunShape {
     pub block_size: usize,
 }
 
-/// Prints the report of a checkpoint under the given flags. Reads headers only.
-pub(super) fn run(run: Run) -> Result<()> {
-    let raw = run.settings.read()?;
-    let model = OpenModel::open(run.model.as_deref())?;
-    let spec = &model.family.spec;
-    let options = Options::resolve(raw, spec, available_parallelism().map_or(1, usize::from))?;
+/// `moeyard inspect`.
+#[derive(Args)]
+pub(super) struct Arguments {
+    /// Checkpoint folder in Hugging Face layout, or a config.json alone [default: the embedded demo model]
+    #[arg(value_name = "MODEL_DIR")]
+    model: Option<PathBuf>,
+    /// Plan the run on the cluster that this file describes (configs/clusters has some)
+    #[arg(long, value_name = "FILE")]
+    cluster: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Prints the report of a model under the given flags, and with a cluster what it comes to there. Reads headers only.
+pub(super) fn run(arguments: Arguments) -> Result<()> {
+    let raw = arguments.settings.read()?;
+    let spec = spec(arguments.model.as_deref())?;
+    let cluster = arguments.cluster.as_deref().map(Cluster::read).transpose()?;
+    let options = Options::resolve(raw.clone(), &spec, available_parallelism().map_or(1, usize::from))?;
     let shape = RunShape {
         parallel: options.parallel,
         slots_per_rank: options.experts.slots_per_rank,
         precision: Precision::of(options.model.dtype, &spec.moe.router),
         block_size: options.cache.block_size,
     };
-    print!("{}", report(spec, &shape));
+    print!("{}", report(&spec, &shape));
+    if let Some(cluster) = cluster {
+        print!("\n{}", ClusterPlan::new(&spec, &raw, &cluster)?);
+    }
     Ok(())
+}
+
+/// What a model is: of a whole checkpoint, whose headers are checked as well, or of a config.json without weights.
+fn spec(model: Option<&Path>) -> Result<ModelSpec> {
+    let config = match model {
+        Some(file) if file.is_file() => file.to_owned(),
+        Some(folder) if has_weights(folder)? => return Ok(OpenModel::open(model)?.family.spec),
+        Some(folder) => folder.join("config.json"),
+        None => return Ok(OpenModel::open(None)?.family.spec),
+    };
+    let bytes = std::fs::read(&config).map_err(|e| Error::io(&config, e))?;
+    match families::resolve(&bytes) {
+        Ok(family) => Ok(family.spec),
+        Err(Error::Checkpoint(problems)) => {
+            Err(Error::Checkpoint(Problems { checkpoint: config.display().to_string(), ..problems }))
+        }
+        Err(other) => Err(other),
+    }
+}
+
+/// Whether a folder holds more of a checkpoint than its configuration.
+fn has_weights(folder: &Path) -> Result<bool> {
+    let files = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
+    let mut names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+    Ok(names.any(|name| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")))
 }
 
 /// The report: one `label: value` per line, bytes without the padding a backend may add.

@@ -9,7 +9,7 @@ use router_sim::placement::{ClusterShape, Expected, Linear, Placement, Placement
 
 use super::devices::{self, Devices};
 use super::model::OpenModel;
-use super::progress;
+use super::{log, progress};
 use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
@@ -118,6 +118,7 @@ impl Prepared {
             load: Some(Arc::new(self.load())),
             trace: self.recorder.as_ref().map(|recorder| recorder.counters()),
             ranks: self.counters.iter().map(|counters| Arc::clone(&counters.meter)).collect(),
+            dropped_log_lines: log::dropped_lines(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Run;
 use super::launch::{Launched, Needs, Prepared};
 use super::model::{Generation, OpenModel};
-use crate::backend::DType;
+use crate::backend::{DType, DeviceId};
 use crate::config::secret::Secret;
 use crate::error::{Error, Result};
 use crate::server::{
@@ -73,7 +73,11 @@ fn info(prepared: &Prepared) -> Info {
         redundant: prepared.footprint.redundant,
     };
     Info {
-        backend: "cpu".to_owned(),
+        backend: match prepared.backends[0].device() {
+            DeviceId::Cpu => "cpu",
+            DeviceId::Cuda(_) => "cuda",
+        }
+        .to_owned(),
         model: served_name(prepared),
         dtype: dtype_name(prepared.options.model.dtype).to_owned(),
         layers: spec.layers.len(),

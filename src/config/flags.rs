@@ -14,81 +14,88 @@ use super::size::ByteSize;
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RawOptions {
     /// Address to listen on [default: 127.0.0.1]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", help_heading = "HTTP")]
     pub host: Option<String>,
     /// Port to listen on; 0 takes a free one [default: 8000]
-    #[arg(long)]
+    #[arg(long, help_heading = "HTTP")]
     pub port: Option<u16>,
     /// Key that requests must show; may be repeated. On a shared machine give it in MOEYARD_API_KEY (several separated
     /// by commas) or the file instead: other users see command lines [default: no key is asked for]
-    #[arg(long, value_name = "KEY", env = "MOEYARD_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "MOEYARD_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ',',
+        help_heading = "HTTP"
+    )]
     #[serde(default, deserialize_with = "secret::one_or_several")]
     pub api_key: Option<Vec<Secret>>,
     /// Render chat templates that requests bring; only for trusted clients: their steps are bounded, their memory is not
-    #[arg(long, num_args = 0, default_missing_value = "true")]
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "HTTP")]
     pub trust_request_chat_template: Option<bool>,
     /// Name of the model in requests and answers [default: the folder's name]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "HTTP")]
     pub served_model_name: Option<String>,
     /// Device to compute on [default: auto]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, help_heading = "Device")]
     pub device: Option<DeviceChoice>,
     /// Type of weights and activations [default: auto, which is bf16]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, help_heading = "Device")]
     pub dtype: Option<DtypeChoice>,
     /// Compute threads per rank [default: cores / ranks]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Device")]
     pub threads: Option<usize>,
     /// Ranks that share the attention heads [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Parallelism")]
     pub tensor_parallel_size: Option<usize>,
     /// Groups of ranks with sequences of their own [default: what EP needs]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Parallelism")]
     pub data_parallel_size: Option<usize>,
     /// Ranks that share the experts [default: TP x DP]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Parallelism")]
     pub expert_parallel_size: Option<usize>,
     /// Stages of layers; only 1 for now
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Parallelism")]
     pub pipeline_parallel_size: Option<usize>,
     /// Longest sequence in tokens, prompt and answer together [default: the model's, or what the KV cache holds]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub max_model_len: Option<usize>,
     /// Sequences in one step, per DP rank [default: 64]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Batches and KV cache")]
     pub max_num_seqs: Option<usize>,
     /// Tokens in one step, per DP rank [default: 2048]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub max_num_batched_tokens: Option<usize>,
     /// Prompt tokens of one sequence in one step [default: 512]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub prefill_chunk_size: Option<usize>,
     /// Tokens per KV block, a multiple of 16 [default: 32]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub block_size: Option<usize>,
     /// Memory for the KV cache, per rank, such as 4GiB [default: from free memory]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = "Batches and KV cache")]
     pub kv_cache_memory: Option<ByteSize>,
     /// Compute every prompt from its start
-    #[arg(long, num_args = 0, default_missing_value = "true")]
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Batches and KV cache")]
     pub no_prefix_caching: Option<bool>,
     /// Extra expert slots per layer, over all ranks [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Experts")]
     pub redundant_experts: Option<usize>,
     /// Placement file (JSON) to start with
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Experts")]
     pub placement: Option<PathBuf>,
     /// Record the routing of every step to this file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Experts")]
     pub record_routing: Option<PathBuf>,
     /// Look for NaN and infinity in the weights while loading
-    #[arg(long, num_args = 0, default_missing_value = "true")]
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Device")]
     pub check_weights: Option<bool>,
     /// Sampling defaults: auto (the checkpoint's generation_config.json), none, or a file [default: auto]
-    #[arg(long, value_name = "auto|none|FILE")]
+    #[arg(long, value_name = "auto|none|FILE", help_heading = "HTTP")]
     pub generation_config: Option<String>,
     /// Seconds that running requests may take to finish after a stop signal [default: 30]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", help_heading = "HTTP")]
     pub drain_timeout: Option<u64>,
     /// What /metrics shows; `[metrics]` in the file.
     #[command(flatten)]
@@ -101,10 +108,10 @@ pub struct RawOptions {
 #[serde(deny_unknown_fields)]
 pub struct RawMetrics {
     /// How finely expert load is put on /metrics [default: layer, or expert for small models]
-    #[arg(long = "metrics-expert-detail", value_name = "LEVEL", value_enum)]
+    #[arg(long = "metrics-expert-detail", value_name = "LEVEL", value_enum, help_heading = "Metrics")]
     pub expert_detail: Option<ExpertDetailChoice>,
     /// A detail that makes more series than this is refused at start [default: 20000]
-    #[arg(long = "metrics-max-series", value_name = "N")]
+    #[arg(long = "metrics-max-series", value_name = "N", help_heading = "Metrics")]
     pub max_series: Option<usize>,
 }
 

@@ -156,6 +156,8 @@ families! {
         "Logit rows with a NaN or an infinity; each ended its sequence.";
     TRACE_ERRORS_TOTAL: Kind::Counter, "moeyard_trace_errors_total", [],
         "Failed writes of the routing trace; the first one stops the trace, not the serving.";
+    LOG_DROPPED_LINES_TOTAL: Kind::Counter, "moeyard_log_dropped_lines_total", [],
+        "Lines of the log that were dropped because nobody read it.";
     TRACE_LOST_RECORDS_TOTAL: Kind::Counter, "moeyard_trace_lost_records_total", [],
         "Steps and events that the routing trace could not take.";
 

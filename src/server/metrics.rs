@@ -1,6 +1,7 @@
 //! Fills the families of [`crate::metrics`]. The recorder is the server's own, not the process's, so that several
 //! servers can live in one process.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -69,6 +70,8 @@ pub struct Sources {
     pub trace: Option<Arc<TraceCounters>>,
     /// What each rank's time goes into, in rank order.
     pub ranks: Vec<Arc<RankMeter>>,
+    /// Lines that the log had to drop.
+    pub dropped_log_lines: Arc<AtomicU64>,
 }
 
 /// How much the page may hold.
@@ -237,6 +240,8 @@ impl Metrics {
         self.registry.copy(engine);
         self.registry.copy_trace(self.sources.trace.as_deref());
         self.registry.copy_process();
+        let dropped = self.sources.dropped_log_lines.load(Ordering::Relaxed);
+        self.registry.counter(&family::LOG_DROPPED_LINES_TOTAL, &[]).absolute(dropped);
         self.ranks.update(&self.registry, &self.sources.ranks);
         self.with_load(LoadMetrics::count);
         self.registry.render()

@@ -42,8 +42,10 @@ mod experts;
 
 pub use auth::ApiKeys;
 pub use connection::{bind, serve, while_loading};
+pub use error::ApiError;
 pub use generation::SamplingDefaults;
 pub use metrics::{Info, Metrics, RankMemory, SeriesOptions, Sources};
 pub use options::ServerOptions;
+pub use request::CompletionRequest;
 pub use shutdown::{Shutdown, Stage};
 pub use state::{AppState, Setup};

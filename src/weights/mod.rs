@@ -24,5 +24,6 @@ pub use finite::check_finite;
 pub use inventory::{Part, RoleShape, parameters, role_shape};
 pub use names::{ExpertNames, MlpNames, Role, TensorNames};
 pub use reader::{MlpKind, Progress, WeightReader};
+pub use safetensors::{Header, read_header};
 pub use source::{EmbeddedFile, Source};
 pub use validate::{stored_bytes, validate};

@@ -9,7 +9,9 @@ mod support;
 mod dump;
 mod process;
 
+mod bench;
 mod faults;
 mod generate;
+mod log;
 mod serve;
 mod verify;

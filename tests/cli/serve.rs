@@ -141,3 +141,24 @@ fn a_signal_lets_a_running_answer_finish() {
     assert!(body.contains("\"finish_reason\":\"length\"") && body.contains("[DONE]"), "{body}");
     assert_eq!(ending.join().unwrap().0, Some(0));
 }
+
+#[test]
+fn a_trace_that_finds_the_disk_full_stops_and_serving_goes_on() {
+    let folder = TempDir::new().unwrap();
+    let flags = ["--threads", "1", "--kv-cache-memory", "16MiB", "--record-routing", "/dev/full"];
+    let server = Served::start(folder.path(), flags);
+    let ask = json!({"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "ignore_eos": true});
+    let errors = || series(&server.client().get("/metrics").body, "moeyard_trace_errors_total")[0].1;
+    let mut answers = 0;
+    while errors() == 0.0 {
+        assert!(answers < 1000, "no error in {answers} answers");
+        let answer = server.client().post("/v1/completions", &ask);
+        assert_eq!(answer.json()["usage"]["completion_tokens"], 8);
+        answers += 1;
+    }
+    assert_eq!(server.client().post("/v1/completions", &ask).status, 200, "after the failure too");
+    assert_eq!(errors(), 1.0, "the trace stops at its first failure");
+    let (code, log) = server.terminate();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("WARN") && log.contains("/dev/full: No space left"), "{log}");
+}

@@ -1,0 +1,239 @@
+//! The engine by itself: how fast prompts are read and how fast batches of sequences continue.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::report::{Samples, round, table};
+use super::workload::Random;
+use crate::cli::launch::{Needs, Prepared};
+use crate::cli::model::OpenModel;
+use crate::cli::serve::dtype_name;
+use crate::cli::{Settings, progress, write_json};
+use crate::engine::request::{Event, FinishReason, Request};
+use crate::engine::stats::{RequestTiming, StepTiming};
+use crate::engine::{EngineHandle, TimingObserver};
+use crate::error::{Error, Result};
+
+/// `moeyard bench`.
+#[derive(Args)]
+pub(super) struct Arguments {
+    /// Checkpoint folder in Hugging Face layout [default: the embedded demo model]
+    #[arg(value_name = "MODEL_DIR")]
+    model: Option<PathBuf>,
+    /// Write the figures as JSON to this file, or to standard output with -
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(flatten)]
+    work: Work,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// What is measured.
+#[derive(Args)]
+struct Work {
+    /// Prompt lengths to read
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "128,512")]
+    prompt_len: Vec<usize>,
+    /// Batch sizes to decode with
+    #[arg(long, value_name = "SEQUENCES", value_delimiter = ',', default_value = "1,8,32")]
+    batch: Vec<usize>,
+    /// Prompt before decoding
+    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
+    context_len: usize,
+    /// Decode steps measured per batch size
+    #[arg(long, value_name = "STEPS", default_value_t = 64)]
+    steps: usize,
+    /// Times each prompt length is measured
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    repeat: usize,
+    /// Seed of the random prompts
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Steps of the engine under test.
+#[derive(Default)]
+struct Steps(Mutex<Vec<StepTiming>>);
+
+impl Steps {
+    fn take(&self) -> Vec<StepTiming> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl TimingObserver for Steps {
+    fn on_step(&self, timing: &StepTiming) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(*timing);
+    }
+    fn on_first_token(&self, _: Duration) {}
+    fn on_next_token(&self, _: Duration) {}
+    fn on_finish(&self, _: &RequestTiming) {}
+}
+
+/// Time of one prompt length.
+struct Prefill {
+    tokens: usize,
+    /// Of the whole prompt, once per repetition.
+    times: Samples,
+}
+
+/// Steps of one batch size.
+struct Decode {
+    sequences: usize,
+    steps: Samples,
+}
+
+/// Measures and prints.
+pub(super) fn run(arguments: Arguments) -> Result<()> {
+    let work = arguments.work;
+    work.check()?;
+    let mut raw = arguments.settings.read()?;
+    let largest = work.batch.iter().copied().max().unwrap_or(1);
+    raw.max_num_seqs.get_or_insert(largest.max(64));
+    let prepared = Prepared::new(OpenModel::open(arguments.model.as_deref())?, raw, Needs::default())?;
+    let steps = Arc::new(Steps::default());
+    let launched = prepared.launch(Needs::default(), Some(Arc::clone(&steps) as _))?;
+    let mut bench = Bench {
+        engine: &launched.engine,
+        steps: &steps,
+        vocab_size: prepared.model.family.spec.vocab_size,
+        random: Random::new(work.seed),
+    };
+    let outcome = bench.measure(&work);
+    launched.finish(Duration::ZERO);
+    let (prefill, decode) = outcome?;
+    println!("{}", table(&rows(&prefill, &decode)).trim_end());
+    match &arguments.json {
+        Some(path) => write_json(path, &report(&prepared, &prefill, &decode)),
+        None => Ok(()),
+    }
+}
+
+impl Work {
+    /// Refuses what would measure nothing.
+    fn check(&self) -> Result<()> {
+        for (flag, zero) in [
+            ("--prompt-len", self.prompt_len.contains(&0)),
+            ("--batch", self.batch.contains(&0)),
+            ("--context-len", self.context_len == 0),
+            ("--steps", self.steps == 0),
+            ("--repeat", self.repeat == 0),
+        ] {
+            if zero {
+                return Err(Error::config(flag, "expected 1 or more, found 0"));
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Bench<'a> {
+    engine: &'a EngineHandle,
+    steps: &'a Steps,
+    vocab_size: usize,
+    random: Random,
+}
+
+impl Bench<'_> {
+    fn measure(&mut self, work: &Work) -> Result<(Vec<Prefill>, Vec<Decode>)> {
+        let runs = work.prompt_len.len() * work.repeat + work.batch.len();
+        let bar = progress::count("measuring", runs as u64);
+        // The first steps touch memory for the first time.
+        self.run(1, work.context_len, 2)?;
+        let mut prefill = Vec::new();
+        for &tokens in &work.prompt_len {
+            let mut seconds = Vec::new();
+            for _ in 0..work.repeat {
+                let steps = self.run(1, tokens, 1)?;
+                seconds.push(steps.iter().map(|step| step.duration.as_secs_f64()).sum());
+                bar.inc(1);
+            }
+            prefill.push(Prefill { tokens, times: Samples::of_seconds(seconds) });
+        }
+        let mut decode = Vec::new();
+        for &sequences in &work.batch {
+            let steps = self.run(sequences, work.context_len, work.steps + 1)?;
+            // Only steps in which all sequences decode and none is still reading its prompt.
+            let full = steps.iter().filter(|step| step.prefill_rows == 0 && step.decode_rows == sequences);
+            let steps = Samples::of_seconds(full.map(|step| step.duration.as_secs_f64()));
+            if steps.is_empty() {
+                let why = format!(
+                    "{sequences} sequences never ran together: --max-num-seqs, --kv-cache-memory or --steps is too small"
+                );
+                return Err(Error::config("--batch", why));
+            }
+            decode.push(Decode { sequences, steps });
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok((prefill, decode))
+    }
+
+    /// Runs random prompts side by side to their ends; the steps that took.
+    fn run(&mut self, sequences: usize, prompt: usize, tokens: usize) -> Result<Vec<StepTiming>> {
+        self.steps.take();
+        let mut streams = Vec::with_capacity(sequences);
+        for _ in 0..sequences {
+            let prompt = self.random.tokens(prompt, self.vocab_size);
+            streams.push(self.engine.submit(Request::greedy(prompt, tokens))?);
+        }
+        for mut stream in streams {
+            while let Some(event) = stream.blocking_next() {
+                if let Event::Finished(finished) = event
+                    && let FinishReason::Error(why) = finished.reason
+                {
+                    return Err(Error::Stopped(why));
+                }
+            }
+        }
+        Ok(self.steps.take())
+    }
+}
+
+fn rows(prefill: &[Prefill], decode: &[Decode]) -> Vec<Vec<String>> {
+    let head = |what: &str| [what, "tokens/s", "median ms", "p99 ms", "mean ms"].map(str::to_owned).to_vec();
+    let row = |what: String, tokens: usize, times: &Samples| {
+        let median = times.percentile(50.0);
+        let times = [median, times.percentile(99.0), times.mean()].map(|ms| format!("{ms:.3}"));
+        [vec![what, format!("{:.1}", tokens as f64 / median * 1e3)], times.to_vec()].concat()
+    };
+    let mut rows = vec![head("prefill")];
+    rows.extend(prefill.iter().map(|p| row(format!("{} tokens", p.tokens), p.tokens, &p.times)));
+    rows.push(head("decode, per step"));
+    rows.extend(decode.iter().map(|d| row(format!("batch {}", d.sequences), d.sequences, &d.steps)));
+    rows
+}
+
+fn report(prepared: &Prepared, prefill: &[Prefill], decode: &[Decode]) -> Value {
+    let parallel = prepared.options.parallel;
+    let figures = |tokens: usize, times: &Samples| {
+        let mut figures = times.json(&[50.0, 99.0]);
+        figures["tokens_per_second"] = json!(round(tokens as f64 / times.percentile(50.0) * 1e3));
+        figures
+    };
+    let with = |key: &str, value: usize, mut figures: Value| {
+        figures[key] = json!(value);
+        figures
+    };
+    let prefill: Vec<_> =
+        prefill.iter().map(|p| with("prompt_tokens", p.tokens, figures(p.tokens, &p.times))).collect();
+    let decode: Vec<_> =
+        decode.iter().map(|d| with("batch", d.sequences, figures(d.sequences, &d.steps))).collect();
+    json!({
+        "moeyard": env!("CARGO_PKG_VERSION"),
+        "model": prepared.model.name,
+        "device": prepared.backends[0].describe(),
+        "dtype": dtype_name(prepared.options.model.dtype),
+        "threads_per_rank": prepared.options.model.threads,
+        "tensor_parallel_size": parallel.tp,
+        "data_parallel_size": parallel.dp,
+        "expert_parallel_size": parallel.ep,
+        "prefill": prefill,
+        "decode": decode,
+    })
+}
