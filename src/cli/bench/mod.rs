@@ -12,7 +12,8 @@ use crate::error::Result;
 
 /// `moeyard bench`.
 #[derive(Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(args_conflicts_with_subcommands = true)]
+#[group(skip)]
 pub(super) struct Arguments {
     #[command(subcommand)]
     what: Option<What>,
