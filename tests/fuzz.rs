@@ -103,20 +103,20 @@ fn run(target: &str, body: fn(&[u8]), mutations: usize) {
 
 #[test]
 fn completion_requests() {
-    run("request", bodies::request, 4000);
+    run("request", bodies::request, 20_000);
 }
 
 #[test]
 fn safetensors_headers() {
-    run("safetensors", bodies::safetensors, 4000);
+    run("safetensors", bodies::safetensors, 20_000);
 }
 
 #[test]
 fn routing_traces() {
-    run("trace", bodies::trace, 4000);
+    run("trace", bodies::trace, 20_000);
 }
 
 #[test]
 fn conversations_and_chat_templates() {
-    run("chat", bodies::chat, 300);
+    run("chat", bodies::chat, 1000);
 }

@@ -40,7 +40,7 @@ fn a_server_is_measured_under_load() {
     let url = format!("http://{}", server.address);
     let run = |more: &str| {
         let always = ["bench", "serve", url.as_str(), "--api-key", "sesame", "--num-requests", "6"];
-        let lengths = "--input-len 12 --input-spread 0.5 --output-len 5 --json result.json".split(' ');
+        let lengths = "--input-len 12 --output-len 5 --json result.json".split(' ');
         let more = more.split_whitespace();
         moeyard_in(folder.path(), always.into_iter().chain(lengths).chain(more).collect::<Vec<_>>())
     };
@@ -48,7 +48,8 @@ fn a_server_is_measured_under_load() {
         serde_json::from_slice(&std::fs::read(folder.path().join("result.json")).unwrap()).unwrap()
     };
 
-    let text = run("--max-concurrency 2 --goodput ttft:60000,e2e:60000 --percentiles 50,99").ok();
+    let text =
+        run("--input-spread 0.5 --max-concurrency 2 --goodput ttft:60000,e2e:60000 --percentiles 50,99").ok();
     for part in ["6 answered, 0 failed", "requests per second", "TTFT", "TPOT", "ITL", "E2E", "p50", "p99"] {
         assert!(text.contains(part), "no {part:?} in\n{text}");
     }
@@ -61,7 +62,7 @@ fn a_server_is_measured_under_load() {
     assert!(ttft.as_f64().unwrap() > 0.0 && ttft.as_f64() <= e2e.as_f64(), "{figures}");
 
     // Token ids have exact lengths; arrivals at a rate take their time.
-    run("--token-ids 4000 --input-spread 0 --request-rate 1000 --goodput e2e:0.001").ok();
+    run("--token-ids 4000 --request-rate 1000 --goodput e2e:0.001").ok();
     let figures = result();
     assert_eq!((&figures["prompt_tokens"], &figures["output_tokens"]), (&72.into(), &30.into()));
     assert_eq!(figures["good_requests_per_second"], 0.0);
