@@ -90,7 +90,7 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Measure the engine without HTTP, or a server under load
     #[command(after_help = BENCH_EXAMPLES)]
-    Bench(bench::Arguments),
+    Bench(Box<bench::Arguments>),
     /// Run the prompts of a moe-fixture-dump/1 file and write the engine's dump in the same schema
     Verify(verify::Arguments),
 }
@@ -131,7 +131,7 @@ pub fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
-        Command::Bench(arguments) => bench::run(arguments),
+        Command::Bench(arguments) => bench::run(*arguments),
     };
     log.finish(outcome.as_ref().err().map(|error| format!("error: {error}")));
     match outcome {
