@@ -334,14 +334,15 @@ fn the_kubernetes_manifest_fits_its_schema_and_itself() {
         .collect();
     let [
         kubernetes::Object::ConfigMap { version: v1, metadata: map, data },
-        kubernetes::Object::Deployment { version: apps, metadata: _, spec },
-        kubernetes::Object::Service { version: service_version, metadata: _, spec: service },
+        kubernetes::Object::Deployment { version: apps, metadata: deployment, spec },
+        kubernetes::Object::Service { version: service_version, metadata: front, spec: service },
     ] = objects.as_slice()
     else {
         panic!("other objects than a ConfigMap, a Deployment and a Service");
     };
     assert_eq!((v1.as_str(), apps.as_str(), service_version.as_str()), ("v1", "apps/v1", "v1"));
 
+    assert!([deployment, front].iter().all(|other| other.name == map.name && other.labels == map.labels));
     let options = file::parse(&data["moeyard.toml"], "moeyard.toml").unwrap();
     let pod = &spec.template.spec;
     let container = &pod.containers[0];
