@@ -12,6 +12,8 @@ pub struct Exchange<'a> {
     layout: &'a mut Layout,
     /// `[ranks][slots_per_rank]`: (share, slot), largest first.
     sorted: Vec<(f64, u32)>,
+    /// The ranks, least load first.
+    coldest: Vec<u32>,
     /// Sums of two slots: (sum, the two as places in `sorted` of their rank); one list for the hot rank, one for the other.
     pairs: [Vec<(f64, u16, u16)>; 2],
     /// Added to the shares of copies of replicated experts: a large one makes any trade across kinds look bad.
@@ -39,9 +41,10 @@ impl<'a> Exchange<'a> {
         assert_eq!(layout.scenes, 1, "scenes");
         let mut exchange = Exchange {
             sorted: vec![(0.0, 0); layout.slots.len()],
-            layout,
+            coldest: (0..layout.ranks as u32).collect(),
             pairs: Default::default(),
             kind_gap,
+            layout,
         };
         (0..exchange.layout.ranks).for_each(|rank| exchange.sort(rank));
         exchange
@@ -51,7 +54,8 @@ impl<'a> Exchange<'a> {
     /// what is left of `trades`.
     pub fn level(&mut self, target: f64, mut trades: usize) -> usize {
         while trades > 0 {
-            let hot = self.hottest();
+            self.sort_ranks();
+            let hot = *self.coldest.last().expect("a rank") as usize;
             if self.layout.loads[hot] <= target {
                 break;
             }
@@ -70,9 +74,12 @@ impl<'a> Exchange<'a> {
         trades
     }
 
-    fn hottest(&self) -> usize {
+    /// The coldest ranks, with which trades gain most, first.
+    fn sort_ranks(&mut self) {
         let loads = &self.layout.loads;
-        (0..loads.len()).fold(0, |hot, rank| if loads[rank] > loads[hot] { rank } else { hot })
+        self.coldest.sort_unstable_by(|a, b| {
+            loads[*a as usize].total_cmp(&loads[*b as usize]).then(a.cmp(b))
+        });
     }
 
     fn sort(&mut self, rank: usize) {
@@ -112,11 +119,11 @@ impl<'a> Exchange<'a> {
     fn single_trade(&self, hot: usize, target: f64) -> Option<Trade> {
         let loads = &self.layout.loads;
         let mut best = Trade { cost: loads[hot] - LEAST_GAIN * target, give: [0; 2], take: [0; 2], slots: 0 };
-        for other in (0..self.layout.ranks).filter(|other| *other != hot) {
+        for other in self.coldest[..self.layout.ranks - 1].iter().map(|rank| *rank as usize) {
             // The ideal takes half of the difference; what is taken grows with what is given.
             let half = (loads[hot] - loads[other]) / 2.0;
             if loads[hot] - half >= best.cost {
-                continue;
+                break;
             }
             let (own, theirs) = (self.of(hot), self.of(other));
             let mut next = 0;
@@ -145,10 +152,10 @@ impl<'a> Exchange<'a> {
         self.list_pairs(hot, &mut own);
         let loads = &self.layout.loads;
         let mut best = Trade { cost: loads[hot] - LEAST_GAIN * target, give: [0; 2], take: [0; 2], slots: 0 };
-        for other in (0..self.layout.ranks).filter(|other| *other != hot) {
+        for other in self.coldest[..self.layout.ranks - 1].iter().map(|rank| *rank as usize) {
             let half = (loads[hot] - loads[other]) / 2.0;
             if loads[hot] - half >= best.cost {
-                continue;
+                break;
             }
             self.list_pairs(other, &mut theirs);
             let mut next = 0;
