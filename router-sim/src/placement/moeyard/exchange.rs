@@ -77,9 +77,8 @@ impl<'a> Exchange<'a> {
     /// The coldest ranks, with which trades gain most, first.
     fn sort_ranks(&mut self) {
         let loads = &self.layout.loads;
-        self.coldest.sort_unstable_by(|a, b| {
-            loads[*a as usize].total_cmp(&loads[*b as usize]).then(a.cmp(b))
-        });
+        self.coldest
+            .sort_unstable_by(|a, b| loads[*a as usize].total_cmp(&loads[*b as usize]).then(a.cmp(b)));
     }
 
     fn sort(&mut self, rank: usize) {
