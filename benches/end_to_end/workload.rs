@@ -51,12 +51,13 @@ impl Workload {
         let backend = Arc::new(CpuBackend::detect(threads)?);
         let layers = spec.moe_layers();
         let shape = ClusterShape { ranks: 1, redundant: 0 };
-        let placement = Linear.place(&LoadWindow::new(&layers, spec.moe.experts), &shape)?;
+        let placement = Arc::new(Linear.place(&LoadWindow::new(&layers, spec.moe.experts), &shape)?);
         let blocks_per_sequence = tokens.div_ceil(BLOCK);
         let options = WorldOptions {
+            counters: vec![Arc::new(LoadCounters::new(&placement))],
             degrees: Degrees::SOLO,
             precision: Precision::BF16,
-            placement: Arc::new(placement),
+            placement,
             sizes: Sizes {
                 max_model_len: tokens,
                 block_size: BLOCK,
@@ -64,7 +65,6 @@ impl Workload {
                 max_rows: tokens,
                 max_logit_rows: sequences,
             },
-            counters: vec![Arc::new(LoadCounters::new(layers.len(), spec.moe.experts, 1))],
         };
         let reader = WeightReader::new(&checkpoint, &spec, &family.names, options.precision.weights);
         let device = Arc::clone(&backend) as Arc<dyn Backend>;

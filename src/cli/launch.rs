@@ -96,9 +96,7 @@ impl Prepared {
         };
         let footprint = Footprint::of(spec, share);
         let memory = memory::plan(available, &demand(spec, &options, footprint, backends[0].describe()))?;
-        let counters = (0..options.parallel.world)
-            .map(|_| Arc::new(LoadCounters::new(placement.layers(), spec.moe.experts, options.parallel.ep)))
-            .collect();
+        let counters = (0..options.parallel.world).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
         // A path that cannot be written is told before minutes go into loading.
         let recorder = match &options.experts.record_routing {
             Some(path) => Some(Arc::new(Recorder::create(path, spec, degrees(&options), &placement)?)),

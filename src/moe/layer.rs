@@ -106,7 +106,7 @@ impl MoeLayer {
         rank.lap(Work::Router);
         self.plan(rank, placement, scratch)?;
         self.count(rows.phases, load, scratch);
-        load.set_computed(self.index, scratch.dispatch.computed_rows());
+        load.set_computed(self.index, &scratch.dispatch.offsets);
         self.exchange(rank, rows.rounded, scratch)?;
         if rows.rounded.rows() == 0 {
             rank.lap(Work::Combine);

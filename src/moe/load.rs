@@ -18,15 +18,20 @@ pub struct LoadCounters {
     by_expert: Vec<AtomicU64>,
     /// `[phase][layer][expert-parallel rank]`
     by_rank: Vec<AtomicU64>,
+    slots_per_rank: usize,
     /// `[layer]`: rows that this rank's own experts computed in the latest step.
     computed: Vec<AtomicU64>,
+    /// `[layer][slot of this rank]`: rows that each of them computed since the start.
+    by_slot: Vec<AtomicU64>,
     /// Time and traffic of the same rank.
     pub meter: Arc<RankMeter>,
 }
 
 impl LoadCounters {
-    /// Zeroes for `layers` MoE layers of `experts` experts over `ranks` expert-parallel ranks.
-    pub fn new(layers: usize, experts: usize, ranks: usize) -> Self {
+    /// Zeroes for the layers, experts, ranks and slots of a placement.
+    pub fn new(placement: &Placement) -> Self {
+        let (layers, experts, ranks) = (placement.layers(), placement.experts(), placement.ranks());
+        let slots_per_rank = placement.slots_per_rank();
         let zeroes = |n: usize| (0..n).map(|_| AtomicU64::new(0)).collect();
         LoadCounters {
             layers,
@@ -34,7 +39,9 @@ impl LoadCounters {
             ranks,
             by_expert: zeroes(2 * layers * experts),
             by_rank: zeroes(2 * layers * ranks),
+            slots_per_rank,
             computed: zeroes(layers),
+            by_slot: zeroes(layers * slots_per_rank),
             meter: Arc::default(),
         }
     }
@@ -45,15 +52,40 @@ impl LoadCounters {
         add_one(&self.by_rank[(phase as usize * self.layers + layer) * self.ranks + rank]);
     }
 
-    /// In this step, this rank's experts of MoE layer `layer` compute `rows` rows.
-    pub fn set_computed(&self, layer: usize, rows: usize) {
-        self.computed[layer].store(rows as u64, Ordering::Relaxed);
+    /// In this step, slot `s` of this rank computes rows `offsets[s]..offsets[s + 1]` of MoE layer `layer`.
+    pub fn set_computed(&self, layer: usize, offsets: &[usize]) {
+        assert_eq!(offsets.len(), self.slots_per_rank + 1, "rows of {} slots", self.slots_per_rank);
+        self.computed[layer].store(offsets[self.slots_per_rank] as u64, Ordering::Relaxed);
+        let slots = &self.by_slot[layer * self.slots_per_rank..];
+        for (counter, bounds) in slots.iter().zip(offsets.windows(2)) {
+            add(counter, (bounds[1] - bounds[0]) as u64);
+        }
+    }
+
+    /// Rows of a layer that each slot of this rank computed since the start; `[slots_per_rank]`.
+    pub fn slot_rows(&self, layer: usize) -> Vec<u64> {
+        let slots = layer * self.slots_per_rank..(layer + 1) * self.slots_per_rank;
+        self.by_slot[slots].iter().map(|counter| counter.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Rows of a layer that this rank sent to each expert-parallel rank since the start, both phases; `[ranks]`.
+    pub fn sent_rows(&self, layer: usize) -> Vec<u64> {
+        let mut sent = vec![0; self.ranks];
+        for phase in Phase::ALL {
+            let first = (phase as usize * self.layers + layer) * self.ranks;
+            add_all(&self.by_rank[first..first + self.ranks], &mut sent);
+        }
+        sent
     }
 }
 
-/// A plain load and store: there is one writer, so no locked read-modify-write is needed.
 fn add_one(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    add(counter, 1);
+}
+
+/// A plain load and store: there is one writer, so no locked read-modify-write is needed.
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + n, Ordering::Relaxed);
 }
 
 fn add_all(counters: &[AtomicU64], totals: &mut [u64]) {
@@ -107,13 +139,16 @@ mod tests {
     fn the_imbalance_of_a_step_is_that_of_its_critical_path() {
         let shape = ClusterShape { ranks: 2, redundant: 0 };
         let placement = Arc::new(Linear.place(&LoadWindow::new(&[0, 1], 4), &shape).unwrap());
-        let counters: Vec<_> = (0..2).map(|_| Arc::new(LoadCounters::new(2, 4, 2))).collect();
+        let counters: Vec<_> = (0..2).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
         let world = WorldLoad { placement, counters };
         assert_eq!(world.step_imbalance(), 0.0, "no rows are balanced");
         // The busy rank is another in each layer, so an average over layers would hide it.
         for (layer, rows) in [(0, [6, 2]), (1, [2, 6])] {
-            world.counters.iter().zip(rows).for_each(|(rank, rows)| rank.set_computed(layer, rows));
+            world.counters.iter().zip(rows).for_each(|(rank, rows)| rank.set_computed(layer, &[0, 1, rows]));
         }
         assert_eq!(world.step_imbalance(), 0.5);
+        world.counters[0].set_computed(0, &[0, 3, 3]);
+        assert_eq!(world.counters[0].slot_rows(0), [4, 5]);
+        assert_eq!(world.counters[0].slot_rows(1), [1, 1]);
     }
 }

@@ -101,12 +101,8 @@ impl World {
         });
         let placement = Arc::new(placement);
         let blocks = 64 * setup.max_model_len.div_ceil(BLOCK).max(1);
-        let counters: Vec<_> = (0..setup.degrees.world())
-            .map(|_| {
-                let ranks = setup.degrees.expert_parallel();
-                Arc::new(LoadCounters::new(layers.len(), family.spec.moe.experts, ranks))
-            })
-            .collect();
+        let counters: Vec<_> =
+            (0..setup.degrees.world()).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
         let precision = Precision::of(setup.dtype, &family.spec.moe.router);
         let options = WorldOptions {
             counters: counters.clone(),
