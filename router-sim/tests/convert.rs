@@ -117,6 +117,12 @@ fn failures_say_why_and_leave_nothing_behind() {
             "route.jsonl: the header has no column",
         ),
         (2, &["convert", "load.csv", "out.npy", "--input-format", "nonsense"], "invalid value 'nonsense'"),
+        (
+            2,
+            &["convert", "load.npy", "out.csv", "--first-layer", "18446744073709551615"],
+            "first layer 18446744073709551615 exceeds",
+        ),
+        (2, &["convert", "load.npy", "out.csv", "--scale", "0"], "scale 0 is not above 0"),
         (2, &["synth", "out.npy", "--experts", "4"], "top-k 8 is not within 1..=4 experts"),
         (
             2,

@@ -152,6 +152,11 @@ fn sglang_slots_become_experts_and_dense_layers_go() {
     assert_eq!(stat.layer_ids(), [1, 2]);
     // Steps 0 and 1: 100 step + 10 layer + expert.
     assert_eq!(totals(&stat), [[120, 122, 124, 126], [140, 142, 144, 146]]);
+    let bare = load("bare.pt");
+    assert_eq!(
+        (bare.layer_ids(), totals(&bare)),
+        (&[1, 2][..], vec![vec![10, 11, 12, 13], vec![20, 21, 22, 23]])
+    );
     let pass = load("per_pass.pt");
     // Passes 0 and 1: 10 pass + layer + slot; slots 4 and 5 hold experts 0 and 3.
     assert_eq!(pass.layer_ids(), [1, 2]);

@@ -19,6 +19,7 @@ Formats of tokens (the experts of each token):
   route-jsonl       a JSON line per token and layer, or per batch and layer        read
   moetrace          the demo models' traces                                        read
   sglang-pt         SGLang's recorder, mode per_token                              read
+  parquet           lists of expert ids (a build with --features parquet)          read
 
 Formats of loads (counts per expert):
   load-npy          [steps?, layers, experts]                                      read, written (.npy)

@@ -30,13 +30,16 @@ impl ArrayReader {
     /// the whole array is read at once.
     ///
     /// # Errors
-    /// Sizes that overflow, or exceed what may be held in memory.
+    /// Records without elements, sizes that overflow, or that exceed what may be held in memory.
     pub fn new(
         layout: Layout,
         shape: Vec<usize>,
         fortran: bool,
         data: Box<dyn Read + Send>,
     ) -> Result<Self, String> {
+        if shape.iter().skip(1).any(|length| *length == 0) {
+            return Err(format!("an array of shape {shape:?} has records without elements"));
+        }
         let mut array = ArrayReader { layout, shape, data, read: 0, over: false, bytes: Vec::new() };
         let record = array.record_bytes()?;
         let whole = array.shape.first().copied().unwrap_or(1).checked_mul(record);

@@ -18,7 +18,9 @@ pub mod json;
 mod memory;
 mod matrix;
 pub mod jsonl;
+mod gather;
 mod route_lines;
+mod parquet;
 mod moetrace;
 mod trace;
 mod pickle;
@@ -44,6 +46,9 @@ use crate::{Error, Result};
 /// Tokens per batch of formats that have no steps.
 pub const DEFAULT_BATCH_ROWS: usize = 4096;
 
+/// Largest index of a model's first MoE layer.
+const MAX_FIRST_LAYER: usize = 1 << 20;
+
 /// What a file can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -55,6 +60,8 @@ pub enum Format {
     TokensJsonl,
     /// JSON lines per token and layer, or per batch and layer, of logging hooks.
     RouteJsonl,
+    /// Lists of expert ids in columns.
+    Parquet,
     /// SGLang's expert distribution recorder, `.pt`.
     SglangPt,
     /// `.npy` of loads `[steps?, layers, experts]`.
@@ -77,13 +84,14 @@ pub enum Format {
 
 impl Format {
     /// All of them, token formats first.
-    pub const ALL: [Format; 13] = [
+    pub const ALL: [Format; 14] = [
         Format::Trace,
         Format::Moetrace,
         Format::TokensJsonl,
         Format::RouteJsonl,
         Format::RoutedNpy,
         Format::RoutedNpz,
+        Format::Parquet,
         Format::SglangPt,
         Format::LoadNpy,
         Format::LoadNpz,
@@ -102,6 +110,7 @@ impl Format {
             Format::RouteJsonl => "route-jsonl",
             Format::RoutedNpy => "routed-npy",
             Format::RoutedNpz => "routed-npz",
+            Format::Parquet => "parquet",
             Format::SglangPt => "sglang-pt",
             Format::LoadNpy => "load-npy",
             Format::LoadNpz => "load-npz",
@@ -163,6 +172,22 @@ impl Options {
         (first..first.saturating_add(layers)).collect()
     }
 
+    /// Refuses values beyond any model.
+    fn check(&self) -> Result<(), String> {
+        if let Some(first) = self.first_layer.filter(|first| *first > MAX_FIRST_LAYER) {
+            return Err(format!("first layer {first} exceeds the limit of {MAX_FIRST_LAYER}"));
+        }
+        if let Some(experts) = self.experts.filter(|experts| !(1..=1 << 16).contains(experts)) {
+            return Err(format!("{experts} experts are not within 1..={}", 1 << 16));
+        }
+        match self.scale {
+            Some(scale) if !(scale.is_finite() && scale > 0.0) => {
+                Err(format!("scale {scale} is not above 0"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses a file that has other experts than expected.
     fn check_experts(&self, found: usize) -> Result<(), String> {
         match self.experts {
@@ -206,6 +231,7 @@ pub enum Input {
 /// [`Error::Io`], [`Error::File`] and [`Error::Record`].
 pub fn open(path: &Path, options: &Options) -> Result<Input> {
     let refuse = |why| in_file(path, why);
+    options.check().map_err(refuse)?;
     let format = match options.format {
         Some(format) => format,
         None => sniff::format(path)?,
@@ -223,7 +249,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
             rows(reader.map_err(|why| Error::Record { path: path.into(), record: 0, why })?, options)
         }
         Format::TokensJsonl => rows(jsonl::TokenLines::new(path, source()?, options)?, options),
-        Format::RouteJsonl => rows(route_lines::RouteLines::open(path, options)?, options),
+        Format::RouteJsonl => rows(route_lines::open(path, options)?, options),
         Format::RoutedNpy => {
             let array = npy::read(Box::new(source()?)).map_err(refuse)?;
             let again = || npy::read(Box::new(source::open(path, None)?)).map_err(refuse);
@@ -233,6 +259,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
             let requests = npz::requests(path)?;
             routed(path, npz::routed_array(path)?, || npz::routed_array(path), requests, options)
         }
+        Format::Parquet => rows(parquet::open(path, options)?, options),
         Format::SglangPt => sglang::open(path, options),
         Format::LoadNpy => matrix(path, npy::read(Box::new(source()?)).map_err(refuse)?, options),
         Format::LoadNpz => matrix(path, npz::load_array(path)?, options),

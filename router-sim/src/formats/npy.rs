@@ -233,6 +233,7 @@ mod tests {
             (head("'<i4'", "Maybe", "(2,)"), "fortran_order is \"Maybe\""),
             (head("'<i4'", "False", "(2, -1)"), "\"-1\" is no length"),
             (head("'<i4'", "False", "(1,1,1,1,1,1,1,1,1)"), "9 axes exceed"),
+            (head("'<i4'", "False", "(99999999999, 0)"), "records without elements"),
             (head("'<i4'", "False", "(99999999999, 99999999999)"), "exceeds the limit"),
             (head("'<i8'", "False", "(99999999999, 99999999)"), "does not fit any memory"),
             (head("'<i4'", "True", "(999999999, 2)"), "in Fortran order exceed"),

@@ -94,6 +94,9 @@ struct Map {
 pub fn read(path: &Path, missing: &Missing) -> Result<Placement> {
     let bytes = source::read_whole(path, None)?;
     let refuse = |why: String| in_file(path, why);
+    if let Some(first) = missing.first_layer.filter(|first| *first > 1 << 20) {
+        return Err(refuse(format!("first layer {first} exceeds the limit of {}", 1 << 20)));
+    }
     let map = match &bytes[..] {
         npy if npy.starts_with(npy::MAGIC) => phy2log(bytes.clone(), missing).map_err(refuse)?,
         text => {
@@ -118,14 +121,18 @@ fn placement(map: Map, missing: &Missing) -> Result<Placement> {
     let Some(ranks) = map.ranks.or(missing.ranks).filter(|ranks| *ranks > 0) else {
         return Err(Error::Placement("the file does not say how many ranks there are; give --ranks".into()));
     };
-    let largest = map.layers.values().flatten().max().copied().unwrap_or(EMPTY);
-    let experts = missing.experts.unwrap_or((largest + 1) as usize);
+    let experts = missing.experts.unwrap_or_else(|| experts_seen(map.layers.values()));
     let slots = map.layers.values().next().map_or(0, Vec::len);
     if !slots.is_multiple_of(ranks) {
         return Err(Error::Placement(format!("{slots} slots per layer are not a multiple of {ranks} ranks")));
     }
     let (layer_ids, slots_of) = map.layers.into_iter().unzip();
     Placement::new(ranks, slots / ranks, experts, layer_ids, slots_of)
+}
+
+/// One more than the largest expert.
+fn experts_seen<'a>(layers: impl Iterator<Item = &'a Vec<i32>>) -> usize {
+    layers.flatten().map(|expert| usize::try_from(*expert).map_or(0, |expert| expert + 1)).max().unwrap_or(0)
 }
 
 #[derive(Deserialize)]
@@ -167,8 +174,7 @@ fn json(path: &Path, text: &str, missing: &Missing) -> Result<Placement> {
     };
     let first = missing.first_layer.unwrap_or(0);
     let layer_ids = fields.layer_ids.unwrap_or_else(|| (first..map.len().max(first)).collect());
-    let largest = map.iter().flatten().max().copied().unwrap_or(EMPTY).clamp(EMPTY, 1 << 24);
-    let experts = missing.experts.unwrap_or((largest + 1) as usize);
+    let experts = missing.experts.unwrap_or_else(|| experts_seen(map.iter()));
     let expected = Expected { ranks: missing.ranks, experts, layer_ids: &layer_ids };
     Placement::from_json(text, &expected).map_err(|e| refuse(e.to_string()))
 }
@@ -379,6 +385,25 @@ mod tests {
     }
 
     #[test]
+    fn mangled_placements_never_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("placement");
+        for format in PlacementFormat::ALL {
+            write(&path, &sample(1), format).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            for at in 0..bytes.len() {
+                for value in [b'9', b'-', b'[', 0xff] {
+                    let mut mangled = bytes.clone();
+                    mangled[at] = value;
+                    mangled.truncate(if value == 0xff { at } else { bytes.len() });
+                    std::fs::write(&path, &mangled).unwrap();
+                    let _ = read(&path, &Missing { ranks: Some(2), ..Missing::default() });
+                }
+            }
+        }
+    }
+
+    #[test]
     fn refusals() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("placement");
@@ -388,6 +413,7 @@ mod tests {
             ("num_slots: 2\ninitial_global_assignments:\n  0: [0, 1]\n", "give --ranks"),
             ("num_slots: 3\ninitial_global_assignments:\n  0: [0, 1]\n", "layer 0 has 2 slots"),
             ("initial_global_assignments:\n  0: 5\n", "line 2: no list in brackets"),
+            (r#"{"physical_to_logical_map": [[2147483647, 0]], "ranks": 1}"#, "missing version"),
             ("other: 1\n", "line 1: key \"other\" is unknown"),
             (
                 r#"{"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 2, "device_list": []}]}"#,

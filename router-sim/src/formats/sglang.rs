@@ -2,6 +2,7 @@
 //! pickle ([`super::pickle`]) and the tensors' bytes.
 //!
 //! - modes `stat`, `stat_approx`: `logical_count` `[steps, layers, experts]`, a window per buffered step;
+//! - a tensor alone, as load balancers of other engines save it, is taken for the same;
 //! - mode `per_pass`: a window per forward pass from `global_physical_count` `[layers, slots]`;
 //! - mode `per_token`: a batch per forward pass from `topk_ids_of_layer` `[layers, tokens, 8]`, -1 where there is nothing.
 //!
@@ -37,7 +38,8 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
     let refuse = |why: String| in_file(path, why);
     let saved = Saved::open(path)?;
     let root = saved.pickle.root;
-    if let Some(counts) = saved.pickle.get(root, "logical_count") {
+    let alone = saved.pickle.tensor(root).map(|_| root);
+    if let Some(counts) = alone.or_else(|| saved.pickle.get(root, "logical_count")) {
         options.label_ids(&[]).map_err(refuse)?;
         let tensor =
             saved.pickle.tensor(counts).ok_or_else(|| refuse("logical_count is no tensor".into()))?;
@@ -47,7 +49,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
     }
     let Some(records) = saved.pickle.get(root, "records").and_then(|records| saved.pickle.list(records))
     else {
-        return Err(refuse("neither logical_count nor records: not of SGLang's recorder".into()));
+        return Err(refuse("neither a tensor nor logical_count or records: not of SGLang's recorder".into()));
     };
     let records = records.to_vec();
     if records.is_empty() {
@@ -67,15 +69,22 @@ pub fn open(path: &Path, options: &Options) -> Result<Input> {
 /// Indices of the layers that have any count, or all when none has.
 fn layers_in_use(mut array: ArrayReader) -> Vec<usize> {
     let (layers, experts) = match array.shape[..] {
-        [_, layers, experts] => (layers, experts),
+        [layers, experts] | [_, layers, experts] => (layers, experts),
         _ => return Vec::new(),
     };
+    if check_shape(layers, experts).is_err() {
+        return Vec::new();
+    }
+    let two_axes = array.shape.len() == 2;
     // What is wrong with the counts has its say when they are read.
     let mut used = vec![false; layers];
+    let mut first = 0;
     while let Ok(Some(numbers)) = array.next_record() {
         for (cell, number) in numbers.enumerate() {
-            used[cell / experts.max(1)] |= !matches!(number, Number::Int(0));
+            used[first + cell / experts.max(1)] |= !matches!(number, Number::Int(0));
         }
+        // A record is a step, or a layer where there are no steps.
+        first += usize::from(two_axes);
     }
     match used.contains(&true) {
         true => (0..layers).filter(|layer| used[*layer]).collect(),

@@ -56,6 +56,9 @@ fn by_first_bytes(path: &Path, start: &[u8]) -> Result<Option<Format>> {
     if start.starts_with(moetrace::MAGIC) {
         return Ok(Some(Format::Moetrace));
     }
+    if start.starts_with(b"PAR1") {
+        return Ok(Some(Format::Parquet));
+    }
     if start.starts_with(npy::MAGIC) {
         let again = Box::new(source::open(path, None)?);
         let array = npy::read(again).map_err(|why| in_file(path, why))?;

@@ -97,6 +97,11 @@ save("stat.pt", {
     "average_utilization_rate_over_window": None,
 })
 
+# A tensor alone.
+save("bare.pt", Tensor(LongStorage, (LAYERS, EXPERTS), [
+    (10 * layer + expert) * (layer > 0) for layer in range(LAYERS) for expert in range(EXPERTS)
+]))
+
 save("per_pass.pt", {
     "records": [{
         "forward_pass_id": 7 + n,

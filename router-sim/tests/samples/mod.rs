@@ -108,6 +108,7 @@ pub fn write_all(folder: &Path) -> Vec<(Format, PathBuf)> {
     put(Format::RouteJsonl, "route.jsonl", route_lines().into_bytes());
     put(Format::RouteJsonl, "batches.jsonl", batch_lines().into_bytes());
     put(Format::SglangPt, "stat.pt", include_bytes!("../pt/stat.pt").to_vec());
+    put(Format::SglangPt, "bare.pt", include_bytes!("../pt/bare.pt").to_vec());
     put(Format::SglangPt, "per_pass.pt", include_bytes!("../pt/per_pass.pt").to_vec());
     put(Format::SglangPt, "per_token.pt", include_bytes!("../pt/per_token.pt").to_vec());
     put(Format::RoutedNpz, "routed.npz", npz("routed_experts.npy", &folder.join("routed.npy")));

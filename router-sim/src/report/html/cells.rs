@@ -27,7 +27,7 @@ pub const TIMES_MEAN: Scale = Scale {
 pub const AROUND_MEAN: Scale = Scale {
     colours: 'r',
     limits: [0.6, 0.8, 0.9, 0.97, 1.03, 1.1, 1.25, 1.5],
-    names: ["0.6", "0.8", "0.9", "", "", "1.1", "1.25", "1.5"],
+    names: ["0.6", "", "0.9", "", "", "1.1", "", "1.5"],
 };
 
 impl Scale {
