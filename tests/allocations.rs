@@ -7,6 +7,8 @@ use std::backtrace::Backtrace;
 use std::cell::{Cell, RefCell};
 
 use moeyard::backend::{AttentionBatch, DType, SeqSpan};
+use moeyard::engine::request::{Request, Sampling};
+use moeyard::engine::sampler::Sampler;
 use moeyard::model::world::{Degrees, LoadedRank};
 use moeyard::model::{Batch, Model};
 use support::{BLOCK, Setup, World, model_dir};
@@ -113,6 +115,39 @@ fn check(model: &str, dtype: DType, degrees: Degrees) {
     for (rank, steps) in counts.iter().enumerate() {
         for (i, (count, first)) in steps.iter().enumerate() {
             assert_eq!(*count, 0, "{model} {dtype:?} {degrees:?}: rank {rank}, step {i}, first at\n{first}");
+        }
+    }
+}
+
+#[test]
+fn choosing_a_token_allocates_nothing() {
+    const VOCAB: usize = 5000;
+    let row = |step: usize| -> Vec<f32> {
+        (0..VOCAB).map(|id| ((id * 7919 + step * 104_729) % 1013) as f32 / 100.0).collect()
+    };
+    let sampled = Sampling { temperature: 0.8, top_p: 0.95, seed: 5, ..Sampling::GREEDY };
+    let everything = Sampling {
+        top_k: 700,
+        min_p: 0.01,
+        repetition_penalty: 1.2,
+        presence_penalty: 0.1,
+        frequency_penalty: 0.1,
+        logit_bias: vec![(7, 3.0)],
+        allowed_tokens: Some((0..4000).collect()),
+        bad_words: vec![vec![9], vec![1, 2]],
+        min_tokens: 50,
+        ..sampled.clone()
+    };
+    for sampling in [Sampling::GREEDY, Sampling { top_p: 1.0, ..sampled.clone() }, sampled, everything] {
+        let request = Request { sampling, stop_tokens: vec![3], ..Request::greedy((0..99).collect(), 100) };
+        let mut sampler = Sampler::default();
+        for step in 0..20 {
+            let (row, generated) = (row(step), (0..step as u32 * 3).collect::<Vec<_>>());
+            let position = 99 + generated.len() as u32;
+            let (count, first) = allocations(|| {
+                sampler.sample(&row, &request, position, &generated).unwrap();
+            });
+            assert!(step < 2 || count == 0, "{:?}: step {step}, first at\n{first}", request.sampling);
         }
     }
 }

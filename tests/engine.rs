@@ -8,7 +8,8 @@ use moeyard::engine::request::{Capture, Event, FinishReason, Finished, Request, 
 use moeyard::engine::scripted::{Fault, LAYERS, Script, TOP_K, setups};
 use moeyard::engine::stats::{RequestTiming, StepTiming};
 use moeyard::engine::{
-    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, StepObserver, TimingObserver,
+    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, SchedulingPolicy, StepObserver,
+    TimingObserver,
 };
 use moeyard::model::{FormRules, StepOutput};
 use std::sync::{Arc, Condvar, Mutex};
@@ -28,6 +29,9 @@ fn options() -> EngineOptions {
         prefix_caching: true,
         form_rules: FormRules { generated: true, long_above: None },
         max_waiting: 100,
+        max_waiting_tokens: 1 << 20,
+        scheduling_policy: SchedulingPolicy::Arrival,
+        step_timeout: Duration::from_secs(60),
     }
 }
 
@@ -216,6 +220,42 @@ fn what_can_never_run_is_refused_with_its_numbers() {
         ("temperature", "NaN", Request { sampling: sampling(f32::NAN, 1.0), ..request(vec![1], 1) }),
         ("top_p", "0", Request { sampling: sampling(1.0, 0.0), ..request(vec![1], 1) }),
         ("top_p", "1.5", Request { sampling: sampling(1.0, 1.5), ..request(vec![1], 1) }),
+        (
+            "min_tokens",
+            "3",
+            Request { sampling: Sampling { min_tokens: 3, ..Sampling::GREEDY }, ..request(vec![1], 2) },
+        ),
+        (
+            "min_p",
+            "2",
+            Request { sampling: Sampling { min_p: 2.0, ..Sampling::GREEDY }, ..request(vec![1], 1) },
+        ),
+        (
+            "repetition_penalty",
+            "NaN",
+            Request {
+                sampling: Sampling { repetition_penalty: f32::NAN, ..Sampling::GREEDY },
+                ..request(vec![1], 1)
+            },
+        ),
+        (
+            "logit_bias",
+            "60",
+            Request {
+                sampling: Sampling { logit_bias: vec![(60, 1.0)], ..Sampling::GREEDY },
+                ..request(vec![1], 1)
+            },
+        ),
+        (
+            "bad_words",
+            "empty",
+            Request {
+                sampling: Sampling { bad_words: vec![vec![]], ..Sampling::GREEDY },
+                ..request(vec![1], 1)
+            },
+        ),
+        ("priority", "arrival", Request { priority: 1, ..request(vec![1], 1) }),
+        ("prompt_logprobs", "61", Request { prompt_logprobs: Some(61), ..request(vec![1], 1) }),
         ("logprobs", "61", Request { logprobs: Some(61), ..request(vec![1], 1) }),
     ];
     for (expected_param, expected_text, request) in cases.clone() {
@@ -298,6 +338,73 @@ fn a_failing_rank_ends_every_request_and_is_reported() {
         assert_eq!(engine.stats().outcomes.error, 4);
         engine.shutdown(Duration::from_secs(60));
     }
+}
+
+#[test]
+fn a_hung_rank_is_noticed_and_named() {
+    let options = EngineOptions { step_timeout: Duration::from_millis(300), ..options() };
+    let script = Script::of(&options);
+    let mut ranks = setups(&script, 2, 1, options.max_logit_rows, &backend()).unwrap();
+    let hanging = Script { fault: Fault::HangAt(5), ..script };
+    ranks[1] = setups(&hanging, 2, 1, options.max_logit_rows, &backend()).unwrap().remove(1);
+    let engine = Engine::start(ranks, options, Hooks::default()).unwrap();
+    let streams: Vec<_> = (0..3).map(|i| engine.submit(request(prompt(i, 8), 50)).unwrap()).collect();
+    for stream in streams {
+        let FinishReason::Error(why) = collect(stream).1.reason else { panic!("no error") };
+        assert!(why.contains("ranks [1] have not answered"), "{why}");
+    }
+    assert!(!engine.is_alive());
+    assert!(engine.shutdown_within(Duration::ZERO, Duration::from_secs(60)), "the engine thread does end");
+}
+
+/// A shutdown that is in a hurry leaves a step alone that will not end.
+#[test]
+fn a_hurried_shutdown_does_not_wait_for_a_step() {
+    let gate = Arc::new(Gate::default());
+    let engine = start(&options(), (1, 1), gate.hooks());
+    let stream = engine.submit(request(prompt(0, 4), 100)).unwrap();
+    gate.wait_reached();
+    assert!(!engine.shutdown_within(Duration::ZERO, Duration::from_millis(20)));
+    gate.open();
+    assert_eq!(collect(stream).1.reason, FinishReason::Aborted);
+    assert!(engine.shutdown_within(Duration::ZERO, Duration::from_secs(60)));
+}
+
+#[test]
+fn several_requests_are_queued_as_one_or_not_at_all() {
+    let gate = Arc::new(Gate::default());
+    let options = EngineOptions { max_num_seqs: 1, max_waiting: 4, max_waiting_tokens: 40, ..options() };
+    let engine = start(&options, (1, 1), gate.hooks());
+    let running = engine.submit(request(prompt(0, 4), 3)).unwrap();
+    gate.wait_reached();
+    let many = |count: usize, len: usize| engine.submit_all(vec![request(prompt(1, len), 2); count]);
+    let streams = many(3, 10).unwrap();
+    assert_eq!(engine.stats().waiting, 3);
+    assert!(matches!(many(2, 1), Err(Error::Busy { message, .. }) if message.contains("exceed 4")));
+    assert!(matches!(many(1, 11), Err(Error::Busy { message, .. }) if message.contains("exceed 40")));
+    assert!(matches!(many(5, 1), Err(Error::Request { param: Some(p), .. }) if p == "n"));
+    assert_eq!(engine.stats().waiting, 3);
+    let last = many(1, 10).unwrap();
+    gate.open();
+    for stream in streams.into_iter().chain(last).chain([running]) {
+        assert_eq!(collect(stream).1.reason, FinishReason::Length);
+    }
+    assert_eq!(many(1, 50).map(|streams| streams.len()).unwrap(), 1, "an empty queue takes any prompt");
+}
+
+/// What an early end has captured is told with it.
+#[test]
+fn a_request_can_be_ended_early() {
+    let engine = start(&options(), (2, 1), Hooks::default());
+    let capture = Capture { routing: true, ..Capture::default() };
+    let mut stream = engine.submit(Request { capture, ..request(prompt(0, 8), 150) }).unwrap();
+    while !matches!(stream.blocking_next(), Some(Event::Token(_))) {}
+    stream.abort();
+    let (tokens, finished) = collect(stream);
+    if finished.reason == FinishReason::Aborted {
+        assert!(tokens.len() < 149);
+    }
+    assert!(finished.captured.unwrap().routing.rows >= 8);
 }
 
 #[test]

@@ -64,9 +64,6 @@ pub struct Needs {
     pub queue: Option<usize>,
 }
 
-/// Requests that may wait in a server's queue.
-const QUEUE: usize = 1024;
-
 impl Prepared {
     /// Resolves options, checks that everything fits, and makes the ranks' devices.
     ///
@@ -177,16 +174,21 @@ impl Prepared {
             max_logit_rows: sizes.max_logit_rows,
             prefix_caching: self.options.cache.prefix_caching,
             form_rules: FormRules::of_spec(spec),
-            max_waiting: needs.queue.unwrap_or(QUEUE),
+            max_waiting: needs.queue.unwrap_or(scheduler.max_queued_requests),
+            max_waiting_tokens: scheduler.max_queued_tokens,
+            scheduling_policy: scheduler.policy,
+            step_timeout: scheduler.step_timeout,
         }
     }
 }
 
 impl Launched {
-    /// Stops the engine, giving running requests `drain` to finish, and completes the trace. A trace that failed is told,
-    /// and is no failure of serving.
-    pub fn finish(self, drain: Duration) {
-        self.engine.shutdown(drain);
+    /// Stops the engine, giving running requests `drain` to finish and a step under way `patience` beyond that, and
+    /// completes the trace. A trace that failed is told, and is no failure of serving.
+    pub fn finish(self, drain: Duration, patience: Duration) {
+        if !self.engine.shutdown_within(drain, patience) {
+            tracing::warn!("a step was still under way at the end of the shutdown");
+        }
         if let Some(recorder) = self.recorder
             && let Err(error) = recorder.finish(TRACE_PATIENCE)
         {

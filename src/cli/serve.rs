@@ -1,6 +1,7 @@
 //! `moeyard serve`: load, listen, answer, drain.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Run;
 use super::launch::{Launched, Needs, Prepared};
@@ -11,6 +12,9 @@ use crate::error::{Error, Result};
 use crate::server::{
     self, ApiKeys, AppState, Info, Metrics, RankMemory, ServerOptions, Setup, Shutdown, Stage,
 };
+
+/// A step under way may take this long when everything else has been aborted.
+const LAST_STEP: Duration = Duration::from_millis(300);
 
 /// Loads the model and serves it until a signal ends the process.
 pub(super) fn run(run: Run) -> Result<()> {
@@ -44,10 +48,13 @@ async fn serve(prepared: Prepared, generation: Generation) -> Result<()> {
         () = shutdown.reached(Stage::Draining) => return Ok(()),
     };
     announce(&prepared, &listener);
-    let drain = options.drain_timeout;
+    let (drain, stage) = (options.drain_timeout, shutdown.clone());
     let state = state(&prepared, &launched, generation, metrics, options, shutdown);
     let outcome = server::serve(listener, state).await;
-    tokio::task::spawn_blocking(move || launched.finish(drain))
+    // Who was told twice, or has waited long enough, does not wait for a step either.
+    let hurried = stage.stage() == Stage::Aborting;
+    let (drain, patience) = if hurried { (Duration::ZERO, LAST_STEP) } else { (drain, Duration::MAX) };
+    tokio::task::spawn_blocking(move || launched.finish(drain, patience))
         .await
         .map_err(|e| Error::Stopped(e.to_string()))?;
     outcome

@@ -70,6 +70,18 @@ pub struct RawOptions {
     /// Prompt tokens of one sequence in one step [default: 512]
     #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub prefill_chunk_size: Option<usize>,
+    /// Who goes first: arrival, or the requests' `priority` (lower first) and then arrival [default: arrival]
+    #[arg(long, value_enum)]
+    pub scheduling_policy: Option<PolicyChoice>,
+    /// Requests that may wait; one more is answered with 429 [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub max_queued_requests: Option<usize>,
+    /// Prompt tokens of waiting requests; more are answered with 429 [default: 1048576]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_queued_tokens: Option<usize>,
+    /// A rank that is silent for this long beyond four times what such a step has taken is hung: the server ends [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub step_timeout: Option<u64>,
     /// Tokens per KV block, a multiple of 16 [default: 32]
     #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub block_size: Option<usize>,
@@ -144,6 +156,18 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+/// `--scheduling-policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyChoice {
+    /// In order of arrival.
+    #[value(alias = "fcfs")]
+    #[serde(alias = "fcfs")]
+    Arrival,
+    /// By priority.
+    Priority,
+}
+
 /// `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -178,6 +202,10 @@ impl RawOptions {
             max_num_seqs: self.max_num_seqs.or(file.max_num_seqs),
             max_num_batched_tokens: self.max_num_batched_tokens.or(file.max_num_batched_tokens),
             prefill_chunk_size: self.prefill_chunk_size.or(file.prefill_chunk_size),
+            scheduling_policy: self.scheduling_policy.or(file.scheduling_policy),
+            max_queued_requests: self.max_queued_requests.or(file.max_queued_requests),
+            max_queued_tokens: self.max_queued_tokens.or(file.max_queued_tokens),
+            step_timeout: self.step_timeout.or(file.step_timeout),
             block_size: self.block_size.or(file.block_size),
             kv_cache_memory: self.kv_cache_memory.or(file.kv_cache_memory),
             no_prefix_caching: self.no_prefix_caching.or(file.no_prefix_caching),

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::flags::{DeviceChoice, DtypeChoice, ExpertDetailChoice, RawMetrics, RawOptions};
+use super::flags::{DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions};
 use super::parallel::Parallel;
 use super::secret::Secret;
 use super::size::ByteSize;
 use crate::backend::DType;
+use crate::engine::SchedulingPolicy;
 use crate::error::{Error, Result};
 use crate::metrics::ExpertDetail;
 use crate::server::SeriesOptions;
@@ -86,6 +87,14 @@ pub struct SchedulerOptions {
     pub max_num_batched_tokens: usize,
     /// Prompt rows of one sequence in one step; at most `max_num_batched_tokens`.
     pub prefill_chunk_size: usize,
+    /// Who goes first.
+    pub policy: SchedulingPolicy,
+    /// Requests that may wait.
+    pub max_queued_requests: usize,
+    /// Their prompt tokens.
+    pub max_queued_tokens: usize,
+    /// After it, a silent rank is hung.
+    pub step_timeout: Duration,
 }
 
 /// The paged KV cache of a rank.
@@ -114,6 +123,10 @@ const MAX_THREADS: usize = 1024;
 const MAX_SEQS: usize = 1 << 12;
 const MAX_BATCHED_TOKENS: usize = 1 << 20;
 const MAX_BLOCK_SIZE: usize = 1024;
+/// Each waiting request costs some kilobytes besides its prompt.
+const MAX_QUEUED_REQUESTS: usize = 1 << 20;
+const MAX_QUEUED_TOKENS: usize = 1 << 30;
+const MAX_STEP_SECONDS: u64 = 24 * 60 * 60;
 const MAX_DRAIN_SECONDS: u64 = 24 * 60 * 60;
 /// [`crate::backend::KvCache`] is laid out in groups of this many tokens.
 const BLOCK_STEP: usize = 16;
@@ -203,11 +216,25 @@ fn scheduler(raw: &RawOptions, spec: &ModelSpec) -> Result<SchedulerOptions> {
     let (key, given) = ("max-num-batched-tokens", raw.max_num_batched_tokens);
     let batched = within(key, given, 2048.max(seqs), seqs, MAX_BATCHED_TOKENS)?;
     let chunk = within("prefill-chunk-size", raw.prefill_chunk_size, 512.min(batched), 1, batched)?;
+    let step = within("step-timeout", raw.step_timeout, 10, 1, MAX_STEP_SECONDS)?;
     Ok(SchedulerOptions {
         max_model_len,
         max_num_seqs: seqs,
         max_num_batched_tokens: batched,
         prefill_chunk_size: chunk,
+        policy: match raw.scheduling_policy.unwrap_or(PolicyChoice::Arrival) {
+            PolicyChoice::Arrival => SchedulingPolicy::Arrival,
+            PolicyChoice::Priority => SchedulingPolicy::Priority,
+        },
+        max_queued_requests: within(
+            "max-queued-requests",
+            raw.max_queued_requests,
+            1024,
+            1,
+            MAX_QUEUED_REQUESTS,
+        )?,
+        max_queued_tokens: within("max-queued-tokens", raw.max_queued_tokens, 1 << 20, 1, MAX_QUEUED_TOKENS)?,
+        step_timeout: Duration::from_secs(step),
     })
 }
 
@@ -294,6 +321,10 @@ mod tests {
                 max_num_seqs: 64,
                 max_num_batched_tokens: 2048,
                 prefill_chunk_size: 512,
+                policy: SchedulingPolicy::Arrival,
+                max_queued_requests: 1024,
+                max_queued_tokens: 1 << 20,
+                step_timeout: Duration::from_secs(10),
             },
             cache: CacheOptions { block_size: 32, memory: None, prefix_caching: true },
             experts: ExpertOptions { slots_per_rank: 8, placement: None, record_routing: None },
@@ -357,6 +388,11 @@ mod tests {
                 RawOptions { redundant_experts: Some(9), ..none() },
                 "redundant-experts: expected 0 to 8, found 9",
             ),
+            (
+                RawOptions { max_queued_requests: Some(0), ..none() },
+                "max-queued-requests: expected 1 to 1048576, found 0",
+            ),
+            (RawOptions { step_timeout: Some(0), ..none() }, "step-timeout: expected 1 to 86400, found 0"),
             (
                 RawOptions { drain_timeout: Some(86401), ..none() },
                 "drain-timeout: expected 0 to 86400, found 86401",

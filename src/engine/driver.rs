@@ -3,10 +3,11 @@
 use super::handle::{Command, EngineHandle, Shared, Submission, lock};
 use super::options::EngineOptions;
 use super::plan::{Phase, StepPlan, SubResults};
-use super::rank::{RankFailure, RankReport, RankSetup, Ranks, StepObserver, dp_size, panic_text};
+use super::rank::{RankAnswer, RankFailure, RankReport, RankSetup, Ranks, StepObserver, dp_size, panic_text};
 use super::request::{Event, FinishReason, Finished, Request};
 use super::scheduler::{Scheduler, Update};
 use super::stats::{RequestTiming, StepTiming, TimingObserver};
+use super::watchdog::Watchdog;
 use super::{Hooks, RequestId};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,6 +20,9 @@ use tokio::sync::mpsc;
 /// How long the engine listens for the cause after the first rank reported a failure: the others see only a peer
 /// that is gone.
 const FAILURE_GRACE: Duration = Duration::from_millis(500);
+
+/// The wait for the ranks' answers is counted in pieces of this length.
+const WAITING_SLICE: Duration = Duration::from_millis(50);
 
 /// Starts all threads. The setups and options have been checked.
 pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks) -> EngineHandle {
@@ -39,7 +43,8 @@ pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks
 
 /// The body of the engine thread. Whatever happens inside, every request gets its end and the handle learns of it.
 fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Command>, hooks: Hooks) {
-    let callers = Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing: hooks.timing };
+    let callers =
+        Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing: hooks.timing, admitted: 0 };
     let mut driver = Driver {
         scheduler: Scheduler::new(shared.options.clone(), dp_ranks),
         plan: Arc::new(StepPlan::default()),
@@ -48,6 +53,7 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         updates: Vec::new(),
         deadline: None,
         observer: hooks.steps,
+        watchdog: Watchdog::new(shared.options.step_timeout),
         ranks,
         commands,
         callers,
@@ -72,6 +78,7 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
     }
     // Requests that came too late: dropping their channels ends their streams.
     drop(commands);
+    shared.note_end();
 }
 
 /// The state of the engine thread.
@@ -91,6 +98,7 @@ struct Driver {
     /// When a shutdown aborts what is left.
     deadline: Option<Instant>,
     observer: Option<Arc<dyn StepObserver>>,
+    watchdog: Watchdog,
 }
 
 impl Driver {
@@ -134,9 +142,11 @@ impl Driver {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Submit(submission) => {
-                self.scheduler.add(submission.id, Arc::clone(&submission.request));
-                self.callers.add(submission);
+            Command::Submit(submissions) => {
+                for submission in submissions {
+                    self.scheduler.add(submission.id, Arc::clone(&submission.request));
+                    self.callers.add(submission);
+                }
             }
             Command::Abort(id) => self.scheduler.abort(id),
             Command::Shutdown(deadline) => {
@@ -157,9 +167,12 @@ impl Driver {
             self.ranks.send(rank, Arc::clone(&self.plan), report);
         }
         self.collect()?;
+        let (rows, duration) = (self.plan.rows(), started.elapsed());
+        self.watchdog.note(rows, duration);
+        self.callers.note_pace(duration);
         if let Some(timing) = &self.callers.timing {
             timing.on_step(&StepTiming {
-                duration: started.elapsed(),
+                duration,
                 prefill_rows: self.plan.rows_in(Phase::Prefill),
                 decode_rows: self.plan.rows_in(Phase::Decode),
             });
@@ -172,9 +185,18 @@ impl Driver {
     fn collect(&mut self) -> Result<(), String> {
         self.results.iter_mut().for_each(SubResults::clear);
         self.reports.resize_with(self.ranks.len(), RankReport::default);
-        for _ in 0..self.ranks.len() {
-            // The ranks' threads hold the other end until they have answered.
-            let (rank, answer) = self.ranks.answers().recv().map_err(|_| "all ranks are gone".to_string())?;
+        let mut silent: Vec<usize> = (0..self.ranks.len()).collect();
+        let allowance = self.watchdog.allowance(self.plan.rows());
+        let mut left = allowance;
+        while !silent.is_empty() {
+            let Some((rank, answer)) = self.answer(&mut left)? else {
+                let rows = self.plan.rows();
+                return Err(format!(
+                    "ranks {silent:?} have not answered: a step of {rows} rows took more than {:.1} s",
+                    allowance.as_secs_f64()
+                ));
+            };
+            silent.retain(|&other| other != rank);
             let mut report = answer.map_err(|failure| self.cause(rank, failure))?;
             let results = &mut self.results[self.ranks.dp_rank(rank)];
             results.rows.append(&mut report.rows);
@@ -185,6 +207,20 @@ impl Driver {
             results.settle(sub)?;
         }
         Ok(())
+    }
+
+    /// The next answer; `None` when none comes in the time `left`, which becomes less by the waiting.
+    fn answer(&self, left: &mut Duration) -> Result<Option<(usize, RankAnswer)>, String> {
+        loop {
+            match self.ranks.answers().recv_timeout(WAITING_SLICE) {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => return Ok(None),
+                // By slices, not by the clock: a process that was stopped for a while, ranks and all, accuses nobody.
+                Err(RecvTimeoutError::Timeout) => *left = left.saturating_sub(WAITING_SLICE),
+                // The ranks' threads hold the other end until they have answered.
+                Err(RecvTimeoutError::Disconnected) => return Err("all ranks are gone".to_string()),
+            }
+        }
     }
 
     /// What went wrong first, as far as the ranks say so within a short time.
@@ -217,6 +253,8 @@ struct Callers {
     live: HashMap<RequestId, Caller>,
     shared: Arc<Shared>,
     timing: Option<Arc<dyn TimingObserver>>,
+    /// Requests admitted since this was last looked at.
+    admitted: usize,
 }
 
 /// One request as its caller sees it.
@@ -245,12 +283,22 @@ impl Callers {
         self.live.insert(id, caller);
     }
 
+    /// A step took so long; those admitted with it are counted where others still wait.
+    fn note_pace(&mut self, duration: Duration) {
+        let mut queue = lock(&self.shared.queue);
+        let admitted = std::mem::take(&mut self.admitted);
+        if queue.requests() > 0 {
+            queue.note_pace(admitted, duration);
+        }
+    }
+
     fn tell(&mut self, id: RequestId, update: Update) {
         match update {
             Update::Admitted => {
                 if let Some(caller) = self.live.get_mut(&id) {
                     caller.admitted = Some(Instant::now());
-                    self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+                    self.admitted += 1;
+                    lock(&self.shared.queue).leave(caller.request.prompt.len());
                 }
             }
             Update::Event(Event::Finished(finished)) => self.finish(id, finished),
@@ -267,7 +315,7 @@ impl Callers {
     fn finish(&mut self, id: RequestId, finished: Finished) {
         let Some(caller) = self.live.remove(&id) else { return };
         if caller.admitted.is_none() {
-            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            lock(&self.shared.queue).leave(caller.request.prompt.len());
         }
         if let Some(timing) = &self.timing {
             timing.on_finish(&caller.timing(&finished.reason));

@@ -5,13 +5,14 @@
 //! wants to give up on a reader drops the stream.
 
 use super::RequestId;
-use super::options::EngineOptions;
+use super::options::{EngineOptions, SchedulingPolicy};
+use super::queue::Queue;
 use super::request::{Event, FinishReason, Finished, Request, Sampling};
 use super::stats::EngineStats;
 use crate::error::{Error, Result};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, mpsc as sync_mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, mpsc as sync_mpsc};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,8 +20,8 @@ use tokio::sync::mpsc;
 
 /// What the engine thread is told.
 pub(super) enum Command {
-    /// One more request.
-    Submit(Submission),
+    /// More requests.
+    Submit(Vec<Submission>),
     /// Its caller left.
     Abort(RequestId),
     /// Finish what is there until then, abort the rest, and end.
@@ -42,8 +43,8 @@ pub(super) struct Shared {
     pub alive: AtomicBool,
     /// New requests are taken.
     pub open: AtomicBool,
-    /// Requests submitted and not yet admitted for the first time.
-    pub waiting: AtomicUsize,
+    /// Requests submitted and not yet admitted for the first time. As `stats`.
+    pub queue: Mutex<Queue>,
     pub rejected: AtomicU64,
     /// A std lock: held for a copy of plain numbers, never across an await.
     pub stats: Mutex<EngineStats>,
@@ -51,6 +52,8 @@ pub(super) struct Shared {
     pub failure: Mutex<Option<String>>,
     next_id: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// The engine thread has nothing more to do.
+    ended: (Mutex<bool>, Condvar),
 }
 
 impl Shared {
@@ -59,13 +62,20 @@ impl Shared {
             options,
             alive: AtomicBool::new(true),
             open: AtomicBool::new(true),
-            waiting: AtomicUsize::new(0),
+            queue: Mutex::default(),
             rejected: AtomicU64::new(0),
             stats: Mutex::new(stats),
             failure: Mutex::new(None),
             next_id: AtomicU64::new(0),
             thread: Mutex::new(None),
+            ended: Default::default(),
         }
+    }
+
+    /// Tells those who wait for the end.
+    pub(super) fn note_end(&self) {
+        *lock(&self.ended.0) = true;
+        self.ended.1.notify_all();
     }
 
     /// Why no more requests are taken.
@@ -105,41 +115,46 @@ impl EngineHandle {
     /// * [`Error::Busy`] when the queue is full.
     /// * [`Error::Stopped`] when the engine has failed or is shutting down.
     pub fn submit(&self, request: Request) -> Result<RequestStream> {
+        let mut streams = self.submit_all(vec![request])?;
+        Ok(streams.pop().expect("one stream for one request"))
+    }
+
+    /// [`Self::submit`] for several requests that belong together: all are queued, next to one another, or none.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Request`] for more of them than the queue could ever hold.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<RequestStream>> {
         let rejected = |error: Error| {
             self.shared.rejected.fetch_add(1, Ordering::Relaxed);
             error
         };
-        validate(&request, &self.shared.options).map_err(rejected)?;
+        let options = &self.shared.options;
+        requests.iter().try_for_each(|request| validate(request, options)).map_err(rejected)?;
         if !self.shared.open.load(Ordering::Acquire) {
             return Err(rejected(self.shared.stopped()));
         }
-        self.take_place().map_err(rejected)?;
+        let count = requests.len();
+        let tokens = requests.iter().map(|request| request.prompt.len()).sum();
+        lock(&self.shared.queue).enter(count, tokens, options).map_err(rejected)?;
 
-        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        // Room for the prompt's scores, every token and the end.
-        let (events, received) = mpsc::channel(request.max_tokens.saturating_add(2));
-        let submission = Submission { id, request: Arc::new(request), events, submitted: Instant::now() };
-        if self.commands.send(Command::Submit(submission)).is_err() {
-            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        let first_id = self.shared.next_id.fetch_add(count as u64, Ordering::Relaxed);
+        let (submissions, streams) =
+            (first_id..).zip(requests).map(|(id, request)| self.open(id, request)).unzip();
+        if let Err(refused) = self.commands.send(Command::Submit(submissions)) {
+            let Command::Submit(submissions) = refused.0 else { unreachable!("it was just sent") };
+            let mut queue = lock(&self.shared.queue);
+            submissions.iter().for_each(|submission| queue.leave(submission.request.prompt.len()));
             return Err(rejected(self.shared.stopped()));
         }
-        Ok(RequestStream { id, events: received, handle: self.clone(), ended: false })
+        Ok(streams)
     }
 
-    /// Counts one more waiting request, unless the queue is full.
-    fn take_place(&self) -> Result<()> {
-        let limit = self.shared.options.max_waiting;
-        let place = self
-            .shared
-            .waiting
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1));
-        match place {
-            Ok(_) => Ok(()),
-            Err(waiting) => Err(Error::Busy {
-                message: format!("{waiting} requests are waiting, and no more than {limit} may"),
-                retry_after_s: 1,
-            }),
-        }
+    /// Both ends of one request.
+    fn open(&self, id: RequestId, request: Request) -> (Submission, RequestStream) {
+        // Room for the prompt's event, every token and the end.
+        let (events, received) = mpsc::channel(request.max_tokens.saturating_add(2));
+        let submission = Submission { id, request: Arc::new(request), events, submitted: Instant::now() };
+        (submission, RequestStream { id, events: received, handle: self.clone(), ended: false })
     }
 
     /// Gauges and counters after the latest step: one short lock, no waiting for the engine.
@@ -147,7 +162,7 @@ impl EngineHandle {
         let mut stats = *lock(&self.shared.stats);
         stats.outcomes.rejected = self.shared.rejected.load(Ordering::Relaxed);
         // Those the scheduler has not seen yet wait too.
-        stats.waiting = stats.waiting.max(self.shared.waiting.load(Ordering::Relaxed));
+        stats.waiting = stats.waiting.max(lock(&self.shared.queue).requests());
         stats
     }
 
@@ -169,17 +184,27 @@ impl EngineHandle {
     /// Takes no more requests, lets those there finish for up to `drain`, aborts the rest, and waits for the engine's
     /// threads. Blocks: call it from a blocking context. A second call with a shorter time hastens the end of the first.
     pub fn shutdown(&self, drain: Duration) {
-        let now = Instant::now();
-        let deadline = now.checked_add(drain).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
+        self.shutdown_within(drain, Duration::MAX);
+    }
+
+    /// [`Self::shutdown`] that waits for a step under way no longer than `patience` beyond `drain`. `false` when the
+    /// engine still computes then: its threads are left alone.
+    pub fn shutdown_within(&self, drain: Duration, patience: Duration) -> bool {
+        let far = Duration::from_secs(365 * 24 * 3600);
         // An engine that has ended already no longer listens, which is as good.
-        let _ = self.commands.send(Command::Shutdown(deadline));
+        let _ = self.commands.send(Command::Shutdown(Instant::now() + drain.min(far)));
         self.shared.open.store(false, Ordering::Release);
+        let (ended, end) = &self.shared.ended;
+        let limit = drain.min(far).saturating_add(patience.min(far));
+        let ended = end.wait_timeout_while(lock(ended), limit, |ended| !*ended);
+        let ended = *ended.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         // Held while waiting, so that a second caller waits as well.
         let mut thread = lock(&self.shared.thread);
-        if let Some(thread) = thread.take() {
+        if let Some(thread) = thread.take_if(|_| ended) {
             // Its panic was caught and reported to every request.
             let _ = thread.join();
         }
+        ended
     }
 }
 
@@ -293,6 +318,13 @@ fn validate(request: &Request, options: &EngineOptions) -> Result<()> {
                 options.block_size
             ),
         ));
+    }
+    if request.priority != 0 && options.scheduling_policy != SchedulingPolicy::Priority {
+        let message = format!(
+            "priority is {}, but must be 0: this server runs requests in order of arrival (--scheduling-policy)",
+            request.priority
+        );
+        return Err(Error::request("priority", message));
     }
     validate_sampling(request, options)
 }

@@ -15,6 +15,7 @@ use crate::model::{FormRules, TokenForm};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// The tokens of one sequence with what decides their forms.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +26,8 @@ pub struct TokenRun<'a> {
     pub prompt_len: usize,
     /// Forms the model distinguishes.
     pub rules: FormRules,
+    /// Who may share its blocks: runs with the same salt.
+    pub salt: Option<&'a Arc<str>>,
 }
 
 /// What one published block holds. Equal keys mean equal bits.
@@ -32,6 +35,8 @@ pub struct TokenRun<'a> {
 struct BlockKey {
     /// The published block before this one; `None` at the start of a sequence.
     parent: Option<u32>,
+    /// Of the run, in the first block only: the parents of the others stand for it.
+    salt: Option<Arc<str>>,
     content: Vec<(u32, TokenForm)>,
 }
 
@@ -39,6 +44,7 @@ impl BlockKey {
     /// Describes block `index` of a run.
     fn set(&mut self, parent: Option<u32>, run: TokenRun<'_>, index: usize, block_size: usize) {
         self.parent = parent;
+        self.salt = run.salt.filter(|_| parent.is_none()).cloned();
         self.content.clear();
         let positions = index * block_size..(index + 1) * block_size;
         self.content.extend(positions.map(|p| (run.tokens[p], run.rules.of(p, run.prompt_len))));

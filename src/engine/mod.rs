@@ -18,6 +18,8 @@ pub mod plan;
 pub mod sampler;
 pub mod scheduler;
 mod sequence;
+mod queue;
+mod watchdog;
 // threads
 mod driver;
 pub mod rank;
@@ -26,7 +28,7 @@ pub mod recorder;
 pub mod scripted;
 
 pub use handle::{EngineHandle, RequestStream};
-pub use options::EngineOptions;
+pub use options::{EngineOptions, SchedulingPolicy};
 pub use rank::{RankSetup, StepObserver};
 pub use stats::{EngineStats, TimingObserver};
 

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::FormRules;
+use std::time::Duration;
 
 /// Limits and sizes of one engine. "per DP rank" counts each data-parallel rank by itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,6 +32,22 @@ pub struct EngineOptions {
     pub form_rules: FormRules,
     /// Requests that may wait; one more is refused with [`Error::Busy`].
     pub max_waiting: usize,
+    /// Prompt tokens of all waiting requests; more are refused with [`Error::Busy`], unless nothing waits.
+    pub max_waiting_tokens: usize,
+    /// Who goes first.
+    pub scheduling_policy: SchedulingPolicy,
+    /// A step that takes this long beyond what such steps have taken counts as hung: see [`super::watchdog`].
+    pub step_timeout: Duration,
+}
+
+/// Who goes first, and who is put back last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SchedulingPolicy {
+    /// In order of arrival.
+    #[default]
+    Arrival,
+    /// By [`super::request::Request::priority`], lower first, then in order of arrival.
+    Priority,
 }
 
 impl EngineOptions {
@@ -46,6 +63,8 @@ impl EngineOptions {
             ("--kv-cache-memory", self.kv_blocks),
             ("--max-num-seqs", self.max_num_seqs),
             ("--prefill-chunk-size", self.prefill_chunk_size),
+            ("--max-queued-requests", self.max_waiting),
+            ("--max-queued-tokens", self.max_waiting_tokens),
         ];
         for (what, value) in positive {
             if value == 0 {
@@ -90,10 +109,10 @@ impl EngineOptions {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn options() -> EngineOptions {
+    pub fn options() -> EngineOptions {
         EngineOptions {
             vocab_size: 100,
             experts: 8,
@@ -107,6 +126,9 @@ mod tests {
             prefix_caching: true,
             form_rules: FormRules::default(),
             max_waiting: 8,
+            max_waiting_tokens: 1000,
+            scheduling_policy: SchedulingPolicy::Arrival,
+            step_timeout: Duration::from_secs(60),
         }
     }
 

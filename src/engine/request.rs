@@ -22,6 +22,10 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// More than text: for `verify` and traces.
     pub capture: Capture,
+    /// Lower goes first, under [`super::SchedulingPolicy::Priority`]; else it must be 0.
+    pub priority: i32,
+    /// Prefixes are shared only among requests with the same salt.
+    pub cache_salt: Option<Arc<str>>,
     /// A grammar or another rule that knows which tokens may come next.
     pub constraint: Option<Arc<dyn Constraint>>,
 }
@@ -37,6 +41,8 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             capture: Capture::default(),
+            priority: 0,
+            cache_salt: None,
             constraint: None,
         }
     }

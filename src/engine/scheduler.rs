@@ -5,10 +5,12 @@
 //! 1. every running sequence that only lacks its newest token gets one row (decode), oldest first. When blocks run out,
 //!    the newest running sequence is put back to the queue: its blocks go, its tokens stay and are computed once more later;
 //! 2. the other running sequences get a chunk of their prompt each, oldest first, while rows are left;
-//! 3. waiting sequences are admitted in order of arrival, each to the DP rank that has room for all its tokens, with
-//!    the longest cached prefix, then the least load.
+//! 3. waiting sequences are admitted in order, each to the DP rank that has room for all its tokens, with the longest
+//!    cached prefix, then the least load. One whose prefix is just being computed by another is held back until it can
+//!    take those blocks from the cache: the choices of one prompt compute it once.
 //!
-//! The oldest running sequence is never put back and every admitted request fits the pool alone, so there is always
+//! The order is that of arrival, or by priority and then arrival; "oldest" and "newest" mean first and last in it. The
+//! first of the running sequences is never put back and every admitted request fits the pool alone, so there is always
 //! progress.
 
 use super::RequestId;
@@ -35,7 +37,7 @@ pub enum Update {
 /// One DP rank: its KV pool and the sequences that live there.
 struct Group {
     pool: KvPool,
-    /// In order of arrival.
+    /// In order.
     running: Vec<Sequence>,
     /// What the plan under construction still takes.
     room: Room,
@@ -52,7 +54,7 @@ struct Room {
 pub struct Scheduler {
     options: EngineOptions,
     groups: Vec<Group>,
-    /// In order of arrival; those put back keep theirs, so they come first.
+    /// In order; those put back keep their place, so they come before others of their priority.
     waiting: VecDeque<Sequence>,
     updates: Vec<(RequestId, Update)>,
     /// Gauges are filled in by [`Scheduler::stats`].
@@ -74,8 +76,8 @@ impl Scheduler {
         }
     }
 
-    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids are unique; a lower one goes
-    /// first, even where threads that submit at once deliver them out of order.
+    /// Queues a request that [`super::EngineHandle::submit`] found valid. Ids are unique; of the same
+    /// priority, a lower one goes first, even where threads that submit at once deliver them out of order.
     pub fn add(&mut self, id: RequestId, request: Arc<Request>) {
         let stored = request.prompt.len() + request.max_tokens.saturating_sub(1);
         let room = self.options.kv_tokens();
@@ -172,10 +174,16 @@ impl Scheduler {
         for group in &self.groups {
             let tables: Vec<_> = group.running.iter().map(|sequence| sequence.table()).collect();
             group.pool.check(&tables);
-            assert!(group.running.is_sorted_by(|a, b| a.id < b.id), "running sequences are out of order");
+            assert!(
+                group.running.is_sorted_by(|a, b| a.order() < b.order()),
+                "running sequences are out of order"
+            );
             assert!(group.running.len() <= self.options.max_num_seqs);
         }
-        assert!(self.waiting.iter().is_sorted_by(|a, b| a.id < b.id), "waiting sequences are out of order");
+        assert!(
+            self.waiting.iter().is_sorted_by(|a, b| a.order() < b.order()),
+            "waiting sequences are out of order"
+        );
     }
 
     // ---- planning
@@ -220,11 +228,16 @@ impl Scheduler {
         }
     }
 
-    /// Step 3: waiting sequences, as long as the first of them finds room.
+    /// Step 3: waiting sequences, as long as the first that is not held back finds room.
     fn admit(&mut self, plan: &mut StepPlan) {
-        while let Some(first) = self.waiting.front() {
+        let mut held_back = 0;
+        while let Some(first) = self.waiting.get(held_back) {
+            if self.is_held_back(first) {
+                held_back += 1;
+                continue;
+            }
             let Some(dp_rank) = self.choose_group(first) else { return };
-            let mut sequence = self.waiting.pop_front().expect("there is a first one");
+            let mut sequence = self.waiting.remove(held_back).expect("it was just looked at");
             let Group { pool, running, room, .. } = &mut self.groups[dp_rank];
             if sequence.admit(pool) {
                 self.counters.prompt_tokens += sequence.prompt_len() as u64;
@@ -234,9 +247,17 @@ impl Scheduler {
             let rows = chunk_rows(&sequence, sequence.computed_tokens(), room, &self.options);
             self.counters.recomputed_tokens +=
                 push_chunk(&mut plan.sub_plans[dp_rank], room, &sequence, rows);
-            let place = running.partition_point(|other| other.id < sequence.id);
+            let place = running.partition_point(|other| other.order() < sequence.order());
             running.insert(place, sequence);
         }
+    }
+
+    /// Another sequence is computing what this one could share.
+    fn is_held_back(&self, sequence: &Sequence) -> bool {
+        let size = self.options.block_size;
+        let running = self.groups.iter().flat_map(|group| &group.running);
+        self.options.prefix_caching
+            && running.filter(|other| other.pending() > 1).any(|leader| sequence.follows(leader, size))
     }
 
     /// The DP rank with the longest cached prefix among those with room, then the one with the least load, then the first.
@@ -266,7 +287,7 @@ impl Scheduler {
 
     /// Puts a sequence in its place in the queue.
     fn enqueue(&mut self, sequence: Sequence) {
-        let place = self.waiting.partition_point(|other| other.id < sequence.id);
+        let place = self.waiting.partition_point(|other| other.order() < sequence.order());
         self.waiting.insert(place, sequence);
     }
 
@@ -335,23 +356,22 @@ impl Scheduler {
     }
 
     fn running_mut(&mut self, dp_rank: usize, id: RequestId) -> Option<&mut Sequence> {
-        let running = &mut self.groups[dp_rank].running;
-        running.binary_search_by_key(&id, |sequence| sequence.id).ok().map(|i| &mut running[i])
+        self.groups[dp_rank].running.iter_mut().find(|sequence| sequence.id == id)
     }
 
     fn remove(&mut self, id: RequestId) -> Option<Sequence> {
         for group in &mut self.groups {
-            if let Ok(i) = group.running.binary_search_by_key(&id, |sequence| sequence.id) {
+            if let Some(i) = group.running.iter().position(|sequence| sequence.id == id) {
                 return Some(group.running.remove(i));
             }
         }
-        let i = self.waiting.binary_search_by_key(&id, |sequence| sequence.id).ok()?;
+        let i = self.waiting.iter().position(|sequence| sequence.id == id)?;
         self.waiting.remove(i)
     }
 
     fn finish_running(&mut self, dp_rank: usize, id: RequestId, reason: FinishReason) {
         let running = &mut self.groups[dp_rank].running;
-        let i = running.binary_search_by_key(&id, |sequence| sequence.id).expect("it runs");
+        let i = running.iter().position(|sequence| sequence.id == id).expect("it runs");
         let sequence = running.remove(i);
         self.finish(sequence, reason);
     }

@@ -50,6 +50,8 @@ pub enum Fault {
     ErrorAt(u64),
     /// The step with this number panics.
     PanicAt(u64),
+    /// The step with this number never ends.
+    HangAt(u64),
     /// Rows of this token have a NaN among their logits.
     NanAfter(u32),
 }
@@ -252,6 +254,9 @@ impl Model for ScriptedModel {
                 return Err(Error::config("scripted model", format!("fails at step {step}")));
             }
             Fault::PanicAt(at) if at == step => panic!("the scripted model panics at step {step}"),
+            Fault::HangAt(at) if at == step => loop {
+                std::thread::park();
+            },
             _ => {}
         }
         if !self.script.pause.is_zero() {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// A request with its progress.
 pub(super) struct Sequence {
-    /// Its place in the order of arrival.
+    /// Counts up in the order of arrival.
     pub id: RequestId,
     request: Arc<Request>,
     rules: FormRules,
@@ -53,6 +53,11 @@ impl Sequence {
             prompt_told: false,
             routing: RoutingCapture::default(),
         }
+    }
+
+    /// Its place among others: lower goes first.
+    pub fn order(&self) -> (i32, RequestId) {
+        (self.request.priority, self.id)
     }
 
     pub fn request(&self) -> &Arc<Request> {
@@ -104,7 +109,30 @@ impl Sequence {
 
     /// All known tokens.
     fn run(&self) -> TokenRun<'_> {
-        TokenRun { tokens: &self.tokens, prompt_len: self.prompt_len(), rules: self.rules }
+        self.run_of(self.tokens.len())
+    }
+
+    /// The first `tokens` tokens.
+    fn run_of(&self, tokens: usize) -> TokenRun<'_> {
+        TokenRun {
+            tokens: &self.tokens[..tokens],
+            prompt_len: self.prompt_len(),
+            rules: self.rules,
+            salt: self.request.cache_salt.as_ref(),
+        }
+    }
+
+    /// `leader`, which runs, is about to compute a block of its prompt that this one could share.
+    pub fn follows(&self, leader: &Sequence, block_size: usize) -> bool {
+        let start = leader.computed / block_size * block_size;
+        let end = start + block_size;
+        let shared = end <= self.readable().min(self.prompt_len()).min(leader.prompt_len());
+        shared
+            && self.request.cache_salt == leader.request.cache_salt
+            && self.rules.of(0, self.prompt_len()) == self.rules.of(0, leader.prompt_len())
+            // What comes next tells most others apart.
+            && self.tokens[start..end] == leader.tokens[start..end]
+            && self.tokens[..start] == leader.tokens[..start]
     }
 
     /// Blocks it would find computed in this pool.
@@ -149,9 +177,9 @@ impl Sequence {
     pub fn advance_to(&mut self, tokens: usize) {
         self.computed = tokens;
         self.reached = self.reached.max(tokens);
-        let run =
-            TokenRun { tokens: &self.tokens[..tokens], prompt_len: self.prompt_len(), rules: self.rules };
-        self.table.as_mut().expect("a running sequence has a block table").publish(run);
+        let mut table = self.table.take().expect("a running sequence has a block table");
+        table.publish(self.run_of(tokens));
+        self.table = Some(table);
     }
 
     // ---- logits

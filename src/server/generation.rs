@@ -29,6 +29,8 @@ const MAX_ALLOWED_TOKENS: usize = 1 << 18;
 /// Most `bad_words`, each at most this long in bytes.
 const MAX_BAD_WORDS: usize = 256;
 const MAX_BAD_WORD_BYTES: usize = 256;
+/// Longest `cache_salt` in bytes.
+const MAX_CACHE_SALT: usize = 1024;
 /// Longest `request_id` in characters.
 const MAX_REQUEST_ID: usize = 128;
 
@@ -36,8 +38,6 @@ const MAX_REQUEST_ID: usize = 128;
 const UNSUPPORTED: &[Unsupported] = &[
     Unsupported { name: "use_beam_search", neutral: Neutral::Bool(false) },
     Unsupported { name: "length_penalty", neutral: Neutral::Number(1.0) },
-    Unsupported { name: "priority", neutral: Neutral::Number(0.0) },
-    Unsupported { name: "cache_salt", neutral: Neutral::Null },
     Unsupported { name: "response_format", neutral: Neutral::Null },
     Unsupported { name: "structured_outputs", neutral: Neutral::Null },
     Unsupported { name: "guided_json", neutral: Neutral::Null },
@@ -110,6 +110,10 @@ pub struct Generation {
     pub truncate: Option<Truncation>,
     /// Tell the experts that every token was sent to.
     pub routed_experts: bool,
+    /// Lower goes first.
+    pub priority: i32,
+    /// Prefixes are shared only among requests with the same salt.
+    pub cache_salt: Option<Arc<str>>,
     /// The client's name for this request, part of the answer's id.
     pub request_id: Option<String>,
     /// Answer as server-sent events, and how; `None` answers with one object.
@@ -161,6 +165,8 @@ impl Generation {
             tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
             truncate: truncation(fields)?,
             routed_experts: fields.boolean("routed_experts")?.unwrap_or(false),
+            priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0) as i32,
+            cache_salt: cache_salt(fields)?,
             request_id: request_id(fields)?,
             stream,
         };
@@ -342,6 +348,17 @@ fn truncation(fields: &mut Fields<'_>) -> Result<Option<Truncation>, ApiError> {
     }
 }
 
+fn cache_salt(fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, ApiError> {
+    let salt: Option<String> = fields.take("cache_salt", "a string")?;
+    match salt.as_ref().filter(|salt| !(1..=MAX_CACHE_SALT).contains(&salt.len())) {
+        Some(salt) => {
+            let message = format!("`cache_salt` must have 1 to {MAX_CACHE_SALT} bytes, got {}.", salt.len());
+            Err(ApiError::bad_param("cache_salt", message))
+        }
+        None => Ok(salt.map(Into::into)),
+    }
+}
+
 fn request_id(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
     let id: Option<String> = fields.take("request_id", "a string")?;
     let plain =
@@ -453,7 +470,7 @@ mod tests {
             "allowed_token_ids": [5, 3, 5], "bad_words": ["x"], "n": 2, "stop": "a", "stop_token_ids": [1],
             "include_stop_str_in_output": true, "ignore_eos": true, "skip_special_tokens": false,
             "spaces_between_special_tokens": false, "return_token_ids": true, "return_tokens_as_token_ids": true,
-            "truncate_prompt_tokens": -1, "routed_experts": true, "request_id": "r-1", "user": "u", "stream": true,
+            "truncate_prompt_tokens": -1, "routed_experts": true, "request_id": "r-1", "priority": -3, "cache_salt": "s", "user": "u", "stream": true,
             "stream_interval": 5, "stream_options": {"include_usage": true, "continuous_usage_stats": true}}"#,
         )
         .unwrap();
@@ -486,6 +503,8 @@ mod tests {
             tokens_as_ids: true,
             truncate: Some(Truncation::ToContext),
             routed_experts: true,
+            priority: -3,
+            cache_salt: Some("s".into()),
             request_id: Some("r-1".into()),
             stream: Some(StreamOptions { include_usage: true, continuous_usage: true, interval: 5 }),
         };
@@ -537,6 +556,9 @@ mod tests {
             (r#""prompt_logprobs": 1, "stream": true"#, "prompt_logprobs"),
             (r#""truncate_prompt_tokens": 0"#, "truncate_prompt_tokens"),
             (r#""truncate_prompt_tokens": -2"#, "truncate_prompt_tokens"),
+            (r#""priority": 2147483648"#, "priority"),
+            (r#""priority": 0.5"#, "priority"),
+            (r#""cache_salt": """#, "cache_salt"),
             (r#""request_id": """#, "request_id"),
             (r#""request_id": "a b""#, "request_id"),
             (r#""stream": 1"#, "stream"),

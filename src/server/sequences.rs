@@ -50,8 +50,8 @@ pub struct Sequences {
     prompts: Vec<Arc<Prompt>>,
     /// Choices per prompt.
     n: usize,
-    /// Held for its drop, which ends the tasks.
-    _tasks: JoinSet<()>,
+    /// Its drop ends the tasks.
+    tasks: JoinSet<()>,
 }
 
 impl Sequences {
@@ -59,29 +59,35 @@ impl Sequences {
     pub fn start(state: &AppState, mut prompts: Vec<Prompt>, common: Common<'_>) -> Result<Self, ApiError> {
         let generation = common.generation;
         generation.check(&state.tokenizer)?;
-        let max_model_len = state.engine.options().max_model_len;
+        let (max_model_len, most) =
+            (state.engine.options().max_model_len, state.engine.options().max_waiting);
+        // Refused before it costs memory.
+        let count = prompts.len() * generation.n;
+        if count > most {
+            let message =
+                format!("The request has {count} sequences (prompts times `n`), but only {most} may wait.");
+            return Err(ApiError::bad_param("n", message));
+        }
         prompts.iter_mut().for_each(|prompt| truncate(prompt, common, max_model_len));
         let prompts: Vec<Arc<Prompt>> = prompts.into_iter().map(Arc::new).collect();
         let rules = Arc::new(rules(state, common));
         let bad_words = generation.bad_word_tokens(&state.tokenizer)?;
 
-        // All are submitted before the first is read: a refusal drops, and so aborts, those before it.
-        let mut submitted = Vec::with_capacity(prompts.len() * generation.n);
+        let (mut transcripts, mut requests) = (Vec::new(), Vec::new());
         for prompt in &prompts {
             for k in 0..generation.n {
-                let transcript =
-                    Transcript::new(Arc::clone(&state.tokenizer), Arc::clone(&rules), Arc::clone(prompt))?;
+                let (tokenizer, rules) = (Arc::clone(&state.tokenizer), Arc::clone(&rules));
+                transcripts.push(Transcript::new(tokenizer, Arc::clone(&rules), Arc::clone(prompt))?);
                 let sampling = generation.sampling_of(k, &bad_words);
-                let request = Request { sampling, ..engine_request(prompt, common, &rules, max_model_len) };
-                let stream =
-                    state.engine.submit(request).inspect_err(|error| state.metrics.count_refusal(error))?;
-                submitted.push((stream, transcript));
+                requests.push(Request { sampling, ..engine_request(prompt, common, &rules, max_model_len) });
             }
         }
-        let unfinished = submitted.len();
+        let streams = state.engine.submit_all(requests);
+        let streams = streams.inspect_err(|error| state.metrics.count_refusal(error))?;
+        let unfinished = streams.len();
         let (sender, pieces) = mpsc::channel(PIECES_AHEAD);
         let mut tasks = JoinSet::new();
-        for (index, (stream, transcript)) in submitted.into_iter().enumerate() {
+        for (index, (stream, transcript)) in streams.into_iter().zip(transcripts).enumerate() {
             let reader = Reader {
                 index,
                 stream,
@@ -99,7 +105,7 @@ impl Sequences {
             };
             tasks.spawn(reader.run(state.shutdown.clone()));
         }
-        Ok(Sequences { pieces, unfinished, prompts, n: generation.n, _tasks: tasks })
+        Ok(Sequences { pieces, unfinished, prompts, n: generation.n, tasks })
     }
 
     /// The prompt that sequence `index` continues.
@@ -123,15 +129,30 @@ impl Sequences {
         if self.unfinished == 0 {
             return Poll::Ready(None);
         }
-        let Some((index, piece)) = ready!(self.pieces.poll_recv(context)) else {
-            // The tasks are gone without having said so: one of them panicked.
-            self.unfinished = 0;
-            return Poll::Ready(Some((0, Err(ApiError::internal(&"a reader task ended early")))));
-        };
+        let (index, piece) = ready!(self.poll_piece(context));
         if piece.as_ref().map_or(true, |piece| piece.end.is_some()) {
             self.unfinished -= 1;
         }
         Poll::Ready(Some((index, piece)))
+    }
+
+    /// The next piece, or what became of a task that cannot send any more.
+    fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Numbered> {
+        loop {
+            match self.pieces.poll_recv(context) {
+                Poll::Ready(Some(numbered)) => return Poll::Ready(numbered),
+                Poll::Ready(None) => {
+                    return Poll::Ready((0, Err(ApiError::internal(&"the reader tasks ended early"))));
+                }
+                // All that was sent has been taken: a task that has ended by now has said all it had to say.
+                Poll::Pending => {}
+            }
+            match ready!(self.tasks.poll_join_next(context)) {
+                Some(Err(panic)) => return Poll::Ready((0, Err(ApiError::internal(&panic)))),
+                Some(Ok(())) => {}
+                None => return Poll::Pending,
+            }
+        }
     }
 
     /// See [`Self::poll_next`].
@@ -177,6 +198,8 @@ fn engine_request(prompt: &Prompt, common: Common<'_>, rules: &Rules, max_model_
         logprobs,
         prompt_logprobs: generation.prompt_logprobs.max(logprobs.filter(|_| echo)),
         capture: Capture { routing: generation.routed_experts, ..Capture::default() },
+        priority: generation.priority,
+        cache_salt: generation.cache_salt.clone(),
         ..Request::greedy(prompt.tokens.clone(), max_tokens)
     }
 }
@@ -297,6 +320,41 @@ struct Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.metrics.count_sequence(self.endpoint, self.outcome);
+        let outcome = if std::thread::panicking() { Outcome::Error } else { self.outcome };
+        self.metrics.count_sequence(self.endpoint, outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A panic in the task of one sequence is an error of its request, at once, and ends nothing else.
+    #[tokio::test]
+    async fn a_panicking_task_is_a_500_while_others_go_on() {
+        let (sender, pieces) = mpsc::channel(4);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async { panic!("secret") });
+        let other = sender.clone();
+        tasks.spawn(async move {
+            other.send((1, Ok(Piece { text: "x".into(), ..Piece::default() }))).await.unwrap();
+            std::future::pending::<()>().await;
+        });
+        drop(sender);
+        let prompts = vec![Arc::default(), Arc::default()];
+        let mut sequences = Sequences { pieces, unfinished: 2, prompts, n: 1, tasks };
+        let (mut failed, mut told) = (0, 0);
+        for _ in 0..2 {
+            match sequences.next().await {
+                Some((1, Ok(piece))) if piece.text == "x" => told += 1,
+                Some((_, Err(error))) => {
+                    assert_eq!(error.status.as_u16(), 500);
+                    assert!(!error.message.contains("secret"), "{}", error.message);
+                    failed += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((failed, told, sequences.unfinished), (1, 1, 1));
     }
 }

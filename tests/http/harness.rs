@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::engine::scripted::{Fault, Script, setups};
-use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup};
+use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup, SchedulingPolicy};
 use moeyard::metrics::LoadSource;
 use moeyard::model::FormRules;
 use moeyard::server::{
@@ -50,6 +50,9 @@ impl Default for Config {
             prefix_caching: true,
             form_rules: FormRules::default(),
             max_waiting: 64,
+            max_waiting_tokens: 1 << 20,
+            scheduling_policy: SchedulingPolicy::Arrival,
+            step_timeout: Duration::from_secs(60),
         };
         Config {
             options: ServerOptions::default(),

@@ -54,7 +54,7 @@ impl Launch {
 
     /// Ends the engine and completes the trace, if there is one.
     pub fn finish(self) -> Prepared {
-        self.launched.finish(Duration::ZERO);
+        self.launched.finish(Duration::ZERO, Duration::MAX);
         self.prepared
     }
 }

@@ -7,7 +7,7 @@ const SIZE: usize = 4;
 const MLA: FormRules = FormRules { generated: true, long_above: None };
 
 fn run(tokens: &[u32]) -> TokenRun<'_> {
-    TokenRun { tokens, prompt_len: tokens.len(), rules: FormRules::default() }
+    TokenRun { tokens, prompt_len: tokens.len(), rules: FormRules::default(), salt: None }
 }
 
 /// A table of computed and published tokens.
@@ -46,7 +46,7 @@ fn a_limit_keeps_the_last_block_out() {
 fn forms_are_part_of_the_key() {
     let pool = KvPool::new(4, SIZE, true);
     let tokens = [1, 2, 3, 4, 5];
-    let of = |prompt_len| TokenRun { tokens: &tokens, prompt_len, rules: MLA };
+    let of = |prompt_len| TokenRun { tokens: &tokens, prompt_len, rules: MLA, salt: None };
     drop(written(&pool, of(2)));
     assert_eq!(pool.cached_prefix(of(5), 4).blocks, 0);
     assert_eq!(pool.cached_prefix(of(3), 4).blocks, 0);
@@ -121,10 +121,6 @@ struct Live {
 }
 
 impl Live {
-    fn run(&self, len: usize) -> TokenRun<'_> {
-        TokenRun { tokens: &self.tokens[..len], prompt_len: self.prompt_len, rules: MLA }
-    }
-
     /// Tokens and forms up to and including block `i`: all that its content depends on.
     fn prefix(&self, i: usize) -> Vec<(u32, TokenForm)> {
         (0..(i + 1) * SIZE).map(|p| (self.tokens[p], MLA.of(p, self.prompt_len))).collect()
@@ -143,7 +139,7 @@ proptest! {
             match op {
                 Op::Open(tokens, prompt_len) => {
                     let prompt_len = prompt_len.min(tokens.len());
-                    let full = TokenRun { tokens: &tokens, prompt_len, rules: MLA };
+                    let full = TokenRun { tokens: &tokens, prompt_len, rules: MLA, salt: None };
                     let expected = pool.cached_prefix(full, tokens.len()).blocks;
                     let table = pool.open(full, tokens.len());
                     prop_assert_eq!(table.blocks().len(), expected);
@@ -163,7 +159,7 @@ proptest! {
                         }
                         live[i].computed = end;
                         let tokens = live[i].tokens[..end].to_vec();
-                        let run = TokenRun { tokens: &tokens, ..live[i].run(end) };
+                        let run = TokenRun { tokens: &tokens, prompt_len: live[i].prompt_len, rules: MLA, salt: None };
                         live[i].table.publish(run);
                     }
                 }

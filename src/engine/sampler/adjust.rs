@@ -2,6 +2,7 @@
 
 use super::RowError;
 use crate::engine::request::{Request, Sampling};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Marks a token of the prompt that the text does not hold, in [`Adjuster::counts`].
 const IN_PROMPT: u32 = u32::MAX;
@@ -80,7 +81,9 @@ impl Adjuster {
         let Some(constraint) = &request.constraint else { return Ok(()) };
         self.allowed.clear();
         self.allowed.resize(self.logits.len().div_ceil(32), u32::MAX);
-        let restricted = constraint.restrict(generated, &mut self.allowed);
+        let restrict = AssertUnwindSafe(|| constraint.restrict(generated, &mut self.allowed));
+        // A grammar is the client's: what it breaks must stay its own.
+        let restricted = catch_unwind(restrict).unwrap_or_else(|_| Err("it panicked".into()));
         restricted.map_err(|why| RowError::Constraint { position, why })?;
         for (logits, word) in self.logits.chunks_mut(32).zip(&self.allowed) {
             for (bit, logit) in logits.iter_mut().enumerate() {

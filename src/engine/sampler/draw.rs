@@ -46,6 +46,8 @@ impl Weights {
     /// Selects the tokens of at least this weight, in id order.
     pub fn select_above(&self, ids: &mut Vec<u32>, weight: f64) {
         ids.clear();
+        // Once: how many there are differs from row to row.
+        ids.reserve(self.0.len());
         ids.extend((0u32..).zip(&self.0).filter(|&(_, &w)| f64::from(w) >= weight).map(|(id, _)| id));
     }
 

@@ -2,12 +2,14 @@
 //! gets the tokens it gets alone.
 
 use super::*;
+use crate::engine::options::SchedulingPolicy;
 use crate::engine::request::{Capture, Finished, Sampling, TokenEvent};
 use crate::engine::sampler::Sampler;
 use crate::engine::scripted::{Fault, Script, ScriptedCache};
 use crate::model::FormRules;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 const VOCAB: usize = 50;
 
@@ -25,6 +27,9 @@ fn options() -> EngineOptions {
         prefix_caching: true,
         form_rules: FormRules::default(),
         max_waiting: 1000,
+        max_waiting_tokens: 1 << 20,
+        scheduling_policy: SchedulingPolicy::Arrival,
+        step_timeout: Duration::from_secs(60),
     }
 }
 
@@ -124,8 +129,8 @@ impl World {
     }
 }
 
-/// The tokens of one request alone, with room for all.
-fn alone(request: &Request, rules: FormRules) -> Vec<u32> {
+/// What one request reports alone, with room for all.
+fn alone(request: &Request, rules: FormRules) -> Output {
     let options = EngineOptions {
         kv_blocks: 1000,
         max_num_batched_tokens: 4000,
@@ -137,7 +142,7 @@ fn alone(request: &Request, rules: FormRules) -> Vec<u32> {
     let mut world = World::new(&options, 1);
     world.add(0, request.clone());
     world.run();
-    world.outputs.remove(&0).expect("it ran").tokens
+    world.outputs.remove(&0).expect("it ran")
 }
 
 #[test]
@@ -388,6 +393,131 @@ fn a_nan_ends_its_own_request_only() {
     assert_eq!(world.scheduler.stats().nonfinite_logits, 1);
 }
 
+/// The choices of one prompt share its blocks: the first computes them, the others wait that long.
+#[test]
+fn choices_of_a_prompt_compute_it_once() {
+    let options = EngineOptions { max_num_batched_tokens: 64, ..options() };
+    let mut world = World::new(&options, 1);
+    let choice = |seed| {
+        let sampling = Sampling { temperature: 1.0, seed, ..Sampling::GREEDY };
+        Request { sampling, ..request(prompt(0, 37), 6) }
+    };
+    (0..5).for_each(|k| world.add(k, choice(k)));
+    // Others are not held up by those held back.
+    world.add(5, request(prompt(1, 9), 3));
+    let mut prefilled = 0;
+    while !world.scheduler.is_idle() {
+        world.step();
+        assert!(world.scheduler.stats().steps > 1 || world.scheduler.stats().running == 2);
+        prefilled += world.plan.rows_in(Phase::Prefill);
+    }
+    assert_eq!(prefilled, 37 + 4 + 9);
+    assert_eq!(world.scheduler.stats().cached_tokens, 4 * 36);
+    for k in 0..5 {
+        assert_eq!(world.outputs[&k].tokens, alone(&choice(k), FormRules::default()).tokens);
+    }
+    assert_ne!(world.outputs[&0].tokens, world.outputs[&1].tokens);
+}
+
+#[test]
+fn prefixes_are_shared_within_a_salt_only() {
+    let mut world = World::new(&options(), 1);
+    let salted =
+        |salt: Option<&str>| Request { cache_salt: salt.map(Into::into), ..request(prompt(0, 21), 2) };
+    for (id, salt, cached) in
+        [(0, None, 0), (1, Some("a"), 0), (2, Some("b"), 0), (3, Some("a"), 20), (4, None, 20)]
+    {
+        world.add(id, salted(salt));
+        world.run();
+        assert_eq!(world.finished(id).cached_tokens, cached, "request {id}");
+    }
+    // Nor is one with another salt waited for.
+    world.add(5, Request { prompt: prompt(2, 21), ..salted(Some("a")) });
+    world.add(6, Request { prompt: prompt(2, 21), ..salted(Some("b")) });
+    world.step();
+    assert_eq!(world.scheduler.stats().running, 2);
+    world.run();
+}
+
+#[test]
+fn lower_priorities_go_first_and_are_put_back_last() {
+    let policy = SchedulingPolicy::Priority;
+    let options =
+        EngineOptions { max_num_seqs: 2, max_logit_rows: 2, scheduling_policy: policy, ..options() };
+    let mut world = World::new(&options, 1);
+    for (id, priority) in [(0, 5), (1, 0), (2, -7), (3, 0)] {
+        world.add(id, Request { priority, ..request(prompt(id as u32, 6), 4) });
+    }
+    let mut started = Vec::new();
+    while !world.scheduler.is_idle() {
+        world.step();
+        let infos = &world.plan.sub_plans[0].infos;
+        started.extend(
+            infos.iter().map(|info| info.request).filter(|id| !started.contains(id)).collect::<Vec<_>>(),
+        );
+    }
+    assert_eq!(started, [2, 1, 3, 0]);
+
+    // The newest has the best priority: the others make room for it.
+    let options = EngineOptions { kv_blocks: 12, max_num_seqs: 8, max_logit_rows: 8, ..options };
+    let mut world = World::new(&options, 1);
+    for id in 0..4 {
+        world.add(id, Request { priority: -(id as i32), ..request(prompt(id as u32, 8), 30) });
+    }
+    let mut ended = Vec::new();
+    while !world.scheduler.is_idle() {
+        world.step();
+        let finished = world.outputs.iter().filter(|(_, output)| output.finished.is_some());
+        ended.extend(finished.map(|(&id, _)| id).filter(|id| !ended.contains(id)).collect::<Vec<_>>());
+    }
+    assert!(world.scheduler.stats().preemptions > 0);
+    assert_eq!(ended[0], 3);
+    for id in 0..4 {
+        assert_eq!(world.outputs[&id].tokens, world.script.greedy(&prompt(id as u32, 8), 30));
+    }
+}
+
+/// The scores of a prompt are those of its tokens in the rows before them, whatever the chunks; the prefix cache, which
+/// has no logits, is not read.
+#[test]
+fn prompt_scores_are_complete() {
+    for (max_logit_rows, len) in [(2, 37), (5, 37), (64, 37), (2, 1)] {
+        let options = EngineOptions { max_num_seqs: 2, max_logit_rows, ..options() };
+        let mut world = World::new(&options, 1);
+        let tokens = prompt(0, len);
+        world.add(0, request(tokens.clone(), 1));
+        world.run();
+        world.add(1, request(prompt(1, 4), 40));
+        world.add(2, Request { prompt_logprobs: Some(3), logprobs: Some(1), ..request(tokens.clone(), 2) });
+        world.add(3, Request { prompt_logprobs: Some(0), ..request(tokens.clone(), 0) });
+        world.run();
+        assert_eq!(world.finished(2).cached_tokens, 0);
+        for (id, top) in [(2, 3), (3, 0)] {
+            let scores = &world.outputs[&id].scores;
+            assert_eq!(scores.iter().map(|score| score.token).collect::<Vec<_>>(), tokens[1..]);
+            for (i, score) in scores.iter().enumerate() {
+                let row = row_of(&world.script, &tokens[..=i]);
+                let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+                let expected = f64::from(row[score.token as usize]) - sum.ln();
+                assert!((f64::from(score.logprob.unwrap()) - expected).abs() < 1e-5);
+                assert_eq!(score.top.len(), top);
+            }
+        }
+    }
+}
+
+#[test]
+fn rules_that_leave_no_token_end_their_request_only() {
+    let mut world = World::new(&options(), 1);
+    let only_stop = Sampling { allowed_tokens: Some([7].into()), min_tokens: 1, ..Sampling::GREEDY };
+    world.add(0, Request { sampling: only_stop, stop_tokens: vec![7], ..request(prompt(0, 5), 4) });
+    world.add(1, request(prompt(1, 5), 4));
+    world.run();
+    assert!(matches!(&world.finished(0).reason, FinishReason::Refused(why) if why.contains("position 5")));
+    assert_eq!(world.outputs[&1].tokens, world.script.greedy(&prompt(1, 5), 4));
+    assert_eq!(world.scheduler.stats().nonfinite_logits, 0);
+}
+
 #[test]
 fn a_request_goes_to_the_longest_prefix_then_to_the_least_load() {
     let mut world = World::new(&options(), 3);
@@ -421,13 +551,34 @@ fn arrival(max_stored: usize) -> impl Strategy<Value = Arrival> {
     let text = (0u32..3, 1usize..40, 0usize..25);
     let sampling = (prop_oneof![Just(0.0f32), 0.2f32..2.0], 0usize..5, any::<u64>());
     let capture = proptest::option::weighted(0.2, any::<(bool, bool)>());
-    (0usize..40, text, sampling, proptest::option::weighted(0.2, 0usize..20), capture).prop_map(
-        move |(at_step, (salt, len, max_tokens), (temperature, top_k, seed), abort_after, capture)| {
+    let more = (
+        proptest::option::weighted(0.3, (0.7f32..1.5, -1f32..1.0, 0usize..4)),
+        -1i32..2,
+        proptest::option::weighted(0.2, 0usize..4),
+        proptest::option::weighted(0.2, Just("salt")),
+    );
+    (0usize..40, text, sampling, proptest::option::weighted(0.2, 0usize..20), capture, more).prop_map(
+        move |(at_step, (salt, len, max_tokens), (temperature, top_k, seed), abort_after, capture, more)| {
+            let (history, priority, prompt_logprobs, cache_salt) = more;
+            let (repetition_penalty, frequency_penalty, min_tokens) = history.unwrap_or((1.0, 0.0, 0));
             let len = len.min(max_stored);
             let max_tokens = max_tokens.min(max_stored - len + 1);
             let (prompt_logits, last_logits) = capture.unwrap_or_default();
             let request = Request {
-                sampling: Sampling { temperature, top_p: 0.95, top_k, seed, ..Sampling::GREEDY },
+                sampling: Sampling {
+                    temperature,
+                    top_p: 0.95,
+                    top_k,
+                    seed,
+                    repetition_penalty,
+                    frequency_penalty,
+                    min_tokens,
+                    bad_words: history.map_or(vec![], |_| vec![vec![9], vec![3, 4]]),
+                    ..Sampling::GREEDY
+                },
+                priority,
+                prompt_logprobs,
+                cache_salt: cache_salt.map(Into::into),
                 capture: Capture { prompt_logits, last_logits, routing: false },
                 stop_tokens: vec![salt],
                 ..request(prompt(salt, len), max_tokens)
@@ -458,6 +609,7 @@ proptest! {
             max_logit_rows: seqs + extra_logit_rows,
             prefix_caching: caching,
             form_rules: rules,
+            scheduling_policy: SchedulingPolicy::Priority,
             ..options()
         };
         options.check().unwrap();
@@ -488,9 +640,10 @@ proptest! {
             let output = &world.outputs[&(id as RequestId)];
             let finished = output.finished.as_ref().expect("every request ends");
             if finished.reason == FinishReason::Aborted {
-                prop_assert!(expected.starts_with(&output.tokens));
+                prop_assert!(expected.tokens.starts_with(&output.tokens));
             } else {
-                prop_assert_eq!(&output.tokens, &expected);
+                prop_assert_eq!(&output.tokens, &expected.tokens);
+                prop_assert_eq!(&output.scores, &expected.scores);
             }
         }
     }

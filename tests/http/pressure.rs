@@ -1,0 +1,172 @@
+//! More work than fits: the answers stay the same, and when everybody has left nothing is left behind.
+
+use std::time::Duration;
+
+use moeyard::engine::scripted::Fault;
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::harness::{Config, Server, eventually, greedy};
+
+/// A KV pool far too small for what is asked of it at the same time.
+fn tight() -> Config {
+    let mut config = Config::default();
+    config.engine.kv_blocks = 24;
+    config.engine.max_waiting = 512;
+    config.engine.max_num_seqs = 16;
+    config
+}
+
+fn is_idle(server: &Server) -> bool {
+    let stats = server.stats();
+    stats.running == 0 && stats.waiting == 0 && stats.kv.used == 0
+}
+
+/// Runs `work` for each number on a thread of its own; the results in order.
+fn at_once<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = (0..count).map(|i| scope.spawn(move || work(i))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a client failed")).collect()
+    })
+}
+
+/// 64 requests at once get what they get one after another: greedy, sampled, with penalties and several choices.
+#[test]
+fn concurrent_answers_are_those_of_a_quiet_server() {
+    let request = |i: usize| -> Value {
+        let common = json!({"model": "demo", "prompt": format!("Once {} upon a time {i}", "very ".repeat(i % 7)),
+            "max_tokens": 20 + i % 30, "ignore_eos": true});
+        let more = match i % 4 {
+            0 | 1 => json!({"temperature": 0}),
+            2 => json!({"temperature": 1, "seed": i, "n": 2, "top_p": 0.9}),
+            _ => json!({"temperature": 0.7, "seed": i, "repetition_penalty": 1.2, "frequency_penalty": 0.5}),
+        };
+        let fields = common.as_object().unwrap().clone().into_iter();
+        Value::Object(fields.chain(more.as_object().unwrap().clone()).collect())
+    };
+    let ask = |server: &Server, i: usize| -> Value {
+        let response = server.client().post("/v1/completions", &request(i));
+        assert_eq!(response.status, 200, "{}", response.body);
+        response.json()["choices"].clone()
+    };
+    let quiet = Server::start();
+    let expected: Vec<Value> = (0..64).map(|i| ask(&quiet, i)).collect();
+    let server = Server::with(tight());
+    assert_eq!(at_once(64, |i| ask(&server, i)), expected);
+    assert!(server.stats().preemptions > 0, "no pressure: {:?}", server.stats());
+    assert!(is_idle(&server));
+}
+
+#[test]
+fn a_queue_full_of_tokens_is_429() {
+    let mut config = Config { pause: Duration::from_millis(20), ..Config::default() };
+    config.engine.max_num_seqs = 1;
+    config.engine.max_waiting_tokens = 100;
+    let server = Server::with(config);
+    let long = |prompt: Vec<u32>| greedy(json!({"prompt": prompt, "max_tokens": 300, "stream": true}));
+    let mut running = server.client();
+    running.send_json("/v1/completions", &long(vec![9]));
+    eventually("the first runs", || server.stats().running == 1);
+    let mut waiting = server.client();
+    waiting.send_json("/v1/completions", &long((0..90).map(|i| 5 + i).collect()));
+    eventually("the second waits", || server.stats().waiting == 1);
+    let refused = server.client().post("/v1/completions", &long((0..11).map(|i| 5 + i).collect()));
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    assert!(refused.error()["message"].as_str().unwrap().contains("exceed 100"));
+    assert!(refused.header("retry-after").unwrap().parse::<u32>().unwrap() >= 1);
+    assert_eq!(server.stats().waiting, 1, "what was refused took no place");
+    // More sequences than can ever wait are no matter of time.
+    let request = json!({"prompt": vec!["x"; 10], "n": 8, "temperature": 1});
+    assert_eq!(server.client().post("/v1/completions", &request).status, 400);
+}
+
+#[test]
+fn who_leaves_with_many_choices_frees_all_of_them() {
+    let mut config = tight();
+    config.pause = Duration::from_millis(5);
+    let server = Server::with(config);
+    for stream in [false, true] {
+        let mut client = server.client();
+        let request = json!({"model": "demo", "prompt": "x", "n": 8, "temperature": 1, "max_tokens": 100,
+            "ignore_eos": true, "stream": stream});
+        client.send_json("/v1/completions", &request);
+        eventually("they run", || server.stats().running > 0);
+        drop(client);
+        eventually("all are gone", || is_idle(&server));
+    }
+    assert!(server.stats().generated_tokens < 16 * 100, "they ran to the end");
+}
+
+#[test]
+fn a_hung_step_is_503_an_error_chunk_and_the_end() {
+    let mut config = Config { fault: Fault::HangAt(10), ..Config::default() };
+    config.engine.step_timeout = Duration::from_millis(500);
+    let mut server = Server::with(config);
+    let asked = std::time::Instant::now();
+    let stream = greedy(json!({"prompt": "x", "max_tokens": 100, "stream": true}));
+    let response = server.client().post("/v1/completions", &stream);
+    assert_eq!(response.chunks().last().unwrap()["error"]["code"], 500, "{}", response.body);
+    assert_eq!(server.client().get("/health").status, 503);
+    assert!(server.ended().is_err());
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+}
+
+/// A pseudo-random sequence by Knuth's multiplicative generator: the scene is the same in every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % sides
+    }
+}
+
+fn random_request(dice: &mut Dice) -> Value {
+    let prompts: Vec<String> =
+        (0..1 + dice.roll(2)).map(|_| "lorem ipsum ".repeat(1 + dice.roll(12))).collect();
+    let (n, temperature) = if dice.roll(3) == 0 { (1 + dice.roll(4), 1) } else { (1, 0) };
+    json!({"model": "demo", "prompt": prompts, "n": n, "temperature": temperature, "max_tokens": 1 + dice.roll(80),
+        "stream": dice.roll(2) == 0, "priority": dice.roll(5) as i64 - 2, "ignore_eos": true,
+        "logprobs": if dice.roll(4) == 0 { json!(dice.roll(5)) } else { Value::Null },
+        "echo": dice.roll(5) == 0, "routed_experts": dice.roll(6) == 0,
+        "stop": if dice.roll(4) == 0 { json!("e") } else { Value::Null }})
+}
+
+/// Random connects, aborts, lengths and priorities: when all have left, every block is back and nothing runs.
+#[test]
+fn a_soak_of_random_clients_leaves_nothing_behind() {
+    let mut config = tight();
+    config.pause = Duration::from_micros(200);
+    config.engine.max_waiting = 24;
+    config.engine.scheduling_policy = moeyard::engine::SchedulingPolicy::Priority;
+    let server = Server::with(config);
+    let statuses = at_once(8, |seed| {
+        let mut dice = Dice(seed as u64 * 7919 + 1);
+        let mut answered = [0, 0];
+        for _ in 0..25 {
+            let mut client: Client = server.client();
+            client.send_json("/v1/completions", &random_request(&mut dice));
+            match dice.roll(5) {
+                // Leaves before, or in the middle of, its answer.
+                0 => {}
+                1 => drop(client.head()),
+                _ => match client.response().status {
+                    200 => answered[0] += 1,
+                    429 => answered[1] += 1,
+                    other => panic!("status {other}"),
+                },
+            }
+        }
+        answered
+    });
+    let [served, refused] = statuses.iter().fold([0, 0], |sum, s| [sum[0] + s[0], sum[1] + s[1]]);
+    assert!(served > 20, "{served} answers, {refused} refusals");
+    eventually("idle", || is_idle(&server));
+    let stats = server.stats();
+    assert_eq!(stats.kv.free + stats.kv.cached, 24, "blocks leaked: {stats:?}");
+    assert_eq!(stats.outcomes.error, 0);
+    // What ran before still runs right.
+    let body = server.complete(json!({"prompt": "after the storm", "max_tokens": 30})).json();
+    assert_eq!(body["choices"][0]["text"], server.expected_text("after the storm", 30));
+}
