@@ -36,7 +36,7 @@ pub struct EngineOptions {
     pub max_waiting_tokens: usize,
     /// Who goes first.
     pub scheduling_policy: SchedulingPolicy,
-    /// A step that takes this long beyond what such steps have taken counts as hung: see [`super::watchdog`].
+    /// A step that takes this long beyond what such steps have taken counts as hung; the module `watchdog` says more.
     pub step_timeout: Duration,
 }
 

@@ -144,16 +144,16 @@ fn unknown_routes_and_methods_answer_in_the_same_shape() {
 fn a_full_queue_is_429_with_a_time_to_retry() {
     let mut config = Config::default();
     config.engine.max_num_seqs = 1;
-    config.engine.max_waiting = 1;
+    config.engine.max_waiting = 2;
     config.pause = Duration::from_millis(20);
     let server = Server::with(config);
     let long = greedy(json!({"prompt": [9], "max_tokens": 400, "stream": true}));
     let mut running = server.client();
     running.send_json("/v1/completions", &long);
     eventually("the first runs", || server.stats().running == 1);
-    let mut waiting = server.client();
-    waiting.send_json("/v1/completions", &long);
-    eventually("the second waits", || server.stats().waiting == 1);
+    let mut waiting = [server.client(), server.client()];
+    waiting.iter_mut().for_each(|client| client.send_json("/v1/completions", &long));
+    eventually("the others wait", || server.stats().waiting == 2);
 
     let refused = server.complete(json!({"prompt": "x", "stream": true}));
     assert_eq!(refused.status, 429, "{}", refused.body);
@@ -162,10 +162,12 @@ fn a_full_queue_is_429_with_a_time_to_retry() {
     assert_eq!(server.metric(r#"moeyard_admission_rejections_total{reason="queue_full"}"#), 1.0);
 
     // A list of prompts is taken as a whole or not at all.
-    drop(waiting);
-    eventually("the second left", || server.stats().waiting == 0);
-    assert_eq!(server.complete(json!({"prompt": ["a", "b", "c"]})).status, 429);
-    eventually("none of the three waits", || server.stats().waiting == 0);
+    let [left, stays] = waiting;
+    drop(left);
+    eventually("one left", || server.stats().waiting == 1);
+    assert_eq!(server.complete(json!({"prompt": ["a", "b"]})).status, 429);
+    assert_eq!(server.stats().waiting, 1);
+    drop(stays);
     assert_eq!(server.metric(r#"moeyard_requests_total{endpoint="completions",outcome="rejected"}"#), 2.0);
 }
 
