@@ -105,7 +105,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         random: Random::new(work.seed),
     };
     let outcome = bench.measure(&work);
-    launched.finish(Duration::ZERO);
+    launched.finish(Duration::ZERO, Duration::MAX);
     let (prefill, decode) = outcome?;
     println!("{}", table(&rows(&prefill, &decode)).trim_end());
     match &arguments.json {
