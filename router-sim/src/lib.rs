@@ -12,6 +12,7 @@ pub mod report;
 pub mod split;
 pub mod topology;
 pub mod simulate;
+pub mod advise;
 pub mod trace;
 pub mod stream;
 pub mod formats;

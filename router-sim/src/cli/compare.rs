@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
-use router_sim::formats::source::write_text;
 use router_sim::report::data::Run;
 use router_sim::simulate::{Choice, SweepFile, sweep};
 use router_sim::{Error, Result};
 
+use super::findings::FindingsFlags;
 use super::replay::RebalancingFlags;
 use super::simulation::{Simulation, SimulationFlags};
 use super::summary;
@@ -58,9 +58,8 @@ pub struct Arguments {
     /// Keep finished runs in this file, and do not run them again
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Write everything that was found as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    findings: FindingsFlags,
 }
 
 /// Most runs of one sweep.
@@ -96,11 +95,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     bar.finish_and_clear();
     let runs: Vec<Run> = runs.into_iter().map(|run| run.expect("found or run")).collect();
     super::print(&summary::table(&runs))?;
-    if let Some(path) = &arguments.json {
-        let report = simulation.report(runs, most_ranks);
-        write_text(path, &serde_json::to_string(&report).expect("plain data"))?;
-    }
-    Ok(())
+    arguments.findings.write(&simulation.report(runs, most_ranks))
 }
 
 /// Every combination with the text that names it in the sweep's file.

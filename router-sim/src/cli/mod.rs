@@ -11,9 +11,11 @@ mod place;
 mod split;
 mod simulation;
 mod summary;
+mod findings;
 mod replay;
-mod report;
 mod compare;
+mod advise;
+mod report;
 
 use std::process::ExitCode;
 
@@ -56,6 +58,8 @@ enum Command {
     Replay(Box<replay::Arguments>),
     /// Run many alternatives on the same tokens, side by side
     Compare(Box<compare::Arguments>),
+    /// How many redundant slots, which split, and is rebalancing worth it?
+    Advise(Box<advise::Arguments>),
     /// Show what replay, compare or advise found: as text, CSV or one HTML page
     Report(report::Arguments),
 }
@@ -70,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Split(arguments) => split::run(arguments),
         Command::Replay(arguments) => replay::run(*arguments),
         Command::Compare(arguments) => compare::run(*arguments),
+        Command::Advise(arguments) => advise::run(*arguments),
         Command::Report(arguments) => report::run(arguments),
     };
     match outcome {

@@ -9,6 +9,7 @@ use router_sim::formats::source::write_text;
 use router_sim::placement::{Expected, Placement};
 use router_sim::simulate::{Choice, Rebalancing, Trigger};
 
+use super::findings::FindingsFlags;
 use super::simulation::SimulationFlags;
 use super::summary;
 
@@ -61,9 +62,8 @@ pub struct Arguments {
     window: Option<u64>,
     #[command(flatten)]
     rebalancing: RebalancingFlags,
-    /// Write everything that was found as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    findings: FindingsFlags,
     /// Write a line per step and layer as CSV
     #[arg(long, value_name = "FILE")]
     layer_steps: Option<PathBuf>,
@@ -157,9 +157,5 @@ pub fn run(arguments: Arguments) -> Result<()> {
         write_text(path, lines)?;
     }
     super::print(&summary::of_run(&run))?;
-    if let Some(path) = &arguments.json {
-        let report = simulation.report(vec![run], ranks);
-        write_text(path, &serde_json::to_string(&report).expect("plain data"))?;
-    }
-    Ok(())
+    arguments.findings.write(&simulation.report(vec![run], ranks))
 }

@@ -60,10 +60,7 @@ fn text(report: &Report) -> String {
     }
     text += &summary::of_run(shown);
     if let Some(advice) = &report.advice {
-        text += &format!("\nAdvice: {}\n", advice.choice);
-        advice.reasons.iter().for_each(|reason| text += &format!("  - {reason}\n"));
-        let worth = if advice.verdict.worth_it { "worth it" } else { "not worth it" };
-        text += &format!("Rebalancing while serving is {worth}: {}\n", advice.verdict.reason);
+        text += &format!("\n{}", summary::of_advice(advice));
     }
     text
 }

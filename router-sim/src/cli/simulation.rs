@@ -311,6 +311,11 @@ impl Simulation {
         }
     }
 
+    /// The costs on so many ranks.
+    pub fn cost(&self, ranks: usize) -> Result<CostModel> {
+        CostModel::new(&self.cluster, ranks, &self.model, &self.constants)
+    }
+
     /// A policy by name; hierarchical ones know the nodes of so many ranks.
     pub fn policy(&self, name: &str, groups: usize, ranks: usize) -> Result<PolicyName> {
         PolicyName::parse(name, groups, self.cluster.nodes_of(ranks))
@@ -340,9 +345,7 @@ impl Simulation {
         Ok(match name.parse()? {
             Split::Random { .. } => Split::Random { seed: self.seed },
             Split::Nearest { .. } => Split::Nearest { ranks_per_node: self.cluster.devices_per_node },
-            Split::Activated { .. } => {
-                CostModel::new(&self.cluster, ranks, &self.model, &self.constants)?.activated_split()
-            }
+            Split::Activated { .. } => self.cost(ranks)?.activated_split(),
             other => other,
         })
     }

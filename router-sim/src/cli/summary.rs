@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use router_sim::report::data::Run;
+use router_sim::report::data::{Advice, Run};
 
 /// A run by itself.
 pub fn of_run(run: &Run) -> String {
@@ -65,6 +65,14 @@ pub fn of_run(run: &Run) -> String {
         line(format!("    {:<15} {:>5.1} %  {}{price}", loss.cause, 100.0 * loss.share, loss.remedy));
     }
     out
+}
+
+/// What was recommended, and why.
+pub fn of_advice(advice: &Advice) -> String {
+    let mut text = format!("advice: {}\n", advice.choice);
+    advice.reasons.iter().for_each(|reason| text += &format!("  - {reason}\n"));
+    let worth = if advice.verdict.worth_it { "worth it" } else { "not worth it" };
+    text + &format!("rebalancing while serving is {worth}: {}\n", advice.verdict.reason)
 }
 
 /// Alternatives side by side; gains are against the first.

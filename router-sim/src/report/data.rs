@@ -217,6 +217,9 @@ pub struct Loss {
     pub remedy: String,
     /// Bytes that would move, where that is the price.
     pub moved_bytes: Option<f64>,
+    /// How long those travel, in microseconds.
+    #[serde(default)]
+    pub moving_us: Option<f64>,
     /// More memory per rank, where that is the price.
     pub memory_bytes: Option<f64>,
 }

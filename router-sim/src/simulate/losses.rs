@@ -11,11 +11,15 @@
 //! ```
 //! The causes are reported in the order in which nobody to everybody could act on them: sampling noise first.
 
-use crate::cost::{CostModel, ModelShape};
+use super::migration::Migration;
+use crate::cost::CostModel;
 use crate::load::LoadWindow;
 use crate::placement::{LayerPlacement, Placement, transfers};
 use crate::report::data::{Loss, Run};
 use crate::split::Shares;
+
+/// Part of the step time below which nobody should act.
+const WORTH_A_WORD: f64 = 5e-4;
 
 /// A placement planned with hindsight.
 #[derive(Debug, Clone)]
@@ -70,7 +74,6 @@ pub(super) fn losses(
     reference: &Reference,
     first: &Placement,
     cost: &CostModel,
-    model: &ModelShape,
 ) -> Vec<Loss> {
     let steps = run.totals.steps.max(1) as f64;
     let whole = run.totals.step_us * steps;
@@ -80,11 +83,14 @@ pub(super) fn losses(
     let expected = levels.expected.min(hindsight);
     let even = levels.even.min(expected);
     let moved = transfers(first, &reference.placement).len();
+    let even_gain = vec![0.0; first.layers()];
+    let moving_us = Migration::new(first, reference.placement.clone(), &even_gain, cost).us();
     let (experts, ranks) = (first.experts(), first.ranks());
     let enough = experts + ranks;
     let short = first.slots() < enough;
     let more_slots = enough.next_multiple_of(ranks).saturating_sub(first.slots());
     let memory = (more_slots / ranks * first.layers()) as f64 * cost.expert_bytes();
+    let worth_a_word = WORTH_A_WORD * whole;
     let parts = [
         (
             "sampling noise",
@@ -120,7 +126,7 @@ pub(super) fn losses(
         (
             "structure",
             if short { 0.0 } else { expected - even },
-            format!("{} of {} has slots enough; a few large units remain", model.name, experts),
+            "whole copies on whole ranks do not divide evenly: nothing to be done".to_owned(),
             None,
             None,
         ),
@@ -131,9 +137,10 @@ pub(super) fn losses(
             cause: cause.to_owned(),
             share: if whole > 0.0 { us / whole } else { 0.0 },
             us: us / steps,
-            remedy: if us > 0.0 { remedy } else { "nothing is lost here".to_owned() },
-            moved_bytes: moved_bytes.filter(|_| us > 0.0),
-            memory_bytes: memory_bytes.filter(|_| us > 0.0),
+            remedy: if us > worth_a_word { remedy } else { "hardly anything is lost here".to_owned() },
+            moved_bytes: moved_bytes.filter(|_| us > worth_a_word),
+            moving_us: moved_bytes.filter(|_| us > worth_a_word).map(|_| moving_us),
+            memory_bytes: memory_bytes.filter(|_| us > worth_a_word),
         })
         .collect()
 }

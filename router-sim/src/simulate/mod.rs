@@ -21,11 +21,13 @@ mod losses;
 mod simulator;
 mod scenario;
 mod sweep;
+mod pareto;
 
 pub use draw::{DrawOptions, Drawn};
 pub use interleave::Interleaved;
 pub use lane::LayerStep;
 pub use losses::{Levels, Reference};
+pub use pareto::pareto;
 pub use plan::{PolicyName, plan};
 pub use rebalance::{Rebalancing, Trigger};
 pub use scenario::{Choice, Observer, OpenTokens, Scenario};

@@ -66,7 +66,8 @@ impl Choice {
         let first = if self.placement.is_some() { "given" } else { self.policy.name() };
         let live = match &self.rebalancing {
             None => String::new(),
-            Some(settings) => format!(" every {}", settings.interval),
+            Some(settings) if settings.window == settings.interval => format!(" every {}", settings.interval),
+            Some(settings) => format!(" every {} on {}", settings.interval, settings.window),
         };
         format!("{first} +{} {} on {}{live}", self.redundant, self.split.name(), self.ranks)
     }
@@ -117,7 +118,7 @@ impl Scenario<'_> {
             fitted_on.merge(window)?;
         }
         let mut run = run.finish(&fitted_on, &first);
-        run.losses = losses(&run, &levels, &reference, &first, &cost, self.model);
+        run.losses = losses(&run, &levels, &reference, &first, &cost);
         Ok(run)
     }
 }
