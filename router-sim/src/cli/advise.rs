@@ -43,9 +43,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SPLIT,..", value_delimiter = ',', default_value = "even,exact,activated")]
     splits: Vec<String>,
     /// Policy that plans
-    #[arg(long, value_name = "POLICY", default_value = "eplb")]
+    #[arg(long, value_name = "POLICY", default_value = "moeyard")]
     policy: String,
-    /// Groups of experts that eplb-hierarchical keeps on a node
+    /// Groups of experts that eplb-hierarchical and moeyard keep on a node
     #[arg(long, value_name = "N", default_value_t = 1)]
     groups: usize,
     /// Redundant slots per layer to try [default: 0, 1, 2 and 4 per rank, as far as memory reaches]
@@ -97,8 +97,10 @@ pub fn run(arguments: Arguments) -> Result<()> {
     })?;
     bar.finish_and_clear();
     let advice = question.answer(&choices, &runs, &cost);
+    let chosen = choices.iter().find(|choice| choice.name() == advice.choice).expect("one of the choices");
     super::print(&format!("{}\n{}", summary::table(&runs), summary::of_advice(&advice)))?;
     let mut report = simulation.report(runs, ranks);
+    report.pareto = scenario.pareto(chosen, &cost)?;
     report.advice = Some(advice);
     arguments.findings.write(&report)
 }

@@ -17,14 +17,14 @@ const EXAMPLES: &str = "\
 Examples:
   Which policy and split, fitted on one kind of traffic, holds on another?
     router-sim compare --fit 'record.npz#mmlu*' --on 'record.npz#sorry_bench' --ranks 8 --redundant 8 \\
-      --policy linear,eplb --split even,waterfill,exact
+      --policy linear,eplb,moeyard --split even,waterfill,exact
 
   How many redundant slots does DeepSeek-V3 need on 32 and 64 GPUs? Interrupt it and call it again: finished points stay.
-    router-sim compare load.npy --ranks 32,64 --redundant 0,32,64 --policy eplb --split even,exact \\
+    router-sim compare load.npy --ranks 32,64 --redundant 0,32,64 --policy moeyard --split even,exact \\
       --out sweep.jsonl
 
   What do rebalancing intervals bring?
-    router-sim compare trace.moeroute --redundant 8 --policy eplb --rebalance-interval 0,100,1000";
+    router-sim compare trace.moeroute --redundant 8 --policy moeyard --rebalance-interval 0,100,1000";
 
 /// Alternatives: every combination of the listed values is run.
 #[derive(Args)]
@@ -39,12 +39,12 @@ pub struct Arguments {
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "0")]
     redundant: Vec<usize>,
     /// Placement policies
-    #[arg(long, value_name = "POLICY,..", value_delimiter = ',', default_value = "linear,eplb")]
+    #[arg(long, value_name = "POLICY,..", value_delimiter = ',', default_value = "linear,eplb,moeyard")]
     policy: Vec<String>,
     /// Splits between replicas
     #[arg(long, value_name = "SPLIT,..", value_delimiter = ',', default_value = "even,exact")]
     split: Vec<String>,
-    /// Groups of experts that eplb-hierarchical keeps on a node
+    /// Groups of experts that eplb-hierarchical and moeyard keep on a node
     #[arg(long, value_name = "N", default_value_t = 1)]
     groups: usize,
     /// Steps between two looks at the load; 0 keeps the placement

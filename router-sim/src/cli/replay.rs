@@ -18,11 +18,11 @@ Examples:
   What does linear placement cost a recorded run on 8 GPUs?
     router-sim replay trace.moeroute --ranks 8
 
-  EPLB with 8 redundant slots and the exact split; placements fitted on yesterday:
-    router-sim replay --fit monday.moeroute --on tuesday.moeroute --ranks 8 --redundant 8 --policy eplb --split exact
+  8 redundant slots and the exact split; placements fitted on yesterday:
+    router-sim replay --fit monday.moeroute --on tuesday.moeroute --ranks 8 --redundant 8 --policy moeyard --split exact
 
   Tokens drawn from a load matrix, DeepSeek-V3 in FP8 on four nodes, rebalanced every 50 steps:
-    router-sim replay load.npy --model deepseek-v3 --ranks 32 --redundant 32 --policy eplb \\
+    router-sim replay load.npy --model deepseek-v3 --ranks 32 --redundant 32 --policy moeyard --max-transfers 16 \\
       --set expert-weights=fp8 --set dispatch=fp8 --set wire=node --rebalance-interval 50
 
   Everything found, for `router-sim report` and for programs:
@@ -42,7 +42,7 @@ pub struct Arguments {
     /// Slots per layer over all ranks beyond one per expert
     #[arg(long, value_name = "N", default_value_t = 0)]
     redundant: usize,
-    /// Placement policy: linear, eplb, eplb-hierarchical
+    /// Placement policy: linear, eplb, eplb-hierarchical, moeyard
     #[arg(long, value_name = "POLICY", default_value = "linear")]
     policy: String,
     /// Begin with this placement instead of one that the policy makes
@@ -51,7 +51,7 @@ pub struct Arguments {
     /// Split between replicas: even, random, nearest, waterfill, exact, activated
     #[arg(long, value_name = "SPLIT", default_value = "even")]
     split: String,
-    /// Groups of experts that eplb-hierarchical keeps on a node
+    /// Groups of experts that eplb-hierarchical and moeyard keep on a node
     #[arg(long, value_name = "N", default_value_t = 1)]
     groups: usize,
     /// Rebalance while serving: look at the load every so many steps

@@ -1,7 +1,7 @@
 //! Placement policies by name, as flags and sweeps give them.
 
 use crate::load::LoadWindow;
-use crate::placement::{ClusterShape, Eplb, Linear, Placement, PlacementPolicy};
+use crate::placement::{ClusterShape, Eplb, Linear, Moeyard, Placement, PlacementPolicy};
 use crate::{Error, Result};
 
 /// A placement policy.
@@ -18,14 +18,21 @@ pub enum PolicyName {
         /// Nodes.
         nodes: usize,
     },
+    /// moeyard's own: several windows, few transfers; keeps groups on a node where both are several.
+    Moeyard {
+        /// Groups of consecutive experts.
+        groups: usize,
+        /// Nodes.
+        nodes: usize,
+    },
 }
 
 impl PolicyName {
     /// The one that plans best without a look at what moves: what others are measured against.
-    pub const BEST: PolicyName = PolicyName::Eplb;
+    pub const BEST: PolicyName = PolicyName::Moeyard { groups: 1, nodes: 1 };
 
     /// The names that [`PolicyName::parse`] knows.
-    pub const NAMES: [&str; 3] = ["linear", "eplb", "eplb-hierarchical"];
+    pub const NAMES: [&str; 4] = ["linear", "eplb", "eplb-hierarchical", "moeyard"];
 
     /// As flags and reports call it.
     pub fn name(self) -> &'static str {
@@ -33,10 +40,11 @@ impl PolicyName {
             PolicyName::Linear => "linear",
             PolicyName::Eplb => "eplb",
             PolicyName::EplbHierarchical { .. } => "eplb-hierarchical",
+            PolicyName::Moeyard { .. } => "moeyard",
         }
     }
 
-    /// The policy of that name.
+    /// The policy of that name; groups and nodes are for those that keep groups of experts on a node.
     ///
     /// # Errors
     /// [`Error::Impossible`] with the names there are.
@@ -45,6 +53,7 @@ impl PolicyName {
             "linear" => Ok(PolicyName::Linear),
             "eplb" => Ok(PolicyName::Eplb),
             "eplb-hierarchical" => Ok(PolicyName::EplbHierarchical { groups, nodes }),
+            "moeyard" => Ok(PolicyName::Moeyard { groups, nodes }),
             _ => Err(Error::Impossible(format!(
                 "policy {name:?} is not one of {}",
                 PolicyName::NAMES.join(", ")
@@ -53,7 +62,8 @@ impl PolicyName {
     }
 }
 
-/// A placement for the load of the windows. `current` and `max_transfers` are for policies that mind what moves.
+/// A placement for the load of the windows, oldest first. `current` and `max_transfers` (per layer) are for policies that
+/// mind what moves.
 ///
 /// # Errors
 /// [`Error::Impossible`] without windows, when the slots cannot hold all experts, or when a limit on transfers is asked of
@@ -65,25 +75,18 @@ pub fn plan(
     current: Option<&Placement>,
     max_transfers: Option<usize>,
 ) -> Result<Placement> {
-    let Some((first, others)) = windows.split_first() else {
-        return Err(Error::Impossible("a placement needs at least one window of load".into()));
-    };
-    if let Some(limit) = max_transfers {
-        return Err(Error::Impossible(format!(
+    match (policy, max_transfers) {
+        (PolicyName::Moeyard { groups, nodes }, _) => {
+            Moeyard { groups, nodes, max_transfers, ..Moeyard::default() }.replan(windows, current, shape)
+        }
+        (_, Some(limit)) => Err(Error::Impossible(format!(
             "policy {} replans from scratch: it cannot keep to {limit} transfers per layer",
             policy.name()
-        )));
-    }
-    let _ = current;
-    let mut sum = first.clone();
-    for window in others {
-        sum.merge(window)?;
-    }
-    match policy {
-        PolicyName::Linear => Linear.place(&sum, shape),
-        PolicyName::Eplb => Eplb::GLOBAL.place(&sum, shape),
-        PolicyName::EplbHierarchical { groups, nodes } => {
-            Eplb::hierarchical(groups, nodes).place(&sum, shape)
+        ))),
+        (PolicyName::Linear, None) => Linear.replan(windows, current, shape),
+        (PolicyName::Eplb, None) => Eplb::GLOBAL.replan(windows, current, shape),
+        (PolicyName::EplbHierarchical { groups, nodes }, None) => {
+            Eplb::hierarchical(groups, nodes).replan(windows, current, shape)
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use super::lane::LayerStep;
 use super::losses::{Reference, losses};
+use super::pareto::pareto;
 use super::plan::{PolicyName, plan};
 use super::rebalance::Rebalancing;
 use super::simulator::{Setup, Simulator, StepFigures};
@@ -11,7 +12,7 @@ use crate::Result;
 use crate::cost::{Constants, CostModel, ModelShape};
 use crate::load::LoadWindow;
 use crate::placement::{ClusterShape, Placement};
-use crate::report::data::Run;
+use crate::report::data::{ParetoPoint, Run};
 use crate::split::Split;
 use crate::stream::{TokenBatch, TokenStream};
 use crate::topology::Cluster;
@@ -78,6 +79,25 @@ pub type Observer<'a> =
     dyn FnMut(u64, &StepFigures, &mut dyn ExactSizeIterator<Item = &LayerStep>) -> Result<()> + 'a;
 
 impl Scenario<'_> {
+    /// The placement that a run begins with.
+    fn first_placement(&self, choice: &Choice) -> Result<Placement> {
+        let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
+        match &choice.placement {
+            Some(placement) => Ok(placement.clone()),
+            None => plan(choice.policy, self.fit, &shape, None, None),
+        }
+    }
+
+    /// What moving experts from a choice's placement to one for the tokens that are run would bring, for few transfers
+    /// and many.
+    ///
+    /// # Errors
+    /// Those of the policies.
+    pub fn pareto(&self, choice: &Choice, cost: &CostModel) -> Result<Vec<ParetoPoint>> {
+        let first = self.first_placement(choice)?;
+        pareto(self.reference, &first, self.hindsight, choice.split, cost.expert_bytes())
+    }
+
     /// Runs one alternative.
     ///
     /// # Errors
@@ -85,10 +105,7 @@ impl Scenario<'_> {
     pub fn run(&self, choice: &Choice, threads: usize, observer: &mut Observer<'_>) -> Result<Run> {
         let cost = CostModel::new(self.cluster, choice.ranks, self.model, self.constants)?;
         let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
-        let first = match &choice.placement {
-            Some(placement) => placement.clone(),
-            None => plan(choice.policy, self.fit, &shape, None, None)?,
-        };
+        let first = self.first_placement(choice)?;
         let best = plan(self.reference, std::slice::from_ref(self.hindsight), &shape, None, None)?;
         let reference = Reference::new(best, self.hindsight);
         let setup = Setup {
