@@ -99,7 +99,7 @@ typedef struct {
 } MoeyardRope;
 MOEYARD_API int moeyard_rope(const MoeyardRope* args, void* stream);
 
-// ---- gemm_f32.cu, gemm_bf16.cu
+// ---- gemm_f32.cu, gemm_bf16.cu, gemm_sm90.cu
 
 // What happens to a gate and an up column before they are stored.
 typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 2 } MoeyardActivation;
@@ -107,7 +107,7 @@ typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 
 // out[t, j] = sum_k x[t, k] * w[j, k] (+ bias[j]), k ascending in every configuration.
 // Grouped: with `offsets` (slots + 1 entries) rows offsets[s]..offsets[s + 1] of x use weights[s].
 // Batched: product b starts `*_batch` elements further in x, w and out.
-// With an activation (bf16 kernel only), rows of w come as eight gates, eight ups, and out has n / 2 columns.
+// With an activation (not in f32), rows of w come as eight gates, eight ups, and out has n / 2 columns.
 typedef struct {
   MoeyardMatrix x, out;
   const void* weight;          // of all rows, without `offsets`
@@ -120,7 +120,7 @@ typedef struct {
   int32_t n, k;
   int32_t ldw;     // elements from one row of w to the next
   int32_t w_type;
-  int32_t row_tile;  // rows of x per tile: 8, 16, 32, 64 or 128 (bf16), 64 (f32)
+  int32_t row_tile;  // rows of x per tile: 64 (f32), 8, 16, 32, 64 or 128 (bf16), 128 (sm90)
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
@@ -128,6 +128,8 @@ typedef struct {
 MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 // Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
 MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
+// The same, on compute capability 9.0 only and for tiles of many rows.
+MOEYARD_API int moeyard_gemm_sm90(const MoeyardGemm* args, void* stream);
 
 // ---- moe.cu
 
@@ -163,7 +165,7 @@ typedef struct {
 } MoeyardCombine;
 MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
 
-// ---- attention.cu
+// ---- attention.cu, attention_bf16.cu
 
 // cache row `slots[i]` of each part = row i
 typedef struct {
@@ -208,8 +210,16 @@ typedef struct {
   int32_t window;  // 0: none
   int32_t kv_type;
   float scale;
+  // moeyard_attention_bf16 only. 0: a block walks all positions. Else at least the chunks of 512 positions that a span meets, each
+  // walked by a block of its own; spans have one row then, and `partials` holds chunks * (value.dim + 2) floats per span and head.
+  int32_t chunks;
+  int32_t reserved;
+  float* partials;
 } MoeyardAttention;
 MOEYARD_API int moeyard_attention(const MoeyardAttention* args, void* stream);
+// The same on the tensor cores, queries and weights rounded to bf16: a paged bf16 cache, one part of 64 or 128 columns per key, at most 64
+// query heads per KV head, and spans whose rows times query heads per KV head are at most 64.
+MOEYARD_API int moeyard_attention_bf16(const MoeyardAttention* args, void* stream);
 // Bytes of shared memory that moeyard_attention needs per block: host function, no stream.
 MOEYARD_API size_t moeyard_attention_shared_bytes(const MoeyardAttention* args);
 

@@ -26,4 +26,4 @@ static_assert(sizeof(MoeyardCombine) == 112);
 static_assert(sizeof(MoeyardKvWrite) == 136);
 static_assert(sizeof(MoeyardSpan) == 20);
 static_assert(sizeof(MoeyardKvPart) == 32);
-static_assert(sizeof(MoeyardAttention) == 256);
+static_assert(sizeof(MoeyardAttention) == 272);

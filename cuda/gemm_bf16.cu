@@ -1,6 +1,7 @@
 // Products of bf16 on the tensor cores, grouped or not. The weights are the first operand of the instruction (16 outputs by 16
 // k), the rows the second (8 rows): so decode wastes little. k runs in steps of 16 in ascending order in every configuration, so
 // all of them give an element the same bits, whatever the tile, the group or the rows beside it.
+#include "finish.cuh"
 #include "groups.cuh"
 #include "mma.cuh"
 
@@ -19,24 +20,54 @@ template <int WARPS_N_, int WARPS_R_, int TILES_N_, int TILES_R_, int STAGES_> s
   static constexpr int SHARED_BYTES = STAGE_BYTES * STAGES;
 };
 
-// Copies `rows` rows of one stage; what lies outside the matrix becomes 0.
-template <int ROWS, int THREADS>
-__device__ void fetch(uint32_t to, const bf16* from, int64_t stride, int rows, int k_left) {
-#pragma unroll
-  for (int i = threadIdx.x; i < ROWS * 8; i += THREADS) {
-    int row = i / 8, chunk = i % 8;
-    bool valid = row < rows && chunk * 8 < k_left;
-    copy_async(swizzled(to, row, chunk), valid ? from + row * stride + chunk * 8 : from, valid);
-  }
-}
+// One thread's share of a stage's copies of ROWS rows: always the same chunk of a row, of rows THREADS / 8 apart. Everything that does
+// not depend on the stage is worked out once: with few warps on a multiprocessor the instructions between two copies count.
+template <int ROWS, int THREADS> struct Source {
+  static constexpr int APART = THREADS / 8, COUNT = (ROWS + APART - 1) / APART;
+  static_assert(APART % 8 == 0, "rows of one thread share the permutation of their chunks");
+  const bf16* at;
+  int64_t apart;  // elements
+  int valid;      // copies that lie inside the matrix
+  int k_left;     // from this thread's chunk
+  uint32_t to;    // relative to the stage
 
-template <class S>
-__device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t w, uint32_t x) {
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int n0 = warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
+  __device__ Source(const bf16* from, int64_t stride, int rows, int k) {
+    int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    at = from + row * stride + chunk * 8;
+    apart = stride * APART;
+    valid = row < rows ? (min(rows, ROWS) - row + APART - 1) / APART : 0;
+    k_left = k - chunk * 8;
+    to = swizzled(0, row, chunk);
+    here = row < ROWS;
+    first = from;
+  }
+
+  // The next stage; what lies outside the matrix becomes 0.
+  __device__ void copy(uint32_t stage) {
+    int count = k_left > 0 ? valid : 0;
+    const bf16* from = at;
 #pragma unroll
-  for (int step = 0; step < DEPTH / 16; ++step) {
-    uint32_t a[S::TILES_N][4], b[S::TILES_R][2];
+    for (int i = 0; i < COUNT; ++i) {
+      // With fewer rows than threads for them, some have nothing to copy.
+      if (ROWS % APART == 0 || here) copy_async(stage + to + i * APART * 128, i < count ? from : first, i < count);
+      from += apart;
+    }
+    at += DEPTH;
+    k_left -= DEPTH;
+  }
+
+ private:
+  bool here;
+  const bf16* first;
+};
+
+// Fragments of one step of 16 k.
+template <class S> struct Fragments {
+  uint32_t a[S::TILES_N][4], b[S::TILES_R][2];
+
+  __device__ void load(uint32_t w, uint32_t x, int step) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int n0 = warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
 #pragma unroll
     for (int i = 0; i < S::TILES_N; ++i)
       load_matrix_x4(a[i], swizzled(w, n0 + i * 16 + lane % 16, step * 2 + lane / 16));
@@ -52,39 +83,39 @@ __device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t
       for (int j = 0; j < S::TILES_R; ++j)
         load_matrix_x2(b[j], swizzled(x, r0 + j * 8 + lane % 8, step * 2 + lane / 8 % 2));
     }
+  }
+};
+
+// The loads of the whole stage, or of the next step, are under way while a step is multiplied.
+template <class S>
+__device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t w, uint32_t x) {
+  constexpr int STEPS = DEPTH / 16, HELD = S::TILES_N == 1 ? STEPS : 2;
+  Fragments<S> f[HELD];
+#pragma unroll
+  for (int step = 0; step < HELD - 1; ++step) f[step].load(w, x, step);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    if (step + HELD - 1 < STEPS) f[(step + HELD - 1) % HELD].load(w, x, step + HELD - 1);
+    const Fragments<S>& now = f[step % HELD];
 #pragma unroll
     for (int i = 0; i < S::TILES_N; ++i)
 #pragma unroll
-      for (int j = 0; j < S::TILES_R; ++j) multiply_add(acc[i][j], a[i], b[j][0], b[j][1]);
+      for (int j = 0; j < S::TILES_R; ++j) multiply_add(acc[i][j], now.a[i], now.b[j][0], now.b[j][1]);
   }
 }
 
-// A lane holds outputs g and g + 8 of each tile of 16 for two rows.
 template <class S>
-__device__ void finish(const MoeyardGemm& a, const Tile& tile, int col, const float (&acc)[S::TILES_N][S::TILES_R][4]) {
+__device__ void finish_all(const MoeyardGemm& a, const Tile& tile, int col, const float (&acc)[S::TILES_N][S::TILES_R][4]) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int n0 = col + warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
-  const float* bias = bias_of(a, tile);
-  int64_t shift = blockIdx.z * a.out_batch;
 #pragma unroll
   for (int i = 0; i < S::TILES_N; ++i) {
-    int n = n0 + i * 16 + lane / 4;
-    float low = bias && n < a.n ? bias[n] : 0.0f, high = bias && n + 8 < a.n ? bias[n + 8] : 0.0f;
+    Outputs outputs = outputs_of(a, tile, n0 + i * 16, lane);
 #pragma unroll
     for (int j = 0; j < S::TILES_R; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int r = r0 + j * 8 + lane % 4 * 2 + e;
-        if (r >= tile.rows) continue;
-        float u = acc[i][j][e] + low, v = acc[i][j][e + 2] + high;
-        if (a.activation) {  // u is a gate, v its up; n counts both
-          if (n < a.n)
-            store(a.out, tile.row + r, shift + (n0 + i * 16) / 2 + lane / 4, activate(u, v, a.activation, a.limit, a.alpha));
-        } else {
-          if (n < a.n) store(a.out, tile.row + r, shift + n, u);
-          if (n + 8 < a.n) store(a.out, tile.row + r, shift + n + 8, v);
-        }
-      }
+      for (int e = 0; e < 2; ++e)
+        finish(a, tile, outputs, blockIdx.z * a.out_batch, r0 + j * 8 + lane % 4 * 2 + e, acc[i][j][e], acc[i][j][e + 2]);
   }
 }
 
@@ -97,12 +128,13 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
   const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   uint32_t base = shared_address(shared);
   int steps = (a.k + DEPTH - 1) / DEPTH;
+  Source<S::N, S::THREADS> weights(w, a.ldw, a.n - col, a.k);
+  Source<S::R, S::THREADS> rows(x, a.x.stride, tile.rows, a.k);
   auto issue = [&](int step) {
     if (step < steps) {
       uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
-      int k = step * DEPTH;
-      fetch<S::N, S::THREADS>(at, w + k, a.ldw, a.n - col, a.k - k);
-      fetch<S::R, S::THREADS>(at + S::N * DEPTH * 2, x + k, a.x.stride, tile.rows, a.k - k);
+      weights.copy(at);
+      rows.copy(at + S::N * DEPTH * 2);
     }
     copy_commit();  // an empty group keeps the count of groups even
   };
@@ -115,7 +147,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
     uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
     multiply_stage<S>(acc, at, at + S::N * DEPTH * 2);
   }
-  finish<S>(a, tile, col, acc);
+  finish_all<S>(a, tile, col, acc);
 }
 
 template <class S> int launch(const MoeyardGemm& a, void* stream) {

@@ -128,6 +128,49 @@ done
 if [ -x bin/gpu_bench ]; then
     timeout 150 bin/gpu_bench 2>&1 | tee "$logs/bench.txt"
     outcome "benchmarks" "${PIPESTATUS[0]}" ""
+    # cuBLAS and a peer on the same card, where torch is at hand: the two products of the Mixtral experts above, without activation.
+    timeout 60 python3 - <<'PY' 2>&1 | tee -a "$logs/bench.txt"
+try:
+    import torch
+except ImportError:
+    raise SystemExit("torch is not here: no cuBLAS figures")
+
+def us(call):
+    for _ in range(3):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start.record()
+        for _ in range(5):
+            call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e3 / 5)
+    return best
+
+def random(*shape):
+    return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).uniform_(-0.05, 0.05)
+
+def report(name, micros, flops):
+    print(f"{name:<46} {micros:>10.1f} {flops / micros / 1e6:>10.1f}")
+
+for m, n, k in [(8192, 8192, 8192), (4096, 28672, 4096)]:
+    x, w = random(m, k), random(n, k)
+    report(f"cuBLAS {m} x {n} x {k}", us(lambda: torch.mm(x, w.t())), 2 * m * n * k)
+if hasattr(torch, "_grouped_mm"):
+    experts, hidden, width = 8, 4096, 14336
+    gate_up, down = random(experts, 2 * width, hidden), random(experts, hidden, width)
+    for tokens in (4096, 16384):
+        rows = 2 * tokens
+        offsets = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
+        x, y = random(rows, hidden), random(rows, width)
+        both = lambda: (
+            torch._grouped_mm(x, gate_up.transpose(1, 2), offs=offsets),
+            torch._grouped_mm(y, down.transpose(1, 2), offs=offsets),
+        )
+        report(f"torch._grouped_mm Mixtral-8x7B, {tokens} tokens", us(both), 6 * rows * hidden * width)
+PY
 fi
 
 printf '\n%s\n' "--- $(date -u +%F) $(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"

@@ -7,6 +7,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{self, CudaBackend};
 use crate::config::flags::DeviceChoice;
 use crate::config::host_memory;
+use crate::config::size::ByteSize;
 use crate::error::{Error, Result};
 
 /// Kernels, streams and what the driver keeps for itself.
@@ -35,6 +36,21 @@ pub fn open(choice: DeviceChoice, ranks: usize, threads: usize) -> Result<Device
             tracing::info!("computing on the CPU: {why}");
             on_cpu(ranks, threads)
         }
+    }
+}
+
+/// The GPUs of this machine, one line each, or why none can be used.
+pub fn report() -> String {
+    match cuda::devices() {
+        Err(why) => format!("{:<20}none: {why}\n", "GPUs:"),
+        Ok(gpus) => gpus
+            .iter()
+            .map(|gpu| {
+                let (major, minor) = gpu.capability;
+                let memory = ByteSize(gpu.memory);
+                format!("{:<20}{}, sm_{major}{minor}, {memory}\n", format!("GPU {}:", gpu.ordinal), gpu.name)
+            })
+            .collect(),
     }
 }
 

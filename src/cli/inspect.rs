@@ -9,6 +9,7 @@ use router_sim::topology::Cluster;
 
 use super::Settings;
 use super::cluster::ClusterPlan;
+use super::devices;
 use super::model::OpenModel;
 use crate::backend::{DType, Precision};
 use crate::config::size::ByteSize;
@@ -56,8 +57,13 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         block_size: options.cache.block_size,
     };
     print!("{}", report(&spec, &shape));
-    if let Some(cluster) = cluster {
-        print!("\n{}", ClusterPlan::new(&spec, &raw, &cluster)?);
+    match cluster {
+        Some(cluster) => print!(
+            "
+{}",
+            ClusterPlan::new(&spec, &raw, &cluster)?
+        ),
+        None => print!("{}", devices::report()),
     }
     Ok(())
 }

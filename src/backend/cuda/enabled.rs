@@ -47,6 +47,8 @@ struct Scratch {
     queries: Buffer,
     latent_queries: Buffer,
     means: Buffer,
+    /// Attention of chunks of positions, before they are merged.
+    partials: Buffer,
 }
 
 /// Host arrays that are the same in every layer of a step.
@@ -56,6 +58,7 @@ struct Residents {
     slots: Resident,
     blocks: Resident,
     spans: Resident,
+    single: Resident,
     expanded: Resident,
     absorbed: Resident,
     rope_rows: Resident,

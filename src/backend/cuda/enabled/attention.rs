@@ -16,6 +16,14 @@ const UNITS: usize = 8;
 const MAX_VALUE: usize = 512;
 /// Shared memory of a block on every GPU of sm_80 and later that this backend is built for.
 const MAX_SHARED_BYTES: usize = 160 << 10;
+/// The kernel for the tensor cores: (row, head) pairs of a block, positions whose softmax it keeps apart, head widths.
+const MMA_UNITS: usize = 64;
+const MMA_CHUNK: usize = 512;
+const MMA_WIDTHS: [usize; 2] = [64, 128];
+/// With fewer blocks than this, single rows get one for each chunk: two for each of a large GPU's multiprocessors.
+const MMA_FEW_BLOCKS: usize = 264;
+/// Most bytes of partial results of chunks.
+const MMA_PARTIAL_BYTES: usize = 256 << 20;
 /// Most bytes of keys and values that one pass of expanded MLA holds.
 const EXPANDED_BYTES: usize = 256 << 20;
 
@@ -42,6 +50,12 @@ fn pieces(spans: impl Iterator<Item = ffi::Span>, rows: usize) -> Vec<ffi::Span>
         }
     }
     out
+}
+
+/// Chunks that a row at `position` meets, with a window of 0 for none.
+fn chunks_of(position: usize, window: usize) -> usize {
+    let oldest = if window == 0 { 0 } else { (position + 1).saturating_sub(window) };
+    position / MMA_CHUNK - oldest / MMA_CHUNK + 1
 }
 
 fn whole(span: &SeqSpan) -> ffi::Span {
@@ -129,25 +143,22 @@ impl CudaBackend {
 
     pub(super) fn gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         let (kv_heads, head_dim) = check::attention_gqa(&args, &out);
-        let group = args.heads / kv_heads;
-        let spans = pieces(args.batch.spans.iter().map(whole), (UNITS / group).max(1));
-        let mut staging = self.staging.lock_now();
-        let mut residents = self.residents.lock_now();
-        let residents = &mut *residents;
-        let span_table = residents.spans.put(&self.gpu, &mut staging, bytemuck::cast_slice(&spans))?;
-        let table = bytemuck::cast_slice(args.batch.block_table);
-        let block_table = residents.blocks.put(&self.gpu, &mut staging, table)?;
-        self.attend(ffi::Attention {
+        let block_table = {
+            let mut staging = self.staging.lock_now();
+            let table = bytemuck::cast_slice(args.batch.block_table);
+            self.residents.lock_now().blocks.put(&self.gpu, &mut staging, table)?
+        };
+        let common = ffi::Attention {
             query: [ffi::Matrix::of(&args.q), ffi::Matrix::NONE],
             out: ffi::Matrix::of(&out.as_view()),
             key: [cached(&args.cache.parts[0], head_dim, head_dim), ffi::KvPart::NONE],
             value: cached(&args.cache.parts[1], head_dim, head_dim),
-            spans: span_table,
+            spans: 0,
             block_table,
             sinks: args.sinks.map_or(0, |s| s.address()),
             query_stride: [ffi::int(head_dim), 0],
-            span_count: ffi::int(spans.len()),
-            span_rows: spans.iter().map(|s| s.rows as i32).max().unwrap_or(0),
+            span_count: 0,
+            span_rows: 0,
             block_size: ffi::int(args.cache.block_size),
             heads: ffi::int(args.heads),
             kv_heads: ffi::int(kv_heads),
@@ -155,7 +166,60 @@ impl CudaBackend {
             window: args.window.and_then(|w| i32::try_from(w).ok()).unwrap_or(0),
             kv_type: ffi::type_code(args.cache.dtype),
             scale: args.scale,
-        })
+            chunks: 0,
+            reserved: 0,
+            partials: 0,
+        };
+        let group = args.heads / kv_heads;
+        let tensor_cores =
+            args.cache.dtype == DType::Bf16 && MMA_WIDTHS.contains(&head_dim) && group <= MMA_UNITS;
+        if tensor_cores {
+            return self.gqa_on_tensor_cores(args.batch.spans, common, group);
+        }
+        let spans = pieces(args.batch.spans.iter().map(whole), (UNITS / group).max(1));
+        let table = {
+            let mut staging = self.staging.lock_now();
+            let spans = bytemuck::cast_slice(&spans);
+            self.residents.lock_now().spans.put(&self.gpu, &mut staging, spans)?
+        };
+        let span_rows = spans.iter().map(|s| s.rows as i32).max().unwrap_or(0);
+        self.attend(ffi::Attention { spans: table, span_count: ffi::int(spans.len()), span_rows, ..common })
+    }
+
+    /// Sequences with a single row apart from those with more: few of the former are spread over more blocks. Either way of walking
+    /// the chunks gives the same bits.
+    fn gqa_on_tensor_cores(&self, spans: &[SeqSpan], common: ffi::Attention, group: usize) -> Result<()> {
+        let (single, several): (Vec<_>, Vec<_>) = spans.iter().map(whole).partition(|s| s.rows == 1);
+        let several = pieces(several.into_iter(), MMA_UNITS / group);
+        let [single_table, several_table] = {
+            let mut staging = self.staging.lock_now();
+            let mut residents = self.residents.lock_now();
+            let residents = &mut *residents;
+            [
+                residents.single.put(&self.gpu, &mut staging, bytemuck::cast_slice(&single))?,
+                residents.spans.put(&self.gpu, &mut staging, bytemuck::cast_slice(&several))?,
+            ]
+        };
+        if !several.is_empty() {
+            let args = ffi::Attention { spans: several_table, span_count: ffi::int(several.len()), ..common };
+            self.gpu.launch("attention", ffi::moeyard_attention_bf16, &args)?;
+        }
+        if single.is_empty() {
+            return Ok(());
+        }
+        let chunks = single.iter().map(|s| chunks_of(s.position as usize, common.window as usize)).max();
+        let chunks = chunks.unwrap_or(0);
+        let (heads, width) = (common.heads as usize, common.value.dim as usize);
+        let partials = single.len() * heads * chunks * (width + 2);
+        let mut args = ffi::Attention { spans: single_table, span_count: ffi::int(single.len()), ..common };
+        let mut scratch = self.scratch.lock_now();
+        let few = single.len() * (common.kv_heads as usize) < MMA_FEW_BLOCKS;
+        if few && chunks > 1 && partials * DType::F32.bytes() <= MMA_PARTIAL_BYTES {
+            args.chunks = ffi::int(chunks);
+            let partials = scratch.partials.take(&self.gpu, DType::F32, 1, partials)?;
+            args.partials = partials.as_view().address();
+        }
+        self.gpu.launch("attention", ffi::moeyard_attention_bf16, &args)
     }
 
     fn attend(&self, args: ffi::Attention) -> Result<()> {
@@ -320,6 +384,9 @@ impl CudaBackend {
                 window: 0,
                 kv_type: ffi::type_code(dtype),
                 scale: args.scale,
+                chunks: 0,
+                reserved: 0,
+                partials: 0,
             })?;
         }
         Ok(taken)
@@ -390,6 +457,9 @@ impl CudaBackend {
             window: 0,
             kv_type: ffi::type_code(dtype),
             scale: args.scale,
+            chunks: 0,
+            reserved: 0,
+            partials: 0,
         })?;
         let out_of_latent = Heads {
             count: w.heads,

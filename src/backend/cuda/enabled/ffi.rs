@@ -267,6 +267,9 @@ pub struct Attention {
     pub window: i32,
     pub kv_type: i32,
     pub scale: f32,
+    pub chunks: i32,
+    pub reserved: i32,
+    pub partials: usize,
 }
 
 /// A launcher of cuda/api.h.
@@ -285,11 +288,13 @@ unsafe extern "C" {
     pub fn moeyard_rope(args: *const Rope, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gemm_sm90(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
     pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention(args: *const Attention, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention_bf16(args: *const Attention, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention_shared_bytes(args: *const Attention) -> usize;
 }
 
@@ -311,5 +316,5 @@ const _: () = {
     assert!(size_of::<KvWrite>() == 136);
     assert!(size_of::<Span>() == 20);
     assert!(size_of::<KvPart>() == 32);
-    assert!(size_of::<Attention>() == 256);
+    assert!(size_of::<Attention>() == 272);
 };

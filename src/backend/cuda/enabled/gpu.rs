@@ -86,6 +86,11 @@ fn runtime_error(code: i32) -> String {
     unsafe { CStr::from_ptr(ffi::moeyard_error_name(code)) }.to_string_lossy().into_owned()
 }
 
+/// Whether the kernels for Hopper's own instructions are in this build and run on this capability.
+fn has_warpgroups(archs: &str, capability: (u32, u32)) -> bool {
+    capability == (9, 0) && archs.split(',').any(|arch| arch == "90a")
+}
+
 /// A context and a stream of its own. All work of a rank runs in the order in which it was given.
 pub struct Gpu {
     context: Arc<CudaContext>,
@@ -110,6 +115,11 @@ impl Gpu {
 
     pub fn info(&self) -> &GpuInfo {
         &self.info
+    }
+
+    /// Whether `moeyard_gemm_sm90` runs here.
+    pub fn has_warpgroups(&self) -> bool {
+        has_warpgroups(ARCHS, self.info.capability)
     }
 
     pub fn stream(&self) -> sys::CUstream {
@@ -163,7 +173,7 @@ impl Gpu {
 
 #[cfg(test)]
 mod tests {
-    use super::runs_on;
+    use super::{has_warpgroups, runs_on};
 
     #[test]
     fn machine_code_serves_its_major_number() {
@@ -180,5 +190,12 @@ mod tests {
         ] {
             assert_eq!(runs_on(archs, capability), expected, "{archs} on {capability:?}");
         }
+    }
+
+    #[test]
+    fn only_the_lettered_code_has_hoppers_own_instructions() {
+        assert!(has_warpgroups("80,90a", (9, 0)));
+        assert!(!has_warpgroups("80,90", (9, 0)));
+        assert!(!has_warpgroups("80,90a,100a", (10, 0)));
     }
 }

@@ -76,15 +76,41 @@ struct Groups<'a> {
 }
 
 impl Groups<'_> {
-    /// Rows per tile of the bf16 kernel: as many as a slot with rows has on average. All tiles give the same bits.
-    fn row_tile(self) -> usize {
+    /// Rows of a slot that has any, on average.
+    fn mean(self) -> usize {
         let busy = self.offsets.windows(2).filter(|w| w[0] < w[1]).count();
-        let rows = self.offsets[self.offsets.len() - 1];
-        rows.div_ceil(busy.max(1)).next_power_of_two().clamp(8, 128)
+        self.offsets[self.offsets.len() - 1].div_ceil(busy.max(1))
     }
 
     fn tiles(self, size: usize) -> usize {
         self.offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(size)).sum()
+    }
+}
+
+/// A kernel and its tile. All bf16 kernels and tiles give the same bits, so the choice is one of speed alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tile {
+    F32,
+    Bf16(usize),
+    Warpgroups,
+}
+
+impl Tile {
+    /// For rows that are bf16 and lie well.
+    fn of_bf16(groups: Groups<'_>, warpgroups: bool) -> Tile {
+        let mean = groups.mean();
+        if !warpgroups || mean <= 64 {
+            return Tile::Bf16(mean.next_power_of_two().clamp(8, 128));
+        }
+        Tile::Warpgroups
+    }
+
+    fn rows(self) -> usize {
+        match self {
+            Tile::F32 => 64,
+            Tile::Bf16(rows) => rows,
+            Tile::Warpgroups => 128,
+        }
     }
 }
 
@@ -187,8 +213,8 @@ impl CudaBackend {
             && shape.dtype == DType::Bf16
             && shape.k.is_multiple_of(8)
             && batches.x.is_multiple_of(8);
-        assert!(fast || gate.activation == 0, "only the bf16 kernel has a gated activation");
-        let row_tile = if fast { groups.row_tile() } else { 64 };
+        assert!(fast || gate.activation == 0, "only the bf16 kernels have a gated activation");
+        let tile = if fast { Tile::of_bf16(groups, self.gpu.has_warpgroups()) } else { Tile::F32 };
         let (weight, bias, weights, biases, offsets) = match weights {
             Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0),
             Weights::Slots { matrices, biases, offsets } => (0, 0, matrices, biases, offsets),
@@ -210,14 +236,14 @@ impl CudaBackend {
             k: ffi::int(shape.k),
             ldw: ffi::int(padded(shape.k)),
             w_type: ffi::type_code(shape.dtype),
-            row_tile: ffi::int(row_tile),
-            row_tiles: ffi::int(groups.tiles(row_tile)),
+            row_tile: ffi::int(tile.rows()),
+            row_tiles: ffi::int(groups.tiles(tile.rows())),
             gate,
         };
-        if fast {
-            self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args)
-        } else {
-            self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args)
+        match tile {
+            Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
+            Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
+            Tile::Warpgroups => self.gpu.launch("warpgroup product", ffi::moeyard_gemm_sm90, &args),
         }
     }
 
@@ -338,4 +364,25 @@ pub struct Heads {
     pub x_step: usize,
     pub first_row: usize,
     pub row_step: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_follow_the_mean_load() {
+        for (offsets, warpgroups, expected) in [
+            (&[0usize, 0] as &[usize], true, Tile::Bf16(8)),
+            (&[0, 1, 1, 2], true, Tile::Bf16(8)),
+            (&[0, 10, 40], true, Tile::Bf16(32)),
+            (&[0, 64, 64], true, Tile::Bf16(64)),
+            (&[0, 65], true, Tile::Warpgroups),
+            (&[0, 65], false, Tile::Bf16(128)),
+            (&[0, 5000], false, Tile::Bf16(128)),
+            (&[0, 8192, 8192], true, Tile::Warpgroups),
+        ] {
+            assert_eq!(Tile::of_bf16(Groups { offsets }, warpgroups), expected, "{offsets:?}");
+        }
+    }
 }
