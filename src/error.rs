@@ -103,6 +103,9 @@ impl Error {
     }
 }
 
+/// How the refusal of a request begins that is longer than the context: clients look for these words.
+pub const CONTEXT_PHRASE: &str = "This model's maximum context length is";
+
 /// One thing wrong with a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {

@@ -140,6 +140,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Shows a report for people: on standard output, unless JSON for programs goes there.
+fn show(text: &str, json: Option<&Path>) {
+    if json == Some(Path::new("-")) { eprint!("{text}") } else { print!("{text}") }
+}
+
 /// Writes JSON to a file, whole or not at all, or to standard output for `-`.
 fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     let text = format!("{value:#}\n");

@@ -9,7 +9,7 @@ use super::options::{EngineOptions, SchedulingPolicy};
 use super::queue::Queue;
 use super::request::{Event, FinishReason, Finished, Request, Sampling};
 use super::stats::EngineStats;
-use crate::error::{Error, Result};
+use crate::error::{CONTEXT_PHRASE, Error, Result};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc as sync_mpsc};
@@ -298,7 +298,7 @@ fn validate(request: &Request, options: &EngineOptions) -> Result<()> {
         return Err(Error::request(
             param,
             format!(
-                "This model's maximum context length is {} tokens. However, you requested {total} tokens ({prompt} in \
+                "{CONTEXT_PHRASE} {} tokens. However, you requested {total} tokens ({prompt} in \
                  the prompt, {} to generate). Please reduce the length of either.",
                 options.max_model_len, request.max_tokens
             ),

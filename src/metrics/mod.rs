@@ -113,7 +113,7 @@ families! {
     HTTP_RESPONSES_TOTAL: Kind::Counter, "moeyard_http_responses_total", ["route", "code"],
         "HTTP responses, by route and status code.";
     ADMISSION_REJECTIONS_TOTAL: Kind::Counter, "moeyard_admission_rejections_total", ["reason"],
-        "Requests turned away although they were valid.";
+        "Requests turned away: the queue was full of requests or of prompt tokens, a shutdown had begun, or the context is shorter.";
 
     PROMPT_TOKENS_TOTAL: Kind::Counter, "moeyard_prompt_tokens_total", [],
         "Prompt tokens of admitted sequences, those found in the prefix cache included.";

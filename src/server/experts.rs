@@ -70,8 +70,13 @@ enum Format {
 impl Asked {
     fn parse(query: &str) -> Result<Asked, ApiError> {
         let mut asked = Asked { window_s: DEFAULT_WINDOW_S, format: Format::Json };
+        let mut seen = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            if seen.contains(&key) {
+                return Err(ApiError::bad_param(clip(key), format!("\"{}\" is given twice.", clip(key))));
+            }
+            seen.push(key);
             match key {
                 "window" => asked.window_s = window(value)?,
                 "format" => {
@@ -367,6 +372,7 @@ mod tests {
             ("format=npy", "format"),
             ("format", "format"),
             ("since=3", "since"),
+            ("window=60s&window=5s", "window"),
         ] {
             let error = of(query).unwrap_err();
             assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{query}");

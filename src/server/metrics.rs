@@ -16,7 +16,7 @@ use super::rank_metrics::RankMetrics;
 use super::registry::{Registry, count_series};
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineStats, TimingObserver};
-use crate::error::{Error, Result};
+use crate::error::{CONTEXT_PHRASE, Error, Result};
 use crate::metrics::{self as family, ExpertDetail, LoadSource, RankMeter};
 
 /// What the information families say; all of it is known at start.
@@ -159,6 +159,7 @@ pub struct Metrics {
     sequences: [[Counter; Outcome::ALL.len()]; Endpoint::ALL.len()],
     rejected_queue_full: Counter,
     rejected_draining: Counter,
+    rejected_too_long: Counter,
     time_to_first_token: Histogram,
     inter_token: Histogram,
     request_duration: Histogram,
@@ -207,6 +208,7 @@ impl Metrics {
             sequences: Endpoint::ALL.map(requests),
             rejected_queue_full: rejections("queue_full"),
             rejected_draining: rejections("draining"),
+            rejected_too_long: rejections("too_long"),
             time_to_first_token: registry.histogram(&family::TIME_TO_FIRST_TOKEN_SECONDS, &[]),
             inter_token: registry.histogram(&family::INTER_TOKEN_LATENCY_SECONDS, &[]),
             request_duration: registry.histogram(&family::REQUEST_DURATION_SECONDS, &[]),
@@ -272,11 +274,18 @@ impl Metrics {
         self.sequences[endpoint as usize][outcome as usize].increment(1);
     }
 
-    /// Counts a valid request that the engine could not take.
+    /// Counts a request that the engine did not take, where it was not at fault otherwise.
     pub(super) fn count_refusal(&self, error: &Error) {
-        if matches!(error, Error::Busy { .. }) {
-            self.rejected_queue_full.increment(1);
+        match error {
+            Error::Busy { .. } => self.rejected_queue_full.increment(1),
+            Error::Request { message, .. } if message.starts_with(CONTEXT_PHRASE) => self.count_too_long(),
+            _ => {}
         }
+    }
+
+    /// Counts a request that is longer than the context.
+    pub(super) fn count_too_long(&self) {
+        self.rejected_too_long.increment(1);
     }
 
     /// Counts a request that came during a shutdown.
@@ -343,7 +352,8 @@ impl Registry {
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
         one(&family::PARALLEL_INFO, &[&tp, &dp, &ep, &info.placement]);
         self.gauge(&family::REDUNDANT_EXPERT_SLOTS, &[]).set(info.redundant_slots as f64);
-        // No rebalancer runs and no expert has a capacity limit, so these are true as they stand.
+        // The queue is bounded by requests alone, no rebalancer runs, and no expert has a capacity limit, so these are true as they stand.
+        self.counter(&family::ADMISSION_REJECTIONS_TOTAL, &["tokens"]).absolute(0);
         self.counter(&family::TOKENS_DROPPED_TOTAL, &[]).absolute(0);
         for outcome in ["applied", "skipped", "failed"] {
             self.counter(&family::REBALANCES_TOTAL, &[outcome]).absolute(0);

@@ -12,6 +12,7 @@ use super::options::ServerOptions;
 use super::request::Prompts;
 use super::shutdown::{Shutdown, Stage};
 use crate::engine::EngineHandle;
+use crate::error::CONTEXT_PHRASE;
 use crate::tokenizer::Tokenizer;
 
 /// Texts up to this many bytes in all are tokenised where they arrive: a thread change would cost more.
@@ -126,9 +127,10 @@ impl AppState {
         if bytes <= self.hopeless_bytes {
             return Ok(());
         }
+        self.metrics.count_too_long();
         let limit = self.engine.options().max_model_len;
         let message = format!(
-            "This model's maximum context length is {limit} tokens. However, your prompt has {bytes} bytes, which \
+            "{CONTEXT_PHRASE} {limit} tokens. However, your prompt has {bytes} bytes, which \
              cannot be so few tokens. Please reduce the length of the prompt."
         );
         Err(ApiError::bad_param(param, message))

@@ -40,7 +40,7 @@ fn a_server_is_measured_under_load() {
     let url = format!("http://{}", server.address);
     let run = |more: &str| {
         let always = ["bench", "serve", url.as_str(), "--api-key", "sesame", "--num-requests", "6"];
-        let lengths = "--input-len 12 --output-len 5 --json result.json".split(' ');
+        let lengths = "--input-len 12 --output-len 5".split(' ');
         let more = more.split_whitespace();
         moeyard_in(folder.path(), always.into_iter().chain(lengths).chain(more).collect::<Vec<_>>())
     };
@@ -49,7 +49,7 @@ fn a_server_is_measured_under_load() {
     };
 
     let text =
-        run("--input-spread 0.5 --max-concurrency 2 --goodput ttft:60000,e2e:60000 --percentiles 50,99").ok();
+        run("--json result.json --input-spread 0.5 --max-concurrency 2 --goodput ttft:60000,e2e:60000 --percentiles 50,99").ok();
     for part in ["6 answered, 0 failed", "requests per second", "TTFT", "TPOT", "ITL", "E2E", "p50", "p99"] {
         assert!(text.contains(part), "no {part:?} in\n{text}");
     }
@@ -62,10 +62,14 @@ fn a_server_is_measured_under_load() {
     assert!(ttft.as_f64().unwrap() > 0.0 && ttft.as_f64() <= e2e.as_f64(), "{figures}");
 
     // Token ids have exact lengths; arrivals at a rate take their time.
-    run("--token-ids 4000 --request-rate 1000 --goodput e2e:0.001").ok();
+    run("--json result.json --token-ids 4000 --request-rate 1000 --goodput e2e:0.001").ok();
     let figures = result();
     assert_eq!((&figures["prompt_tokens"], &figures["output_tokens"]), (&72.into(), &30.into()));
     assert_eq!(figures["good_requests_per_second"], 0.0);
+
+    // For a program that reads standard output.
+    let figures: Value = serde_json::from_str(&run("--json -").ok()).expect("nothing but JSON");
+    assert_eq!(figures["answered"], 6);
 
     let wrong = moeyard(["bench", "serve", &url, "--model", "demo-mixtral", "--api-key", "wrong"]);
     assert_eq!(wrong.code, Some(1), "{}", wrong.stderr);

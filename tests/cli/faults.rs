@@ -137,7 +137,7 @@ fn a_tokenizer_that_cannot_work_is_refused() {
 #[test]
 fn flags_and_keys_that_do_not_exist_are_refused_by_name() {
     let demo = model_dir("demo-mixtral");
-    for flag in ["--rebalance", "--api-key", "--save-placement", "--nonsense"] {
+    for flag in ["--rebalance", "--rebalance-policy", "--save-placement", "--nonsense"] {
         serve(&demo, flag).refused(&[&format!("unexpected argument '{flag}'")]);
     }
     let folder = TempDir::new().unwrap();
@@ -146,6 +146,10 @@ fn flags_and_keys_that_do_not_exist_are_refused_by_name() {
     std::fs::write(&file, "expert-parallel-size = 2\nrebalance = true\n").unwrap();
     let message = serve(&demo, &flags).refused(&["yard.toml:2", "unknown field `rebalance`"]);
     assert!(message.contains("`expert-parallel-size`"), "{message}");
+    std::fs::write(&file, "prot = 80\n").unwrap();
+    serve(&demo, &flags).refused(&["yard.toml:1", "unknown field `prot`", "(did you mean `port`?)"]);
+    std::fs::write(&file, "[metrics]\nexpert_detail = \"expert\"\nmax_series = 100\n").unwrap();
+    serve(&demo, &flags).refused(&["[metrics] expert_detail", "series, more than max_series = 100"]);
     std::fs::write(&file, "dtype = \"fp4\"\n").unwrap();
     serve(&demo, &flags).refused(&["yard.toml:1", "fp4", "bf16"]);
     serve(&demo, "--config /no/such.toml").refused(&["/no/such.toml", "No such file"]);

@@ -113,6 +113,7 @@ fn bad_queries_are_refused_by_name() {
         ("window=86400s", "window", "86400s"),
         ("format=svg", "format", "json or csv"),
         ("layers=3", "layers", "known are window and format"),
+        ("window=60s&window=5s", "window", "given twice"),
     ] {
         let response = server.client().get(&format!("/v1/experts?{query}"));
         let error = response.error();

@@ -107,6 +107,31 @@ fn the_counts_are_those_of_what_was_done() {
 }
 
 #[test]
+fn what_is_turned_away_is_counted_by_reason() {
+    let server = Server::start();
+    let rejections =
+        |reason| server.metric(&format!("moeyard_admission_rejections_total{{reason=\"{reason}\"}}"));
+    let reasons = ["queue_full", "tokens", "draining", "too_long"];
+    assert_eq!(reasons.map(rejections), [0.0; 4], "all are there from the start");
+    // Too long by its tokens, by what it asks for, and by its bytes alone.
+    for fields in [
+        json!({"prompt": vec![5; 600]}),
+        json!({"prompt": [5], "max_tokens": 600}),
+        json!({"prompt": "x".repeat(1 << 20)}),
+    ] {
+        let error = server.complete(fields).error();
+        assert!(
+            error["message"]
+                .as_str()
+                .unwrap()
+                .starts_with("This model's maximum context length is 512 tokens.")
+        );
+    }
+    assert_eq!(server.complete(json!({"prompt": [5], "temperature": -1})).status, 400);
+    assert_eq!(reasons.map(rejections), [0.0, 0.0, 0.0, 3.0], "other refusals are no rejections");
+}
+
+#[test]
 fn expert_load_is_counted_by_rank_layer_and_expert() {
     let server = served();
     for (series, value) in [

@@ -12,7 +12,7 @@ use super::workload::Random;
 use crate::cli::launch::{Needs, Prepared};
 use crate::cli::model::OpenModel;
 use crate::cli::serve::dtype_name;
-use crate::cli::{Settings, progress, write_json};
+use crate::cli::{Settings, progress, show, write_json};
 use crate::engine::request::{Event, FinishReason, Request};
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineHandle, TimingObserver};
@@ -107,7 +107,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let outcome = bench.measure(&work);
     launched.finish(Duration::ZERO, Duration::MAX);
     let (prefill, decode) = outcome?;
-    println!("{}", table(&rows(&prefill, &decode)).trim_end());
+    show(&table(&rows(&prefill, &decode)), arguments.json.as_deref());
     match &arguments.json {
         Some(path) => write_json(path, &report(&prepared, &prefill, &decode)),
         None => Ok(()),

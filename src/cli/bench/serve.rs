@@ -13,7 +13,7 @@ use tokio::time::{sleep_until, timeout};
 use super::client::{Client, Timing};
 use super::report::{Samples, round, table};
 use super::workload::{Length, Random, arrivals};
-use crate::cli::{progress, write_json};
+use crate::cli::{progress, show, write_json};
 use crate::config::secret::Secret;
 use crate::error::{Error, Result};
 
@@ -202,7 +202,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         warm_up(&client, &arguments, &model).await?;
         Ok::<_, Error>((model, load(&client, &arguments, planned).await))
     })?;
-    print!("{}", summary(&arguments, &measured));
+    show(&summary(&arguments, &measured), arguments.json.as_deref());
     if let Some(path) = &arguments.json {
         write_json(path, &report(&arguments, &model, &measured))?;
     }
