@@ -71,8 +71,15 @@ struct Server {
 impl Server {
     async fn accept_all(&self, listener: &TcpListener, graceful: &GracefulShutdown) -> Infallible {
         loop {
-            let connection = connection(accept(listener).await, &self.router, &self.state.options, true);
-            tokio::spawn(finish(graceful.watch(connection)));
+            let socket = accept(listener).await;
+            // A drain may have begun while this task waited; a watched connection would be closed as idle, unanswered.
+            let serving = self.state.shutdown.stage() == Stage::Serving;
+            let connection = connection(socket, &self.router, &self.state.options, serving);
+            if serving {
+                tokio::spawn(finish(graceful.watch(connection)));
+            } else {
+                tokio::spawn(finish(connection));
+            }
         }
     }
 
