@@ -72,6 +72,10 @@ pub enum Error {
     #[error("the engine has stopped: {0}")]
     Stopped(String),
 
+    /// Another server, one that is measured, refused or failed.
+    #[error("{0}")]
+    Remote(String),
+
     /// A file or socket operation failed.
     #[error("{path}: {source}")]
     Io {

@@ -168,8 +168,10 @@ fn exit_code(error: &Error) -> ExitCode {
         | Error::Request { .. }
         | Error::Io { .. }
         | Error::Routing(_) => ExitCode::from(2),
-        Error::Busy { .. } | Error::Device { .. } | Error::Peer { .. } | Error::Stopped(_) => {
-            ExitCode::from(1)
-        }
+        Error::Busy { .. }
+        | Error::Device { .. }
+        | Error::Peer { .. }
+        | Error::Remote(_)
+        | Error::Stopped(_) => ExitCode::from(1),
     }
 }

@@ -145,6 +145,7 @@ impl From<Error> for ApiError {
             | Error::Config { .. }
             | Error::Memory { .. }
             | Error::Io { .. }
+            | Error::Remote(_)
             | Error::Routing(_)) => Self::internal(&other),
         }
     }

@@ -73,7 +73,7 @@ fn a_server_is_measured_under_load() {
 
     let wrong = moeyard(["bench", "serve", &url, "--model", "demo-mixtral", "--api-key", "wrong"]);
     assert_eq!(wrong.code, Some(1), "{}", wrong.stderr);
-    assert!(wrong.stderr.contains("401"), "{}", wrong.stderr);
+    assert!(wrong.stderr.starts_with("error: 401 Unauthorized: "), "{}", wrong.stderr);
 }
 
 #[test]

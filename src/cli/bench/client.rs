@@ -77,11 +77,11 @@ impl Client {
     /// The first model that the server lists.
     ///
     /// # Errors
-    /// [`Error::Io`] when nobody answers, [`Error::Stopped`] with what is wrong with the answer.
+    /// [`Error::Io`] when nobody answers, [`Error::Remote`] with what is wrong with the answer.
     pub(super) async fn first_model(&self) -> Result<String> {
         let answer = self.whole(Method::GET, "/v1/models", Bytes::new()).await?;
         let id = answer["data"][0]["id"].as_str().map(str::to_owned);
-        id.ok_or_else(|| Error::Stopped("the server lists no model: name one with --model".into()))
+        id.ok_or_else(|| Error::Remote("the server lists no model: name one with --model".into()))
     }
 
     /// Sends a request whose answer is one JSON object.
@@ -92,13 +92,13 @@ impl Client {
         if !status.is_success() {
             return Err(refused(status, &bytes));
         }
-        serde_json::from_slice(&bytes).map_err(|e| Error::Stopped(format!("{route} answered no JSON: {e}")))
+        serde_json::from_slice(&bytes).map_err(|e| Error::Remote(format!("{route} answered no JSON: {e}")))
     }
 
     /// Sends a request whose answer is an event stream, and reads it to its end.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Stopped`] when the server refuses, fails half-way, or ends early.
+    /// [`Error::Io`] or [`Error::Remote`] when the server refuses, fails half-way, or ends early.
     pub(super) async fn stream(&self, route: &str, body: &Value) -> Result<Timing> {
         let began = Instant::now();
         let (status, mut body, connection) =
@@ -112,7 +112,7 @@ impl Client {
         let mut answer = Answer::default();
         while !answer.done {
             let Some(frame) = body.frame().await else { break };
-            let frame = frame.map_err(|e| Error::Stopped(format!("the stream broke: {e}")))?;
+            let frame = frame.map_err(|e| Error::Remote(format!("the stream broke: {e}")))?;
             let arrived = began.elapsed();
             for event in events.take(frame.data_ref().map_or(&[], |data| data))? {
                 answer.take(&event, arrived)?;
@@ -141,7 +141,7 @@ impl Client {
         }
         let request = request.body(Full::new(body)).map_err(|e| Error::config("request", e.to_string()))?;
         let response = connection.send_request(request).await;
-        let response = response.map_err(|e| Error::Stopped(format!("the server gave no answer: {e}")))?;
+        let response = response.map_err(|e| Error::Remote(format!("the server gave no answer: {e}")))?;
         let (head, body) = response.into_parts();
         Ok((head.status, body, connection))
     }
@@ -162,7 +162,7 @@ impl Client {
         let _ = socket.set_nodelay(true);
         let (sender, connection) = handshake(TokioIo::new(socket))
             .await
-            .map_err(|e| Error::Stopped(format!("{}:{} speaks no HTTP: {e}", self.host, self.port)))?;
+            .map_err(|e| Error::Remote(format!("{}:{} speaks no HTTP: {e}", self.host, self.port)))?;
         tokio::spawn(async move {
             // Its failures are seen by the request that it carries.
             let _ = connection.await;
@@ -179,7 +179,7 @@ impl Client {
 
 async fn collect(body: Incoming) -> Result<Bytes> {
     let whole = Limited::new(body, MAX_TEXT_BYTES).collect().await;
-    Ok(whole.map_err(|e| Error::Stopped(format!("the answer broke: {e}")))?.to_bytes())
+    Ok(whole.map_err(|e| Error::Remote(format!("the answer broke: {e}")))?.to_bytes())
 }
 
 /// What a server said instead of answering.
@@ -187,7 +187,7 @@ fn refused(status: http::StatusCode, body: &[u8]) -> Error {
     let message = serde_json::from_slice::<Value>(body).ok();
     let message = message.and_then(|json| json["error"]["message"].as_str().map(str::to_owned));
     let message = message.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned());
-    Error::Stopped(format!("{status}: {}", message.chars().take(MAX_ERROR_CHARS).collect::<String>()))
+    Error::Remote(format!("{status}: {}", message.chars().take(MAX_ERROR_CHARS).collect::<String>()))
 }
 
 /// Cuts a byte stream into the data of its events.
@@ -203,7 +203,7 @@ impl Events {
             if byte != b'\n' {
                 self.line.push(byte);
                 if self.line.len() > MAX_TEXT_BYTES {
-                    return Err(Error::Stopped(format!(
+                    return Err(Error::Remote(format!(
                         "a line of the stream exceeds {MAX_TEXT_BYTES} bytes"
                     )));
                 }
@@ -237,10 +237,10 @@ impl Answer {
             return Ok(());
         }
         let chunk: Value =
-            serde_json::from_str(event).map_err(|e| Error::Stopped(format!("an event is no JSON: {e}")))?;
+            serde_json::from_str(event).map_err(|e| Error::Remote(format!("an event is no JSON: {e}")))?;
         if let Some(error) = chunk.get("error").filter(|error| !error.is_null()) {
             let message = error["message"].as_str().unwrap_or("(no message)");
-            return Err(Error::Stopped(message.chars().take(MAX_ERROR_CHARS).collect()));
+            return Err(Error::Remote(message.chars().take(MAX_ERROR_CHARS).collect()));
         }
         if let Some(usage) = chunk["usage"].as_object() {
             let count = |key| usage.get(key).and_then(Value::as_u64).map(|n| n as usize);
@@ -261,10 +261,10 @@ impl Answer {
 
     fn timing(mut self, total: Duration) -> Result<Timing> {
         if !self.done {
-            return Err(Error::Stopped("the stream ended without [DONE]".into()));
+            return Err(Error::Remote("the stream ended without [DONE]".into()));
         }
         if self.latest.is_none() {
-            return Err(Error::Stopped("the stream held no text".into()));
+            return Err(Error::Remote("the stream held no text".into()));
         }
         self.timing.total_s = total.as_secs_f64();
         self.timing.prompt_tokens = self.usage.map(|(prompt, _)| prompt);

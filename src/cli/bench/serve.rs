@@ -208,7 +208,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     }
     match measured.errors.first() {
         Some(error) if measured.answers.is_empty() => {
-            Err(Error::Stopped(format!("all {} requests failed: {error}", measured.errors.len())))
+            Err(Error::Remote(format!("all {} requests failed: {error}", measured.errors.len())))
         }
         _ => Ok(()),
     }
@@ -300,7 +300,7 @@ async fn load(client: &Arc<Client>, arguments: &Arguments, planned: Vec<Planned>
                 None => None,
             };
             let answer = timeout(patience, client.stream(route, &body)).await;
-            answer.unwrap_or_else(|_| Err(Error::Stopped(format!("no whole answer within {patience:?}"))))
+            answer.unwrap_or_else(|_| Err(Error::Remote(format!("no whole answer within {patience:?}"))))
         });
     }
     let (mut answers, mut errors) = (Vec::new(), Vec::new());
