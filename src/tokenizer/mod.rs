@@ -5,6 +5,7 @@
 
 pub mod chat;
 mod files;
+pub mod grammar;
 mod guard;
 mod pieces;
 mod pyjson;
@@ -16,6 +17,7 @@ mod stream;
 
 pub use chat::{ChatError, ChatInput, ChatTemplate};
 pub use files::TokenizerFiles;
+pub use grammar::{Grammar, GrammarSource, GrammarStart, GrammarState, Grammars};
 pub use stop::{Scan, StopMatcher};
 pub use stream::Detokenizer;
 
