@@ -325,8 +325,9 @@ impl Scheduler {
                         self.counters.nonfinite_logits += 1;
                         FinishReason::Error(error.to_string())
                     }
-                    RowError::Constraint { .. } => FinishReason::Error(error.to_string()),
-                    RowError::NothingAllowed { .. } => FinishReason::Refused(error.to_string()),
+                    RowError::Constraint { .. } | RowError::NothingAllowed { .. } => {
+                        FinishReason::Refused(error.to_string())
+                    }
                 };
                 return self.finish_running(dp_rank, job.request_id, reason);
             }

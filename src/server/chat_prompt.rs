@@ -10,6 +10,7 @@ use super::fields::Fields;
 use super::messages::Messages;
 use super::state::{AppState, INLINE_BYTES};
 use crate::tokenizer::chat::{TemplateValue, from_json};
+use crate::tokenizer::turn::TurnStyle;
 use crate::tokenizer::{ChatError, ChatInput, ChatTemplate, Tokenizer};
 
 /// Longest template a request may bring, in bytes.
@@ -95,6 +96,11 @@ impl ChatPrompt {
             add_special_tokens,
             bytes,
         })
+    }
+
+    /// How the model writes its turn, by the template in use; `None` when it writes text and nothing else.
+    pub fn style(&self, state: &AppState) -> Option<TurnStyle> {
+        TurnStyle::of(self.template.as_deref().or(state.tokenizer.chat_template())?)
     }
 
     /// Renders and tokenises.

@@ -17,8 +17,10 @@ use super::request::{CompletionRequest, DEFAULT_MAX_TOKENS, Prompts};
 use super::sequences::{Common, Sequences};
 use super::sse;
 use super::state::{AppState, unix_seconds};
+use super::structured::Structured;
 use super::transcript::{Piece, Prompt};
 use super::types::{Choice, Completion, SYSTEM_FINGERPRINT, Usage};
+use crate::tokenizer::GrammarStart;
 
 /// Continues the prompts, as one object or as a stream of chunks.
 pub async fn create(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
@@ -42,6 +44,13 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
     drop(body);
     let model = state.model_name(asked.model.as_deref())?;
     let prompts = tokenize(state, &mut asked).await?;
+    let structured = match asked.structured.take() {
+        None => None,
+        Some(rules) => {
+            let grammar = state.compiler.compile(rules, &state.tokenizer, &state.eos_token_ids).await?;
+            Some(Structured { grammar, start: GrammarStart::default() })
+        }
+    };
     let common = Common {
         endpoint: Endpoint::Completions,
         generation: &asked.generation,
@@ -49,6 +58,8 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
         default_max_tokens: DEFAULT_MAX_TOKENS,
         logprobs: asked.logprobs,
         echo: asked.echo,
+        structured: structured.as_ref(),
+        kept_tokens: Vec::new(),
     };
     let sequences = Sequences::start(state, prompts, common)?;
     let teller = Teller {
@@ -131,21 +142,12 @@ async fn collect(teller: &Teller, mut sequences: Sequences) -> Result<Response, 
     let mut usage = Usage::default();
     while let Some((index, piece)) = sequences.next().await {
         let piece = piece?;
-        add_usage(&mut usage, &sequences, index, &piece);
+        sequences.add_usage(&mut usage, index, &piece);
         wholes[index].append(piece);
     }
     let choice = |(index, whole)| teller.choice(index, sequences.prompt(index), whole);
     let choices = wholes.into_iter().enumerate().map(choice).collect();
     Ok(Json(teller.completion(choices, Some(Some(usage)))).into_response())
-}
-
-/// A prompt counts once, whatever the number of its choices.
-fn add_usage(usage: &mut Usage, sequences: &Sequences, index: usize, piece: &Piece) {
-    let Some(end) = &piece.end else { return };
-    let prompt_tokens = sequences.prompt(index).tokens.len();
-    let (prompt_tokens, cached_tokens) =
-        if sequences.leads(index) { (prompt_tokens, end.cached_tokens) } else { (0, 0) };
-    usage.add(prompt_tokens, end.completion_tokens, cached_tokens);
 }
 
 /// The chunks of a streamed answer.
@@ -163,7 +165,7 @@ impl CompletionStream {
     }
 
     fn chunk(&mut self, index: usize, piece: Piece) -> String {
-        add_usage(&mut self.usage, &self.sequences, index, &piece);
+        self.sequences.add_usage(&mut self.usage, index, &piece);
         self.told[index] += piece.tokens.len();
         let prompt = self.sequences.prompt(index);
         let stream = self.teller.asked.generation.stream.expect("only streams have chunks");

@@ -170,6 +170,8 @@ pub enum Neutral {
     Bool(bool),
     /// This number.
     Number(f64),
+    /// This string.
+    Text(&'static str),
     /// An empty string, list or object.
     Empty,
 }
@@ -180,6 +182,7 @@ impl Neutral {
             Neutral::Null => false,
             Neutral::Bool(value) => serde_json::from_str(raw).is_ok_and(|given: bool| given == value),
             Neutral::Number(value) => serde_json::from_str(raw).is_ok_and(|given: f64| given == value),
+            Neutral::Text(text) => serde_json::from_str(raw).is_ok_and(|given: String| given == text),
             // By its text, which is valid JSON: parsing a large map would only cost memory.
             Neutral::Empty if raw.starts_with(['[', '{']) => raw[1..raw.len() - 1].trim().is_empty(),
             Neutral::Empty => raw == "\"\"",
@@ -191,6 +194,7 @@ impl Neutral {
             Neutral::Null => "it must be absent or null".into(),
             Neutral::Bool(value) => format!("it must be {value}"),
             Neutral::Number(value) => format!("it must be {value}"),
+            Neutral::Text(text) => format!("it must be {text:?}"),
             Neutral::Empty => "it must be empty".into(),
         }
     }

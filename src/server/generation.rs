@@ -38,8 +38,6 @@ const MAX_REQUEST_ID: usize = 128;
 const UNSUPPORTED: &[Unsupported] = &[
     Unsupported { name: "use_beam_search", neutral: Neutral::Bool(false) },
     Unsupported { name: "length_penalty", neutral: Neutral::Number(1.0) },
-    Unsupported { name: "response_format", neutral: Neutral::Null },
-    Unsupported { name: "structured_outputs", neutral: Neutral::Null },
     Unsupported { name: "guided_json", neutral: Neutral::Null },
     Unsupported { name: "guided_regex", neutral: Neutral::Null },
     Unsupported { name: "guided_choice", neutral: Neutral::Null },

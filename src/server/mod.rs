@@ -19,7 +19,10 @@ mod request;
 mod messages;
 mod tools;
 mod chat_prompt;
+mod chat_request;
+mod structured;
 mod completions;
+mod chat;
 mod tokenize;
 mod models;
 // and back
@@ -29,6 +32,7 @@ mod logprobs;
 mod npy;
 mod sse;
 mod types;
+mod chat_types;
 mod error;
 mod id;
 // what operators see

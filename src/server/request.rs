@@ -3,6 +3,7 @@
 use super::error::ApiError;
 use super::fields::{Fields, Neutral, Unsupported, typed};
 use super::generation::{Generation, MAX_LOGPROBS, SamplingDefaults};
+use super::structured::{self, Asked};
 
 /// Tokens generated when the client does not say: OpenAI's default.
 pub const DEFAULT_MAX_TOKENS: usize = 16;
@@ -27,6 +28,8 @@ pub struct CompletionRequest {
     pub logprobs: Option<usize>,
     /// The text begins with the prompt, and so do its log-probabilities.
     pub echo: bool,
+    /// Rules of the text.
+    pub structured: Option<Asked>,
     /// Encode with the tokens the tokenizer puts around a text (BOS).
     pub add_special_tokens: bool,
 }
@@ -56,7 +59,9 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let echo = fields.boolean("echo")?.unwrap_or(false);
         let least = if echo { 0 } else { 1 };
+        let structured = structured::take(&mut fields)?;
         let request = CompletionRequest {
+            structured,
             model: fields.take("model", "a string")?,
             prompts: prompts(&mut fields)?,
             max_tokens: fields.integer("max_tokens", least, u32::MAX.into())?.map(|n| n as usize),

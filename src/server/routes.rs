@@ -13,12 +13,13 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::state::AppState;
-use super::{auth, completions, experts, models, operators, request_id, tokenize};
+use super::{auth, chat, completions, experts, models, operators, request_id, tokenize};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

@@ -14,7 +14,9 @@ use super::generation::{Generation, Truncation};
 use super::metrics::{Endpoint, Metrics, Outcome};
 use super::shutdown::{Shutdown, Stage};
 use super::state::AppState;
+use super::structured::Structured;
 use super::transcript::{Piece, Prompt, Rules, Transcript};
+use super::types::Usage;
 use crate::engine::RequestStream;
 use crate::engine::request::{Capture, Event, Request};
 
@@ -23,7 +25,7 @@ use crate::engine::request::{Capture, Event, Request};
 const PIECES_AHEAD: usize = 32;
 
 /// What the sequences of one HTTP request have in common.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Common<'a> {
     /// Where they were asked for, for the metrics.
     pub endpoint: Endpoint,
@@ -37,6 +39,10 @@ pub struct Common<'a> {
     pub logprobs: Option<usize>,
     /// The text begins with the prompt, and so do its log-probabilities.
     pub echo: bool,
+    /// A grammar that every text follows.
+    pub structured: Option<&'a Structured>,
+    /// Special tokens that are part of the text all the same.
+    pub kept_tokens: Vec<u32>,
 }
 
 /// A piece, and the number of its sequence: choice k of prompt p is `p * n + k`.
@@ -57,6 +63,7 @@ pub struct Sequences {
 impl Sequences {
     /// Submits the choices of every prompt. When one is refused, none runs.
     pub fn start(state: &AppState, mut prompts: Vec<Prompt>, common: Common<'_>) -> Result<Self, ApiError> {
+        let common = &common;
         let generation = common.generation;
         generation.check(&state.tokenizer)?;
         let (max_model_len, most) =
@@ -113,9 +120,13 @@ impl Sequences {
         &self.prompts[index / self.n]
     }
 
-    /// The first sequence of its prompt, which stands for it in the usage.
-    pub fn leads(&self, index: usize) -> bool {
-        index.is_multiple_of(self.n)
+    /// Counts a sequence that `piece` ends. A prompt counts once, whatever the number of its choices.
+    pub fn add_usage(&self, usage: &mut Usage, index: usize, piece: &Piece) {
+        let Some(end) = &piece.end else { return };
+        let prompt_tokens = self.prompt(index).tokens.len();
+        let leads = index.is_multiple_of(self.n);
+        let (prompt_tokens, cached_tokens) = if leads { (prompt_tokens, end.cached_tokens) } else { (0, 0) };
+        usage.add(prompt_tokens, end.completion_tokens, cached_tokens);
     }
 
     /// How many there are.
@@ -162,7 +173,7 @@ impl Sequences {
 }
 
 /// Keeps the end of a prompt, as far as `truncate_prompt_tokens` says.
-fn truncate(prompt: &mut Prompt, common: Common<'_>, max_model_len: usize) {
+fn truncate(prompt: &mut Prompt, common: &Common<'_>, max_model_len: usize) {
     let keep = match common.generation.truncate {
         None => return,
         Some(Truncation::Keep(keep)) => keep,
@@ -174,22 +185,27 @@ fn truncate(prompt: &mut Prompt, common: Common<'_>, max_model_len: usize) {
     }
 }
 
-fn rules(state: &AppState, common: Common<'_>) -> Rules {
+fn rules(state: &AppState, common: &Common<'_>) -> Rules {
     let generation = common.generation;
     Rules {
         stop: generation.stop.clone(),
         include_stop: generation.include_stop,
         stop_token_ids: generation.stop_token_ids.clone(),
-        eos_token_ids: if generation.ignore_eos { Vec::new() } else { state.eos_token_ids.clone() },
+        // A grammar's end is the text's, whatever else may follow an EOS.
+        eos_token_ids: match generation.ignore_eos && common.structured.is_none() {
+            true => Vec::new(),
+            false => state.eos_token_ids.clone(),
+        },
         min_tokens: generation.min_tokens(),
         skip_special_tokens: generation.skip_special_tokens,
+        kept_tokens: common.kept_tokens.clone(),
         echo: common.echo,
     }
 }
 
 /// One choice of `prompt`, but for its sampling.
-fn engine_request(prompt: &Prompt, common: Common<'_>, rules: &Rules, max_model_len: usize) -> Request {
-    let Common { generation, max_tokens, default_max_tokens, logprobs, echo, .. } = common;
+fn engine_request(prompt: &Prompt, common: &Common<'_>, rules: &Rules, max_model_len: usize) -> Request {
+    let &Common { generation, max_tokens, default_max_tokens, logprobs, echo, .. } = common;
     // A default that was not asked for bends to what the context leaves; a full context is refused by the engine.
     let room = max_model_len.saturating_sub(prompt.tokens.len()).max(1);
     let max_tokens = max_tokens.unwrap_or(default_max_tokens.min(room));
@@ -197,6 +213,7 @@ fn engine_request(prompt: &Prompt, common: Common<'_>, rules: &Rules, max_model_
         stop_tokens: rules.eos_token_ids.iter().chain(&rules.stop_token_ids).copied().collect(),
         logprobs,
         prompt_logprobs: generation.prompt_logprobs.max(logprobs.filter(|_| echo)),
+        constraint: common.structured.map(Structured::constraint),
         capture: Capture { routing: generation.routed_experts, ..Capture::default() },
         priority: generation.priority,
         cache_salt: generation.cache_salt.clone(),
@@ -214,7 +231,7 @@ struct Cut {
 }
 
 impl Cut {
-    fn of(common: Common<'_>) -> Self {
+    fn of(common: &Common<'_>) -> Self {
         let generation = common.generation;
         match generation.stream {
             // One object is made of one piece per sequence.

@@ -11,6 +11,7 @@ use super::metrics::Metrics;
 use super::options::ServerOptions;
 use super::request::Prompts;
 use super::shutdown::{Shutdown, Stage};
+use super::structured::Compiler;
 use crate::engine::EngineHandle;
 use crate::error::CONTEXT_PHRASE;
 use crate::tokenizer::Tokenizer;
@@ -57,6 +58,8 @@ pub struct AppState {
     /// Bytes of a text that cannot fit the context, whatever is in it.
     hopeless_bytes: usize,
     tokenizing: Arc<Semaphore>,
+    /// Of grammars.
+    pub(super) compiler: Compiler,
 }
 
 impl AppState {
@@ -71,6 +74,7 @@ impl AppState {
                 .saturating_mul(longest_token.unwrap_or(1).max(1))
                 .saturating_mul(NORMALIZER_SHRINKAGE),
             tokenizing: Arc::new(Semaphore::new(setup.options.tokenize_threads.max(1))),
+            compiler: Compiler::default(),
             created: unix_seconds(),
             engine: setup.engine,
             tokenizer: setup.tokenizer,

@@ -112,7 +112,6 @@ fn function(path: &str, raw: &str) -> Result<Function, ApiError> {
 }
 
 /// Takes `tool_choice` off a request.
-#[cfg_attr(not(test), expect(dead_code, reason = "chat completions take it"))]
 pub fn choice(fields: &mut Fields<'_>, tools: Option<&Tools>) -> Result<ToolChoice, ApiError> {
     const EXPECTED: &str = "none, auto, required or {\"type\": \"function\", \"function\": {\"name\": ...}}";
     let choice = match fields.raw("tool_choice") {

@@ -25,6 +25,8 @@ pub struct Rules {
     pub min_tokens: usize,
     /// Special tokens are no part of the text.
     pub skip_special_tokens: bool,
+    /// But these are.
+    pub kept_tokens: Vec<u32>,
     /// The text begins with the prompt.
     pub echo: bool,
 }
@@ -106,7 +108,8 @@ impl Transcript {
     /// [`crate::Error::Request`] for a stop string that can never be matched.
     pub fn new(tokenizer: Arc<Tokenizer>, rules: Arc<Rules>, prompt: Arc<Prompt>) -> Result<Self> {
         Ok(Transcript {
-            detokenizer: Detokenizer::continuing(&tokenizer, rules.skip_special_tokens),
+            detokenizer: Detokenizer::continuing(&tokenizer, rules.skip_special_tokens)
+                .keeping(&rules.kept_tokens),
             tokenizer,
             stops: StopMatcher::new(&rules.stop)?,
             rules,

@@ -14,6 +14,7 @@ mod special;
 mod stop;
 mod strftime;
 mod stream;
+pub mod turn;
 
 pub use chat::{ChatError, ChatInput, ChatTemplate};
 pub use files::TokenizerFiles;

@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub struct Detokenizer {
     pieces: Arc<Pieces>,
     skip_special: bool,
+    /// Special tokens that are not dropped; few.
+    kept: Box<[u32]>,
     unfinished: Unfinished,
     /// No token has contributed yet.
     at_start: bool,
@@ -31,12 +33,24 @@ impl Detokenizer {
     pub fn new(tokenizer: &Tokenizer, skip_special: bool) -> Detokenizer {
         let pieces = Arc::clone(&tokenizer.pieces);
         let strip_left = pieces.rules.strip_start.map_or(0, |(_, count)| count);
-        Detokenizer { pieces, skip_special, unfinished: Unfinished::default(), at_start: true, strip_left }
+        Detokenizer {
+            pieces,
+            skip_special,
+            kept: Box::default(),
+            unfinished: Unfinished::default(),
+            at_start: true,
+            strip_left,
+        }
     }
 
     /// A stream that continues a text: what only happens at the start of one is behind it.
     pub fn continuing(tokenizer: &Tokenizer, skip_special: bool) -> Detokenizer {
         Detokenizer { at_start: false, strip_left: 0, ..Detokenizer::new(tokenizer, skip_special) }
+    }
+
+    /// The same stream, with these special tokens left in the text.
+    pub fn keeping(self, tokens: &[u32]) -> Detokenizer {
+        Detokenizer { kept: tokens.into(), ..self }
     }
 
     /// Takes the next token and returns the text it completes, which may be empty.
@@ -55,7 +69,8 @@ impl Detokenizer {
 
     /// [`Detokenizer::push`], appending to `text`.
     pub(super) fn push_to(&mut self, token: u32, text: &mut String) {
-        let Some(piece) = self.pieces.get(token).filter(|piece| !(self.skip_special && piece.special)) else {
+        let drops = self.skip_special && !self.kept.contains(&token);
+        let Some(piece) = self.pieces.get(token).filter(|piece| !(drops && piece.special)) else {
             return;
         };
         let rules = &self.pieces.rules;

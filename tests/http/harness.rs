@@ -31,7 +31,7 @@ pub struct Config {
     pub pause: Duration,
     pub fault: Fault,
     pub load: Option<Arc<dyn LoadSource>>,
-    /// Instead of the demo checkpoint's.
+    /// Instead of the demo checkpoint's; an empty one is none.
     pub chat_template: Option<&'static str>,
 }
 
@@ -204,7 +204,7 @@ fn tokenizer(chat_template: Option<&str>) -> Tokenizer {
         checkpoint: "demo-mixtral",
         tokenizer_json: Some(&tokenizer),
         tokenizer_config: Some(&config),
-        chat_template: Some(&template),
+        chat_template: (!template.is_empty()).then_some(&template[..]),
         ..TokenizerFiles::default()
     };
     Tokenizer::from_parts(&files, 4096).expect("tokenizer")

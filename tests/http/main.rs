@@ -4,6 +4,7 @@ mod client;
 mod harness;
 
 mod auth;
+mod chat;
 mod completions;
 mod disconnects;
 mod errors;
@@ -14,4 +15,5 @@ mod metrics;
 mod pressure;
 mod routes;
 mod shutdown;
+mod structured;
 mod tokenize;

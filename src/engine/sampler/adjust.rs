@@ -47,7 +47,9 @@ impl Adjuster {
                 self.exclude(last);
             }
         }
-        stops.iter().for_each(|&token| self.exclude(token));
+        if !(request.constraint.is_some() && self.leaves_only(stops)) {
+            stops.iter().for_each(|&token| self.exclude(token));
+        }
         for &(token, bias) in &sampling.logit_bias {
             self.logits[token as usize] += bias;
         }
@@ -75,6 +77,12 @@ impl Adjuster {
         if let Some(logit) = self.logits.get_mut(token as usize) {
             *logit = f32::NEG_INFINITY;
         }
+    }
+
+    /// Nothing but these tokens can be chosen: a grammar is complete, which goes before `min_tokens`.
+    fn leaves_only(&self, tokens: &[u32]) -> bool {
+        let left = (0u32..).zip(&self.logits).filter(|&(_, &logit)| logit != f32::NEG_INFINITY);
+        !tokens.is_empty() && left.into_iter().all(|(id, _)| tokens.contains(&id))
     }
 
     fn constrain(&mut self, request: &Request, position: u32, generated: &[u32]) -> Result<(), RowError> {
