@@ -213,7 +213,7 @@ fn engine_request(prompt: &Prompt, common: &Common<'_>, rules: &Rules, max_model
         stop_tokens: rules.eos_token_ids.iter().chain(&rules.stop_token_ids).copied().collect(),
         logprobs,
         prompt_logprobs: generation.prompt_logprobs.max(logprobs.filter(|_| echo)),
-        constraint: common.structured.map(Structured::constraint),
+        constraint: common.structured.map(|structured| structured.constraint(max_tokens)),
         capture: Capture { routing: generation.routed_experts, ..Capture::default() },
         priority: generation.priority,
         cache_salt: generation.cache_salt.clone(),

@@ -48,9 +48,9 @@ pub struct Structured {
 }
 
 impl Structured {
-    /// The rule of one more text.
-    pub fn constraint(&self) -> Arc<dyn Constraint> {
-        Arc::new(self.grammar.follow(self.start.clone()))
+    /// The rule of one more text of at most `max_tokens`.
+    pub fn constraint(&self, max_tokens: usize) -> Arc<dyn Constraint> {
+        Arc::new(self.grammar.follow(self.start.clone(), max_tokens))
     }
 }
 

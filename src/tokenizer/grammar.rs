@@ -15,12 +15,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Compiled grammars kept for the next request with the same one; the least recently used goes first.
 const CACHED: usize = 32;
+/// Tokens, beyond those that closing takes from the start, at which a text that must end begins to close.
+const CLOSING_MARGIN: usize = 12;
+/// No text takes more tokens to close, as far as is looked.
+const MAX_CLOSING: usize = 256;
 /// Longest source in bytes.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// States of one sequence's lexer, about 2 KiB each.
 const MAX_LEXER_STATES: usize = 20_000;
 /// White space between the parts of a JSON text: bounded, so that a model cannot go on with it for ever.
-const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,16}";
 
 /// What a text is to follow.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,6 +89,8 @@ pub struct Grammars {
     factory: ParserFactory,
     /// Tokens that end a text.
     eos: Arc<[u32]>,
+    /// How soon each token leads to the end of a text: low ones first. `[vocab]`.
+    haste: Arc<[u16]>,
     /// Most recently used first. A std lock: held for look-ups, never while compiling.
     cache: Mutex<Vec<([u8; 32], Grammar)>>,
 }
@@ -99,6 +105,8 @@ impl Grammars {
         let eos: Arc<[u32]> = eos.iter().copied().filter(|&id| (id as usize) < size).collect();
         let Some(&first) = eos.first() else { return Err("this model has no token that ends a text".into()) };
         let words: Vec<Vec<u8>> = (0..size as u32).map(|id| word(tokenizer, id)).collect();
+        let mut haste: Vec<u16> = words.iter().map(|word| haste(word)).collect();
+        eos.iter().for_each(|&id| haste[id as usize] = 0);
         let trie = TokTrie::from(&TokRxInfo::new(size as u32, first), &words).with_eos_tokens(&eos);
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let capabilities = InferenceCapabilities::default();
@@ -109,7 +117,7 @@ impl Grammars {
         let limits = factory.limits_mut();
         limits.max_lexer_states = MAX_LEXER_STATES;
         limits.verbose_errors = false;
-        Ok(Grammars { factory, eos, cache: Mutex::new(Vec::new()) })
+        Ok(Grammars { factory, eos, haste: haste.into(), cache: Mutex::new(Vec::new()) })
     }
 
     /// Compiles a grammar, or takes it from the cache. Takes up to some hundred milliseconds.
@@ -136,7 +144,12 @@ impl Grammars {
             Ok(matcher)
         }));
         let matcher = compiled.map_err(|error| first_lines(&error.to_string()))?;
-        let grammar = Grammar { matcher: Arc::new(Mutex::new(matcher)), eos: Arc::clone(&self.eos) };
+        let grammar = Grammar {
+            closing: closing_tokens(matcher.deep_clone(), &self.haste),
+            matcher: Arc::new(Mutex::new(matcher)),
+            eos: Arc::clone(&self.eos),
+            haste: Arc::clone(&self.haste),
+        };
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         cache.insert(0, (key, grammar.clone()));
         cache.truncate(CACHED);
@@ -174,6 +187,9 @@ pub struct Grammar {
     /// At its start; only copied from.
     matcher: Arc<Mutex<Matcher>>,
     eos: Arc<[u32]>,
+    haste: Arc<[u16]>,
+    /// Tokens of a short text, its end included.
+    closing: usize,
 }
 
 impl fmt::Debug for Grammar {
@@ -184,11 +200,14 @@ impl fmt::Debug for Grammar {
 
 impl Grammar {
     /// A text that begins to follow the grammar where `start` says. It shares nothing with other texts, so that none can
-    /// use up another's limits.
-    pub fn follow(&self, start: GrammarStart) -> GrammarState {
+    /// use up another's limits. When few of its `max_tokens` are left it is led to its end by a short way, so that a text
+    /// is whole wherever its grammar has one of that length.
+    pub fn follow(&self, start: GrammarStart, max_tokens: usize) -> GrammarState {
         let matcher = self.matcher.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
         GrammarState {
             eos: Arc::clone(&self.eos),
+            haste: Arc::clone(&self.haste),
+            close_at: max_tokens.saturating_sub(self.closing + CLOSING_MARGIN + start.after.len()),
             start,
             progress: Mutex::new(Progress { matcher, seen: 0, free: None }),
         }
@@ -207,6 +226,9 @@ pub struct GrammarStart {
 /// The grammar of one text.
 pub struct GrammarState {
     eos: Arc<[u32]>,
+    haste: Arc<[u16]>,
+    /// Tokens after which the text is led to its end.
+    close_at: usize,
     start: GrammarStart,
     /// A std lock: one thread at a time asks, so nobody waits.
     progress: Mutex<Progress>,
@@ -236,6 +258,10 @@ impl GrammarState {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         if !progress.find_start(&self.start, generated) {
             self.eos.iter().for_each(|&id| set(allowed, id, false));
+            if generated.len() >= self.close_at {
+                allowed.fill(0);
+                set(allowed, self.start.next_after(generated), true);
+            }
             return Ok(());
         }
         let fresh = &generated[progress.seen..];
@@ -252,8 +278,68 @@ impl GrammarState {
         {
             set(allowed, opener, true);
         }
+        if generated.len() >= self.close_at {
+            keep_hastiest(allowed, &self.haste);
+        }
         Ok(())
     }
+}
+
+impl GrammarStart {
+    /// The token that comes next in the run that ends thoughts, as far as the text has come with it.
+    fn next_after(&self, generated: &[u32]) -> u32 {
+        let begun = (0..self.after.len()).rev().find(|&n| generated.ends_with(&self.after[..n]));
+        self.after[begun.expect("every text ends with nothing")]
+    }
+}
+
+/// How soon a token leads to the end of a text, judged by its bytes: closing marks first, then what parts values, then
+/// values, of which longer pieces come sooner; opening marks and white space last.
+fn haste(word: &[u8]) -> u16 {
+    let class = match word {
+        [b'}' | b']'] => 1,
+        [b'"'] => 2,
+        [b',' | b':'] => 3,
+        [digit] if digit.is_ascii_digit() => 4,
+        [] | [b' ' | b'\n' | b'\r' | b'\t', ..] => 8,
+        [b'{' | b'['] => 7,
+        [first, ..] if first.is_ascii_alphanumeric() => 5,
+        _ => 6,
+    };
+    class << 8 | (255 - word.len().min(255) as u16)
+}
+
+/// Leaves only those of the allowed tokens that lead to the end soonest.
+fn keep_hastiest(allowed: &mut [u32], haste: &[u16]) {
+    let is_set = |allowed: &[u32], id: usize| allowed[id / 32] >> (id % 32) & 1 == 1;
+    let known = haste.len().min(allowed.len() * 32);
+    let best = (0..known).filter(|&id| is_set(allowed, id)).map(|id| haste[id]).min();
+    for (id, &rank) in haste[..known].iter().enumerate() {
+        if Some(rank) > best {
+            set(allowed, id as u32, false);
+        }
+    }
+}
+
+/// Tokens of a short text, its end included; [`MAX_CLOSING`] when none is found that is shorter.
+fn closing_tokens(mut matcher: Matcher, haste: &[u16]) -> usize {
+    let mut allowed = vec![0; haste.len().div_ceil(32)];
+    for count in 1..MAX_CLOSING {
+        let Ok(mask) = matcher.compute_mask_or_eos() else { return MAX_CLOSING };
+        let words = mask.as_slice();
+        allowed.iter_mut().enumerate().for_each(|(at, word)| *word = words.get(at).copied().unwrap_or(0));
+        keep_hastiest(&mut allowed, haste);
+        let Some(id) = (0..haste.len()).find(|&id| allowed[id / 32] >> (id % 32) & 1 == 1) else {
+            return MAX_CLOSING;
+        };
+        if haste[id] == 0 {
+            return count;
+        }
+        if matcher.consume_token(id as u32).is_err() {
+            return MAX_CLOSING;
+        }
+    }
+    MAX_CLOSING
 }
 
 impl Progress {
@@ -355,7 +441,7 @@ mod tests {
         for (source, holds) in cases {
             let grammar = grammars.compile(&source).unwrap();
             for step in [1usize, 3, 7, 11, 29] {
-                let state = grammar.follow(GrammarStart::default());
+                let state = grammar.follow(GrammarStart::default(), 100_000);
                 let calls = std::cell::Cell::new(0);
                 let text = walk(&tokenizer, &state, |allowed| {
                     calls.set(calls.get() + step);
@@ -371,29 +457,60 @@ mod tests {
         }
     }
 
+    /// A string without an end of its own, in an object within a list: the text is whole all the same.
+    #[test]
+    fn a_text_is_closed_before_its_tokens_run_out() {
+        let tokenizer = tokenizer();
+        let grammars = Grammars::new(&tokenizer, &[EOS]).unwrap();
+        let schema = json!({"type": "object", "required": ["list", "last"], "additionalProperties": false, "properties": {
+            "list": {"type": "array", "items": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}},
+            "last": {"type": "number"}}});
+        let grammar = grammars.compile(&GrammarSource::JsonSchema(schema)).unwrap();
+        for (step, max_tokens) in [(1usize, 60usize), (7, 100), (31, 200), (5, 400)] {
+            let state = grammar.follow(GrammarStart::default(), max_tokens);
+            let calls = std::cell::Cell::new(0);
+            let text = walk(&tokenizer, &state, |allowed| {
+                calls.set(calls.get() + 1);
+                // Never ends by itself.
+                let others: Vec<u32> =
+                    allowed.iter().copied().filter(|&id| id != EOS || allowed.len() == 1).collect();
+                others[calls.get() * step * 13 % others.len()]
+            });
+            assert!(calls.get() <= max_tokens, "{} tokens of {max_tokens}: {text}", calls.get());
+            let value: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+            assert!(value["list"].is_array() && value["last"].is_number(), "{text}");
+        }
+        // Thoughts are ended in time too.
+        let start = GrammarStart { after: vec![70, 71], unless_begun_by: None };
+        let state = grammar.follow(start, 100);
+        assert_eq!(allowed(&state, &[90; 99]), [70]);
+        let begun = [&[90; 98][..], &[70]].concat();
+        assert_eq!(allowed(&state, &begun), [71]);
+    }
+
     #[test]
     fn thoughts_come_first_and_are_free() {
         let tokenizer = tokenizer();
         let grammars = Grammars::new(&tokenizer, &[EOS]).unwrap();
         let grammar = grammars.compile(&GrammarSource::Choice(vec!["yes".into()])).unwrap();
-        let yes = allowed(&grammar.follow(GrammarStart::default()), &[]);
+        let yes = allowed(&grammar.follow(GrammarStart::default(), 100_000), &[]);
         let free: Vec<u32> = (0..4096).filter(|&id| id != EOS).collect();
 
-        let state = grammar.follow(GrammarStart { after: vec![70, 71], unless_begun_by: None });
+        let state = grammar.follow(GrammarStart { after: vec![70, 71], unless_begun_by: None }, 100_000);
         for generated in [&[][..], &[70], &[70, 70]] {
             assert_eq!(allowed(&state, generated), free, "{generated:?}");
         }
         assert_eq!(allowed(&state, &[70, 70, 71]), yes);
 
         let optional = GrammarStart { after: vec![71], unless_begun_by: Some(70) };
-        let state = grammar.follow(optional.clone());
+        let state = grammar.follow(optional.clone(), 100_000);
         let mut either = yes.clone();
         either.push(70);
         either.sort_unstable();
         assert_eq!(allowed(&state, &[]), either);
         assert_eq!(allowed(&state, &[70]), free);
         assert_eq!(allowed(&state, &[70, 90, 71]), yes);
-        let state = grammar.follow(optional);
+        let state = grammar.follow(optional, 100_000);
         allowed(&state, &[]);
         let whole = tokenizer.token_id("yes");
         let first = whole.unwrap_or(yes[0]);

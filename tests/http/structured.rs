@@ -43,6 +43,22 @@ fn every_answer_follows_its_schema() {
     }
 }
 
+/// Strings without a limit, from a model that would never end them.
+#[test]
+fn an_answer_is_whole_before_its_tokens_run_out() {
+    let server = Server::start();
+    let schema = json!({"type": "object", "required": ["name", "story"], "properties": {"name": {"type": "string"}, "story": {"type": "string"}}});
+    let format = json!({"type": "json_schema", "json_schema": {"schema": schema}});
+    for (temperature, max_tokens) in [(0.0, json!(80)), (1.0, json!(80)), (1.0, json!(null))] {
+        let fields = json!({"response_format": format, "temperature": temperature, "max_tokens": max_tokens});
+        let body = chat(&server, fields).json();
+        let text = body["choices"][0]["message"]["content"].as_str().unwrap();
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {body}"));
+        assert!(value["name"].is_string() && value["story"].is_string(), "{body}");
+        assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    }
+}
+
 #[test]
 fn completions_take_every_kind_of_rule() {
     let server = Server::start();

@@ -18,6 +18,8 @@ pub struct Parser {
 enum State {
     /// Thoughts may begin here.
     Start,
+    /// Just after their mark: line breaks here are no part of them.
+    BeforeThoughts,
     Thinking,
     /// Just after thoughts: line breaks that part them from the text belong to neither.
     AfterThoughts,
@@ -33,7 +35,7 @@ impl Parser {
         calls: Option<(&'static CallFormat, Arc<[Callable]>)>,
     ) -> Self {
         let state = match thoughts {
-            Some(thoughts) if thoughts.begun_in(prompt) => State::Thinking,
+            Some(thoughts) if thoughts.begun_in(prompt) => State::BeforeThoughts,
             Some(_) => State::Start,
             None => State::Text,
         };
@@ -48,7 +50,7 @@ impl Parser {
     pub(super) fn finish(&mut self, out: &mut Vec<Delta>) {
         let rest = std::mem::take(&mut self.held);
         match self.state {
-            State::Thinking => say(out, Delta::Reasoning(rest)),
+            State::BeforeThoughts | State::Thinking => say(out, Delta::Reasoning(rest)),
             State::Start | State::AfterThoughts | State::Text => say(out, Delta::Content(rest)),
             State::Call => self.close_call(&rest, "", out),
         }
@@ -75,26 +77,29 @@ impl Parser {
                     }
                 }
             }
-            State::AfterThoughts => {
-                let rest = self.held.trim_start_matches(['\n', '\r']).to_owned();
-                let decided = !rest.is_empty();
-                self.held = rest;
-                if decided {
-                    self.state = State::Text;
-                }
-                decided
-            }
+            State::BeforeThoughts => self.skip_breaks(State::Thinking),
+            State::AfterThoughts => self.skip_breaks(State::Text),
             State::Text => self.text(out),
             State::Call => self.call(out),
         }
+    }
+
+    /// Drops line breaks up to the first other character, with which `next` begins.
+    fn skip_breaks(&mut self, next: State) -> bool {
+        let breaks = self.held.len() - self.held.trim_start_matches(['\n', '\r']).len();
+        self.held.drain(..breaks);
+        if !self.held.is_empty() {
+            self.state = next;
+        }
+        !self.held.is_empty()
     }
 
     fn start(&mut self) -> bool {
         let open = self.thoughts.expect("only models that think may begin to").open;
         let text = self.held.trim_start();
         if let Some(rest) = text.strip_prefix(open) {
-            self.held = rest.trim_start_matches('\n').to_owned();
-            self.state = State::Thinking;
+            self.held = rest.to_owned();
+            self.state = State::BeforeThoughts;
             return true;
         }
         if open.starts_with(text) {

@@ -116,7 +116,10 @@ fn arguments(tool: &Callable, tags: impl Fn(&str) -> String) -> Result<String, S
                 let texts: Vec<String> = texts.iter().filter_map(Value::as_str).map(lark_string).collect();
                 format!("({})", texts.join(" | "))
             }
-            (true, None) => "/[^<]*/".to_owned(),
+            (true, None) => match schema["maxLength"].as_u64() {
+                Some(most) => format!("/[^<]{{0,{most}}}/"),
+                None => "/[^<]*/".to_owned(),
+            },
             (false, _) => json_rule(schema)?,
         };
         let argument = tags(key).replacen("{}", &value, 1);

@@ -241,7 +241,7 @@ fn required_calls_are_understood() {
             let (source, start) = style.required_calls(&tokenizer, &tools(), parallel, "").unwrap();
             let grammar = grammars.compile(&source).unwrap_or_else(|why| panic!("{name}: {why}\n{source:?}"));
             for step in [1usize, 5, 13] {
-                let state = grammar.follow(start.clone());
+                let state = grammar.follow(start.clone(), 100_000);
                 let (mut tokens, mut calls) = (Vec::new(), 0);
                 loop {
                     let mut bits = vec![u32::MAX; 4096 / 32];
