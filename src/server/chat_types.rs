@@ -1,12 +1,13 @@
 //! Answers of `/v1/chat/completions` as they go over the wire.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::logprobs::IdMap;
-use super::types::{StopReason, Usage};
+use super::types::{PromptLogprob, StopReason, Usage};
 
 /// A whole answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatCompletion<'a> {
     /// "chatcmpl-...".
     pub id: &'a str,
@@ -24,6 +25,7 @@ pub struct ChatCompletion<'a> {
     pub system_fingerprint: &'static str,
     /// One per prompt token, when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<HashMap<String, PromptLogprob>>>>)]
     pub prompt_logprobs: Option<Vec<Option<IdMap>>>,
     /// Ids of the prompt's tokens, when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -31,7 +33,7 @@ pub struct ChatCompletion<'a> {
 }
 
 /// One answer of several.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatChoice {
     /// Number of the choice.
     pub index: usize,
@@ -52,7 +54,7 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct ChatMessage {
     /// "assistant".
     pub role: &'static str,
@@ -69,7 +71,7 @@ pub struct ChatMessage {
 }
 
 /// One call.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ToolCall {
     /// Number of the call in a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -84,7 +86,7 @@ pub struct ToolCall {
 }
 
 /// See [`ToolCall`].
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct FunctionCall {
     /// Of the tool.
     pub name: String,
@@ -93,7 +95,7 @@ pub struct FunctionCall {
 }
 
 /// One event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatChunk<'a> {
     /// Equal in all chunks of a stream.
     pub id: &'a str,
@@ -107,13 +109,14 @@ pub struct ChatChunk<'a> {
     pub choices: Vec<ChunkChoice>,
     /// `Some(None)` is written as null.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Usage>)]
     pub usage: Option<Option<Usage>>,
     /// Which engine answered.
     pub system_fingerprint: &'static str,
 }
 
 /// What is new of one choice.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChunkChoice {
     /// Number of the choice.
     pub index: usize,
@@ -135,7 +138,7 @@ pub struct ChunkChoice {
 }
 
 /// A part of a message.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct ChatDelta {
     /// "assistant", in the first chunk of the choice.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -162,14 +165,14 @@ impl ChatDelta {
 }
 
 /// Log-probabilities, one entry per token.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct ChatLogprobs {
     /// Of all generated tokens, those that ended the text or stand around its parts included.
     pub content: Vec<ChatLogprob>,
 }
 
 /// One token.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatLogprob {
     /// Its text.
     pub token: String,
@@ -182,7 +185,7 @@ pub struct ChatLogprob {
 }
 
 /// One of the best tokens.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct TopLogprob {
     /// Its text.
     pub token: String,

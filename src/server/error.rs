@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use http::header::{CONNECTION, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::error::Error;
 
@@ -170,17 +171,21 @@ impl IntoResponse for ApiError {
 }
 
 /// OpenAI's error object in its envelope.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ErrorBody {
+    /// What went wrong.
     error: ErrorObject,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct ErrorObject {
+    /// Names the parameter, the limit and the value.
     message: String,
     #[serde(rename = "type")]
     kind: &'static str,
+    /// The JSON field to blame.
     param: Option<String>,
+    /// The status.
     code: u16,
 }
 

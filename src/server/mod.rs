@@ -37,6 +37,7 @@ mod error;
 mod id;
 // what operators see
 mod operators;
+mod openapi;
 mod metrics;
 mod registry;
 mod load_metrics;

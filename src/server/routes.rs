@@ -13,7 +13,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::state::AppState;
-use super::{auth, chat, completions, experts, models, operators, request_id, tokenize};
+use super::{auth, chat, completions, experts, models, openapi, operators, request_id, tokenize};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -31,6 +31,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/load", get(operators::load))
         .route("/version", get(operators::version))
         .route("/metrics", get(operators::metrics))
+        .route("/openapi.json", get(openapi::document))
         .route("/v1/experts", get(experts::load))
         .route("/v1/experts/placement", get(experts::placement))
         .fallback(unknown_route)

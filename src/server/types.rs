@@ -1,11 +1,12 @@
 //! What goes over the wire: OpenAI's response objects. Edge types only; nothing inward of the server sees them.
 
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 use super::logprobs::IdMap;
 
 /// Answer of `/v1/completions`, and one chunk of its stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Completion<'a> {
     /// "cmpl-..."; equal in all chunks of a stream.
     pub id: &'a str,
@@ -19,6 +20,7 @@ pub struct Completion<'a> {
     pub choices: Vec<Choice>,
     /// `Some(None)` is written as null: in chunks, where the usage comes at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Usage>)]
     pub usage: Option<Option<Usage>>,
     /// Which engine answered.
     pub system_fingerprint: &'static str,
@@ -28,7 +30,7 @@ pub struct Completion<'a> {
 pub const SYSTEM_FINGERPRINT: &str = concat!("moeyard-", env!("CARGO_PKG_VERSION"));
 
 /// One continued prompt.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Choice {
     /// Number of the prompt.
     pub index: usize,
@@ -48,6 +50,7 @@ pub struct Choice {
     pub prompt_token_ids: Option<Vec<u32>>,
     /// One per prompt token, when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<HashMap<String, PromptLogprob>>>>)]
     pub prompt_logprobs: Option<Vec<Option<IdMap>>>,
     /// Experts of every token but the last, when asked for; see the module `npy`. In a stream, in the last chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +58,7 @@ pub struct Choice {
 }
 
 /// What is known about a token at one place of the prompt.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct PromptLogprob {
     /// Natural logarithm of its probability there.
     pub logprob: f32,
@@ -66,7 +69,7 @@ pub struct PromptLogprob {
 }
 
 /// What ended a text besides its natural end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum StopReason {
     /// One of `stop`.
@@ -76,13 +79,14 @@ pub enum StopReason {
 }
 
 /// Log-probabilities, one entry per token in each list. The first token of an echoed prompt has none.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Logprobs {
     /// Text of the tokens.
     pub tokens: Vec<String>,
     /// Natural logarithm of each token's probability.
     pub token_logprobs: Vec<Option<f32>>,
     /// The token itself, then the best ones, best first.
+    #[schema(value_type = Vec<Option<HashMap<String, f32>>>)]
     pub top_logprobs: Vec<Option<TopLogprobs>>,
     /// Characters of the text that were complete before each token.
     pub text_offset: Vec<usize>,
@@ -99,7 +103,7 @@ impl Serialize for TopLogprobs {
 }
 
 /// Tokens of a request.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Usage {
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
@@ -112,7 +116,7 @@ pub struct Usage {
 }
 
 /// See [`Usage`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     /// Prompt tokens found in the prefix cache.
     pub cached_tokens: usize,
@@ -129,7 +133,7 @@ impl Usage {
 }
 
 /// Answer of `/v1/models`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ModelList<'a> {
     /// "list".
     pub object: &'static str,
@@ -138,7 +142,7 @@ pub struct ModelList<'a> {
 }
 
 /// One served model.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ModelCard<'a> {
     /// The name to ask for.
     pub id: &'a str,
@@ -155,21 +159,21 @@ pub struct ModelCard<'a> {
 }
 
 /// Answer of `/version`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Version {
     /// Of this crate.
     pub version: &'static str,
 }
 
 /// Answer of `/load`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ServerLoad {
     /// Sequences that run or wait.
     pub server_load: usize,
 }
 
 /// Answer of `/tokenize`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Tokenized {
     /// How many tokens.
     pub count: usize,
@@ -182,7 +186,7 @@ pub struct Tokenized {
 }
 
 /// Answer of `/detokenize`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Detokenized {
     /// The text.
     pub prompt: String,

@@ -293,12 +293,13 @@ impl GrammarStart {
     }
 }
 
-/// How soon a token leads to the end of a text, judged by its bytes: closing marks first, then what parts values, then
+/// How soon a token leads to the end of a text, judged by its bytes: quotes and closing marks first, then what parts values, then
 /// values, of which longer pieces come sooner; opening marks and white space last.
 fn haste(word: &[u8]) -> u16 {
     let class = match word {
-        [b'}' | b']'] => 1,
-        [b'"'] => 2,
+        // First of all: braces are plain characters inside a string.
+        [b'"'] => 1,
+        [b'}' | b']'] => 2,
         [b',' | b':'] => 3,
         [digit] if digit.is_ascii_digit() => 4,
         [] | [b' ' | b'\n' | b'\r' | b'\t', ..] => 8,

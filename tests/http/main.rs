@@ -12,6 +12,7 @@ mod experts;
 mod generation;
 mod limits;
 mod metrics;
+mod openapi;
 mod pressure;
 mod routes;
 mod shutdown;

@@ -1,0 +1,158 @@
+//! `/openapi.json`: the routes, their bodies and answers, from the types that go over the wire and the limits of the served
+//! model.
+
+mod requests;
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde_json::{Map, Value, json};
+use utoipa::OpenApi;
+
+use super::state::AppState;
+use super::{chat_types, error, types};
+
+/// Everything that has a schema.
+#[derive(OpenApi)]
+#[openapi(components(schemas(
+    requests::CompletionBody,
+    requests::ChatBody,
+    requests::TokenizeBody,
+    requests::DetokenizeBody,
+    types::Completion,
+    chat_types::ChatCompletion,
+    types::ModelList,
+    types::ModelCard,
+    types::Tokenized,
+    types::Detokenized,
+    types::Version,
+    types::ServerLoad,
+    error::ErrorBody,
+)))]
+struct Schemas;
+
+/// The document.
+pub async fn document(State(state): State<Arc<AppState>>) -> Json<Value> {
+    Json(describe(&state))
+}
+
+fn describe(state: &AppState) -> Value {
+    let mut document = serde_json::to_value(Schemas::openapi()).expect("a description is JSON");
+    document["info"] = json!({
+        "title": "moeyard",
+        "version": env!("CARGO_PKG_VERSION"),
+        "description": "An OpenAI-compatible endpoint of a Mixture-of-Experts engine; docs/serving.md says more.",
+        "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    });
+    document["paths"] = paths();
+    let schemas = &mut document["components"]["schemas"];
+    fill_in(schemas, state);
+    if !state.options.api_keys.is_empty() {
+        document["components"]["securitySchemes"] = json!({"key": {"type": "http", "scheme": "bearer"}});
+        document["security"] = json!([{"key": []}]);
+        for open in ["/health", "/livez", "/readyz"] {
+            document["paths"][open]["get"]["security"] = json!([]);
+        }
+    }
+    document
+}
+
+/// Limits that belong to the served model.
+fn fill_in(schemas: &mut Value, state: &AppState) {
+    schemas["TokenId"]["maximum"] = json!(state.engine.options().vocab_size - 1);
+    let names =
+        json!(state.served_names.iter().map(|name| json!(name)).chain([Value::Null]).collect::<Vec<_>>());
+    each_object(schemas, &mut |object| {
+        let is_request = object.contains_key("prompt")
+            || object.contains_key("messages")
+            || object.contains_key("n")
+            || object.contains_key("tokens");
+        if let Some(model) = object.get_mut("model").filter(|_| is_request) {
+            model["enum"] = names.clone();
+        }
+    });
+}
+
+/// Calls `change` with the properties of every object in a schema.
+fn each_object(schema: &mut Value, change: &mut impl FnMut(&mut Map<String, Value>)) {
+    match schema {
+        Value::Object(map) => {
+            if let Some(Value::Object(properties)) = map.get_mut("properties") {
+                change(properties);
+            }
+            map.values_mut().for_each(|value| each_object(value, change));
+        }
+        Value::Array(list) => list.iter_mut().for_each(|value| each_object(value, change)),
+        _ => {}
+    }
+}
+
+fn paths() -> Value {
+    let json_answer = |name: &str| json!({"application/json": {"schema": reference(name)}});
+    let stream = |name: &str| {
+        let mut content = json_answer(name);
+        content["text/event-stream"] = json!({"schema": {"type": "string"}});
+        content
+    };
+    let text = |mime: &str| json!({ mime: {"schema": {"type": "string"}} });
+    let nothing = || json!({});
+    json!({
+        "/v1/completions": {"post": operation("Continue prompts", Some("CompletionBody"), stream("Completion"), &[])},
+        "/v1/chat/completions": {"post": operation("Answer a conversation", Some("ChatBody"), stream("ChatCompletion"), &[])},
+        "/v1/models": {"get": operation("Served names", None, json_answer("ModelList"), &[])},
+        "/v1/models/{id}": {"get": operation("One served name", None, json_answer("ModelCard"), &[
+            json!({"name": "id", "in": "path", "required": true, "schema": {"type": "string", "minLength": 1}}),
+        ])},
+        "/tokenize": {"post": operation("Tokens of a prompt or a chat", Some("TokenizeBody"), json_answer("Tokenized"), &[])},
+        "/detokenize": {"post": operation("Text of tokens", Some("DetokenizeBody"), json_answer("Detokenized"), &[])},
+        "/v1/experts": {"get": operation("Expert load over a window", None, json!({
+            "application/json": {"schema": {"type": "object"}}, "text/csv": {"schema": {"type": "string"}},
+        }), &[
+            json!({"name": "window", "in": "query", "schema": {"type": "string", "enum": ["10s", "30s", "60s", "5m"]}}),
+            json!({"name": "format", "in": "query", "schema": {"type": "string", "enum": ["json", "csv"]}}),
+        ])},
+        "/v1/experts/placement": {"get": operation("Where experts live", None, json!({"application/json": {"schema": {"type": "object"}}}), &[])},
+        "/health": {"get": operation("Whether the engine runs", None, nothing(), &[])},
+        "/livez": {"get": operation("Whether the process answers", None, nothing(), &[])},
+        "/readyz": {"get": operation("Whether requests are taken", None, nothing(), &[])},
+        "/ping": {
+            "get": operation("Whether the engine runs", None, nothing(), &[]),
+            "post": operation("Whether the engine runs", None, nothing(), &[]),
+        },
+        "/load": {"get": operation("Sequences that run or wait", None, json_answer("ServerLoad"), &[])},
+        "/version": {"get": operation("Of the program", None, json_answer("Version"), &[])},
+        "/metrics": {"get": operation("For Prometheus", None, text("text/plain"), &[])},
+        "/openapi.json": {"get": operation("This document", None, json!({"application/json": {"schema": {"type": "object"}}}), &[])},
+    })
+}
+
+fn operation(summary: &str, body: Option<&str>, answer: Value, parameters: &[Value]) -> Value {
+    let error = json!({"description": "An error object", "content": {"application/json": {"schema": reference("ErrorBody")}}});
+    let mut success = json!({"description": "OK"});
+    if answer.as_object().is_some_and(|content| !content.is_empty()) {
+        success["content"] = answer;
+    }
+    let mut responses = json!({"200": success});
+    // 304 is for /v1/experts, which knows entity tags; no other route sends one.
+    let always = [401, 403, 404, 405, 431, 500, 503];
+    let with_body = [400, 408, 413, 415, 429];
+    let codes =
+        always.iter().chain(if body.is_some() || !parameters.is_empty() { &with_body[..] } else { &[] });
+    for code in codes {
+        responses[code.to_string()] = error.clone();
+    }
+    let mut operation = json!({"summary": summary, "responses": responses});
+    if !parameters.is_empty() {
+        operation["parameters"] = json!(parameters);
+    }
+    if let Some(name) = body {
+        let content = json!({"application/json": {"schema": reference(name)}});
+        operation["requestBody"] = json!({"required": true, "content": content});
+    }
+    operation
+}
+
+fn reference(name: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{name}")})
+}
