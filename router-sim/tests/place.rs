@@ -98,6 +98,27 @@ fn a_load_is_placed_split_and_repaired() {
 }
 
 #[test]
+fn extreme_loads_are_placed() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let mut hot = [0; 8];
+    hot[5] = 1_000_000;
+    for (name, counts) in [("huge", [i64::MAX; 8]), ("none", [0; 8]), ("hot", hot)] {
+        write_npy(&folder.join("load.npy"), &[1, 8], &counts);
+        for (ranks, slots) in [(1, 8), (4, 8), (4, 12), (16, 16)] {
+            let line = format!(
+                "place --load load.npy --ranks {ranks} --slots {slots} --policy moeyard --out p.json"
+            );
+            let text = told(folder, &line);
+            assert!(
+                text.contains("duplicates on a rank     0"),
+                "{name}, {ranks} ranks, {slots} slots: {text}"
+            );
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

@@ -8,7 +8,7 @@ use router_sim::load::LoadWindow;
 use router_sim::placement::{
     ClusterShape, Eplb, Linear, Moeyard, Placement, PlacementPolicy, duplicates, transfers,
 };
-use router_sim::split::{Shares, even_balancedness};
+use router_sim::split::{MAX_TOKENS, Shares, even_balancedness};
 use router_sim::{Error, Result};
 
 use super::input::InputFlags;
@@ -190,6 +190,15 @@ fn cluster(arguments: &Arguments, experts: usize) -> Result<ClusterShape> {
     Ok(ClusterShape { ranks, redundant: slots - experts })
 }
 
+/// The largest rank load under the best split. Counts beyond what can be split are halved until they can be.
+fn best_split_load(shares: &mut Shares, placement: &Placement, layer: usize, tokens: &[u64]) -> Result<f64> {
+    let sum: u128 = tokens.iter().map(|n| u128::from(*n)).sum();
+    let halvings = (0..64).find(|halvings| sum >> halvings <= u128::from(MAX_TOKENS)).unwrap_or(63);
+    let tokens: Vec<u64> = tokens.iter().map(|n| n >> halvings).collect();
+    let optimum = shares.optimum(placement.layer(layer), &tokens)?;
+    Ok(optimum.max_load * 2f64.powi(halvings))
+}
+
 /// A short table: mean and worst layer of what was reached and of what bounds it.
 fn summary(
     arguments: &Arguments,
@@ -204,7 +213,7 @@ fn summary(
         let tokens: Vec<u64> = load.totals(layer).collect();
         let mean = bounds::mean_load(&tokens, placement.ranks());
         let over = |max: f64| if max > 0.0 { mean / max } else { 1.0 };
-        best_split.push(over(shares.optimum(placement.layer(layer), &tokens)?.max_load));
+        best_split.push(over(best_split_load(&mut shares, placement, layer, &tokens)?));
         bound.push(over(bounds::replica_bound(&tokens, placement.ranks(), placement.slots())));
     }
     let layers = load.layers().max(1) as f64;
