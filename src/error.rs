@@ -53,6 +53,8 @@ pub enum Error {
     /// The engine cannot take this request now; a later try may succeed.
     #[error("{message}")]
     Busy {
+        /// Which limit was reached.
+        limit: QueueLimit,
         /// What is full.
         message: String,
         /// When to try again, in seconds.
@@ -88,6 +90,15 @@ pub enum Error {
     /// A placement, load window or trace was refused by router-sim.
     #[error(transparent)]
     Routing(#[from] router_sim::Error),
+}
+
+/// What of the queue is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueLimit {
+    /// The number of requests.
+    Requests,
+    /// Their prompt tokens.
+    Tokens,
 }
 
 impl Error {

@@ -2,7 +2,7 @@
 //! durations.
 
 use super::options::EngineOptions;
-use crate::error::{Error, Result};
+use crate::error::{Error, QueueLimit, Result};
 use std::time::Duration;
 
 /// What is older than this counts half as much for the pace.
@@ -41,22 +41,23 @@ impl Queue {
             );
             return Err(Error::request("n", message));
         }
-        let message = if self.requests + requests > most {
-            format!(
-                "{} requests are waiting, and with {requests} more they would exceed {most}",
-                self.requests
-            )
+        let (limit, message) = if self.requests + requests > most {
+            let waiting = self.requests;
+            let message =
+                format!("{waiting} requests are waiting, and with {requests} more they would exceed {most}");
+            (QueueLimit::Requests, message)
         } else if self.requests > 0 && self.tokens.saturating_add(tokens) > most_tokens {
-            format!(
-                "{} prompt tokens are waiting, and with {tokens} more they would exceed {most_tokens}",
-                self.tokens
-            )
+            let waiting = self.tokens;
+            let message = format!(
+                "{waiting} prompt tokens are waiting, and with {tokens} more they would exceed {most_tokens}"
+            );
+            (QueueLimit::Tokens, message)
         } else {
             self.requests += requests;
             self.tokens += tokens;
             return Ok(());
         };
-        Err(Error::Busy { message, retry_after_s: self.retry_after_s() })
+        Err(Error::Busy { limit, message, retry_after_s: self.retry_after_s() })
     }
 
     /// One request was admitted, or left.

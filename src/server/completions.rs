@@ -114,6 +114,10 @@ impl Teller {
         let generation = &self.asked.generation;
         let names = TokenNames { tokenizer: &self.state.tokenizer, by_id: generation.tokens_as_ids };
         let echoed = piece.prompt.iter().flatten().filter(|_| self.asked.echo);
+        let echoed: Vec<_> = echoed.collect();
+        // The last chunk of a stream may only tell the end.
+        let tells_tokens = generation.stream.is_none() || echoed.len() + piece.tokens.len() > 0;
+        let logprobs = self.asked.logprobs.filter(|_| tells_tokens);
         let prompt_logprobs = piece.prompt.as_ref().zip(generation.prompt_logprobs);
         let ids = |tokens: &[u32]| generation.return_token_ids.then(|| tokens.to_vec());
         let tokens: Vec<u32> = piece.tokens.iter().map(|token| token.event.token).collect();
@@ -121,7 +125,7 @@ impl Teller {
         let experts = self.state.engine.options().experts;
         Choice {
             index,
-            logprobs: self.asked.logprobs.map(|n| names.completion(echoed.chain(&piece.tokens), n)),
+            logprobs: logprobs.map(|n| names.completion(echoed.into_iter().chain(&piece.tokens), n)),
             token_ids: ids(&tokens),
             prompt_token_ids: piece.prompt.as_ref().and_then(|_| ids(&prompt.tokens)),
             prompt_logprobs: prompt_logprobs.map(|(tokens, n)| names.prompt(tokens, n)),

@@ -125,7 +125,7 @@ impl From<Error> for ApiError {
         match error {
             Error::Request { param: Some(param), message } => Self::bad_param(param, message),
             Error::Request { param: None, message } => Self::bad_request(message),
-            Error::Busy { message, retry_after_s } => {
+            Error::Busy { message, retry_after_s, .. } => {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "RateLimitError", message);
                 ApiError { retry_after_s: Some(retry_after_s), ..error }
             }
@@ -204,14 +204,16 @@ fn truncate(text: &str, max_chars: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::QueueLimit;
 
     #[test]
     fn every_error_has_its_status_type_and_param() {
+        let busy = Error::Busy { limit: QueueLimit::Tokens, message: "full".into(), retry_after_s: 3 };
         let io = Error::io("/secret/path", std::io::Error::other("disk"));
         for (error, status, kind, param, retry) in [
             (Error::request("n", "n must be 1"), 400, "BadRequestError", Some("n"), None),
             (Error::Request { param: None, message: "no".into() }, 400, "BadRequestError", None, None),
-            (Error::Busy { message: "full".into(), retry_after_s: 3 }, 429, "RateLimitError", None, Some(3)),
+            (busy, 429, "RateLimitError", None, Some(3)),
             (Error::Stopped("rank 1 panicked".into()), 503, "ServiceUnavailable", None, Some(5)),
             (Error::Peer { rank: 1, why: "gone".into() }, 503, "ServiceUnavailable", None, Some(5)),
             (Error::config("--x", "y"), 500, "InternalServerError", None, None),

@@ -207,24 +207,25 @@ impl Generation {
         self.sampling.min_tokens
     }
 
-    /// The bad words as tokens, as they stand at the start of a text and, where that is another token, inside one.
+    /// The bad words as tokens: as they stand at the start of a text, inside one, and as they were given. (vLLM lets a word
+    /// inside a text pass whose tokens there are more or fewer.)
     ///
     /// # Errors
     /// When a word has no tokens, or cannot be tokenised.
     pub fn bad_word_tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiError> {
         let mut all = Vec::new();
         for word in &self.bad_words {
-            let word = word.trim_start();
-            let bare = tokenizer.encode(word, false)?;
-            let spaced = tokenizer.encode(&format!(" {word}"), false)?;
-            if bare.is_empty() {
-                let message = format!("`bad_words` has {:?}, which is no token.", clip(word));
-                return Err(ApiError::bad_param("bad_words", message));
+            let bare = word.trim_start();
+            for form in [bare, &format!(" {bare}"), word] {
+                let tokens = tokenizer.encode(form, false)?;
+                if tokens.is_empty() {
+                    let message = format!("`bad_words` has {:?}, which is no token.", clip(word));
+                    return Err(ApiError::bad_param("bad_words", message));
+                }
+                if !all.contains(&tokens) {
+                    all.push(tokens);
+                }
             }
-            if spaced.len() == bare.len() && spaced[0] != bare[0] {
-                all.push(spaced);
-            }
-            all.push(bare);
         }
         Ok(all)
     }

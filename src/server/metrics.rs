@@ -16,7 +16,7 @@ use super::rank_metrics::RankMetrics;
 use super::registry::{Registry, count_series};
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineStats, TimingObserver};
-use crate::error::{CONTEXT_PHRASE, Error, Result};
+use crate::error::{CONTEXT_PHRASE, Error, QueueLimit, Result};
 use crate::metrics::{self as family, ExpertDetail, LoadSource, RankMeter};
 
 /// What the information families say; all of it is known at start.
@@ -158,6 +158,7 @@ pub struct Metrics {
     /// `[endpoint][outcome]`
     sequences: [[Counter; Outcome::ALL.len()]; Endpoint::ALL.len()],
     rejected_queue_full: Counter,
+    rejected_tokens: Counter,
     rejected_draining: Counter,
     rejected_too_long: Counter,
     time_to_first_token: Histogram,
@@ -207,6 +208,7 @@ impl Metrics {
         let metrics = Metrics {
             sequences: Endpoint::ALL.map(requests),
             rejected_queue_full: rejections("queue_full"),
+            rejected_tokens: rejections("tokens"),
             rejected_draining: rejections("draining"),
             rejected_too_long: rejections("too_long"),
             time_to_first_token: registry.histogram(&family::TIME_TO_FIRST_TOKEN_SECONDS, &[]),
@@ -277,7 +279,8 @@ impl Metrics {
     /// Counts a request that the engine did not take, where it was not at fault otherwise.
     pub(super) fn count_refusal(&self, error: &Error) {
         match error {
-            Error::Busy { .. } => self.rejected_queue_full.increment(1),
+            Error::Busy { limit: QueueLimit::Requests, .. } => self.rejected_queue_full.increment(1),
+            Error::Busy { limit: QueueLimit::Tokens, .. } => self.rejected_tokens.increment(1),
             Error::Request { message, .. } if message.starts_with(CONTEXT_PHRASE) => self.count_too_long(),
             _ => {}
         }

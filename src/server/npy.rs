@@ -5,7 +5,8 @@ use base64::engine::general_purpose::STANDARD;
 
 use crate::model::Routing;
 
-/// `[positions, moe layers, top_k]` expert ids of the first `positions` positions, C order. The type is `u8` where all of
+/// `[positions, moe layers, top_k]` expert ids of the first `positions` positions, C order. Dense layers have no row: a
+/// reader that counts all layers, as vLLM's buffer does, finds MoE layer i at i plus the dense layers before it. The type is `u8` where all of
 /// the model's `experts` have such an id, else `<u2`: the smallest that holds them, the same in every answer.
 pub fn routed_experts(routing: &Routing, positions: usize, experts: usize) -> String {
     let Routing { rows, top_k, ids, .. } = routing;

@@ -183,6 +183,19 @@ fn what_may_be_chosen_can_be_told() {
     assert_eq!(ids(json!({"logit_bias": forced})), [u64::from(word); 6]);
     let banned = ids(json!({"logit_bias": forced, "bad_words": [server.tokenizer.token_text(word)]}));
     assert!(!banned.contains(&word.into()), "{banned:?}");
+    let spaced = |id: &u32| {
+        let text = server.tokenizer.token_text(*id);
+        text.starts_with(' ')
+            && server.tokenizer.encode(&text, false).unwrap() == [*id]
+            && server.tokenizer.encode(text.trim_start(), false).unwrap().len() > 1
+    };
+    let word = (100..4096).find(spaced).expect("a word that is one token only after a space");
+    let forced = json!({word.to_string(): 100});
+    let text = server.tokenizer.token_text(word);
+    for bad in [text.as_str(), text.trim_start()] {
+        let banned = ids(json!({"logit_bias": forced, "bad_words": [bad]}));
+        assert!(!banned.contains(&word.into()), "{bad:?}: {banned:?}");
+    }
     let refused = server.complete(
         json!({"prompt": PROMPT, "allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}),
     );

@@ -76,6 +76,7 @@ fn a_queue_full_of_tokens_is_429() {
     assert!(refused.error()["message"].as_str().unwrap().contains("exceed 100"));
     assert!(refused.header("retry-after").unwrap().parse::<u32>().unwrap() >= 1);
     assert_eq!(server.stats().waiting, 1, "what was refused took no place");
+    assert_eq!(server.metric(r#"moeyard_admission_rejections_total{reason="tokens"}"#), 1.0);
     // More sequences than can ever wait are no matter of time.
     let request = json!({"prompt": vec!["x"; 10], "n": 8, "temperature": 1});
     assert_eq!(server.client().post("/v1/completions", &request).status, 400);
