@@ -3,6 +3,7 @@
 
 use crate::cost::CostModel;
 use crate::report::data::{Advice, Loss, Run, Verdict};
+use crate::report::figures;
 use crate::simulate::{Choice, PolicyName};
 use crate::split::Split;
 use crate::topology::Cluster;
@@ -10,10 +11,12 @@ use crate::{Error, Result};
 
 /// Two throughputs closer than this are equal, and the one that needs less wins.
 const EQUAL: f64 = 0.005;
+/// A part of the step time below which no rebalance is worth its risk.
+const LEAST_GAIN: f64 = 1e-3;
 /// Part of a device's memory that experts may take; the rest is for attention, cache and activations.
 const EXPERT_MEMORY: f64 = 0.7;
-/// Copies of one expert per rank more than which nobody asks for: redundancy is tried up to this many slots per rank.
-const MOST_EXTRA_PER_RANK: [usize; 4] = [0, 1, 2, 4];
+/// Redundant slots per rank that are tried.
+const EXTRA_PER_RANK: [usize; 4] = [0, 1, 2, 4];
 
 /// What advice is asked for.
 #[derive(Debug, Clone)]
@@ -50,16 +53,16 @@ impl Question {
         let redundant: Vec<usize> = match self.redundant.is_empty() {
             false => self.redundant.clone(),
             true => {
-                let tried = MOST_EXTRA_PER_RANK.map(|extra| least + extra * ranks);
+                let tried = EXTRA_PER_RANK.map(|extra| least + extra * ranks);
                 tried.into_iter().filter(|r| per_rank(*r) <= experts && bytes(*r) <= room).collect()
             }
         };
         if redundant.is_empty() {
             return Err(Error::Impossible(format!(
-                "{layers} layers of {experts} experts on {ranks} ranks take {:.1} GB per rank, {} has {:.1} GB of which {:.0} % are for experts",
-                bytes(least) / 1e9,
+                "{layers} layers of {experts} experts on {ranks} ranks take {} per rank, {} has {} of which {:.0} % are for experts",
+                figures::bytes(bytes(least)),
                 cluster.device.name,
-                cluster.memory_bytes() as f64 / 1e9,
+                figures::bytes(cluster.memory_bytes() as f64),
                 100.0 * EXPERT_MEMORY
             )));
         }
@@ -102,16 +105,23 @@ impl Question {
         let experts = run.slots - choice.redundant;
         let slots_bytes = (run.slots - experts) as f64 / run.slots as f64 * run.totals.expert_bytes_per_rank;
         let mut reasons = vec![
-            format!(
-                "{}: {:+.1} % tokens per second against {} ({:.0} against {:.0} us a step; balancedness {:.3} against {:.3})",
-                run.name,
-                100.0 * gain,
-                baseline.name,
-                run.totals.step_us,
-                baseline.totals.step_us,
-                run.totals.actual,
-                baseline.totals.actual
-            ),
+            match index {
+                0 => format!(
+                    "{} is what is served; nothing tried is more than {:.1} % faster",
+                    run.name,
+                    100.0 * EQUAL
+                ),
+                _ => format!(
+                    "{}: {:+.1} % tokens per second against {} ({} against {} a step; balancedness {:.3} against {:.3})",
+                    run.name,
+                    100.0 * gain,
+                    baseline.name,
+                    figures::micros(run.totals.step_us),
+                    figures::micros(baseline.totals.step_us),
+                    run.totals.actual,
+                    baseline.totals.actual
+                ),
+            },
             self.on_slots(choices, runs, index),
             format!(
                 "{:.1} % of its step time are lost to imbalance: {:.1} % can be won back by split, placement or slots, {:.1} % cannot (chance and structure)",
@@ -168,14 +178,16 @@ impl Question {
         let moving_s = placement.and_then(|loss| loss.moving_us).unwrap_or(0.0) / 1e6;
         let stall_s = cost.switch_us() * run.layers.len() as f64 / 1e6;
         let (gain_s, cost_s) = (gain * self.horizon_s, if bytes > 0.0 { moving_s + stall_s } else { 0.0 });
-        let worth_it = gain_s > cost_s;
-        let break_even =
-            if gain > 0.0 { format!("; it pays after {:.0} s", cost_s / gain) } else { String::new() };
+        let worth_it = gain >= LEAST_GAIN && gain_s > cost_s;
+        let after = match gain >= LEAST_GAIN {
+            true => format!("; it pays after {:.0} s", cost_s / gain),
+            false => format!("; below {:.1} % nobody would notice", 100.0 * LEAST_GAIN),
+        };
         let reason = format!(
-            "a placement for this traffic would save {:.2} % of the step time, {gain_s:.2} s of {:.0} s; moving {:.1} GB takes {moving_s:.2} s at most plus {stall_s:.3} s of switching{break_even}",
+            "a placement for this traffic would save {:.2} % of the step time, {gain_s:.2} s of {:.0} s; moving {} takes {moving_s:.2} s, switching {stall_s:.3} s{after}",
             100.0 * gain,
             self.horizon_s,
-            bytes / 1e9,
+            figures::bytes(bytes),
         );
         Verdict { worth_it, gain_s, cost_s, horizon_s: self.horizon_s, bytes, reason }
     }
@@ -270,7 +282,7 @@ mod tests {
         assert_eq!(fits.iter().map(|c| c.redundant).max(), Some(8));
         small.device.memory_gib = 1.0;
         let refused = question().choices(32, 24, &small, &cost).unwrap_err().to_string();
-        assert!(refused.contains("24 layers of 32 experts on 8 ranks take 4.8 GB per rank"), "{refused}");
+        assert!(refused.contains("24 layers of 32 experts on 8 ranks take 4.78 GB per rank"), "{refused}");
         let given = Question { redundant: vec![16], ..question() };
         assert_eq!(named(&given, 32, 24), [(0, even), (16, even), (16, exact)]);
     }
@@ -295,9 +307,9 @@ mod tests {
         let verdict = &advice.verdict;
         assert!(verdict.worth_it && (verdict.gain_s - 4.0).abs() < 1e-9, "{verdict:?}");
         assert!((verdict.cost_s - 2.0 - 50e-6).abs() < 1e-9, "{verdict:?}");
-        assert!(verdict.reason.contains("8.0 GB"), "{}", verdict.reason);
+        assert!(verdict.reason.contains("8.00 GB"), "{}", verdict.reason);
         assert!(
-            advice.reasons[1].contains("+8 +10.0 % with 40.0 GB per rank, +16 +10.2 %"),
+            advice.reasons[1].contains("+8 +10.0 % with 40.0 GB of experts per rank, +16 +10.2 %"),
             "{:?}",
             advice.reasons
         );

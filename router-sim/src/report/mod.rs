@@ -5,6 +5,6 @@
 
 pub mod data;
 mod read;
-mod figures;
+pub(crate) mod figures;
 pub mod csv;
 pub mod html;
