@@ -355,8 +355,7 @@ impl Registry {
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
         one(&family::PARALLEL_INFO, &[&tp, &dp, &ep, &info.placement]);
         self.gauge(&family::REDUNDANT_EXPERT_SLOTS, &[]).set(info.redundant_slots as f64);
-        // The queue is bounded by requests alone, no rebalancer runs, and no expert has a capacity limit, so these are true as they stand.
-        self.counter(&family::ADMISSION_REJECTIONS_TOTAL, &["tokens"]).absolute(0);
+        // No rebalancer runs and no expert has a capacity limit, so these are true as they stand.
         self.counter(&family::TOKENS_DROPPED_TOTAL, &[]).absolute(0);
         for outcome in ["applied", "skipped", "failed"] {
             self.counter(&family::REBALANCES_TOTAL, &[outcome]).absolute(0);
