@@ -156,11 +156,8 @@ impl Question {
         }
         let reference = runs[0].totals.tokens_per_s;
         let each = best.iter().map(|(redundant, speed, bytes)| {
-            format!(
-                "+{redundant} {:+.1} % with {:.1} GB per rank",
-                100.0 * (ratio(*speed, reference) - 1.0),
-                bytes / 1e9
-            )
+            let gain = 100.0 * (ratio(*speed, reference) - 1.0);
+            format!("+{redundant} {gain:+.1} % with {} of experts per rank", figures::bytes(*bytes))
         });
         format!(
             "redundant slots: {}; +{} is the least within {:.1} % of the fastest",

@@ -269,7 +269,7 @@ impl MachineFlags {
 
     fn cluster(&self, ranks: usize) -> Result<Cluster> {
         let mut cluster = Cluster::find(self.cluster.as_deref().unwrap_or("h100-4x8"))?;
-        let needed = self.cluster.is_none().then(|| cluster.nodes_of(ranks));
+        let needed = self.cluster.is_none().then(|| cluster.nodes_of(ranks.max(1)));
         if let Some(nodes) = self.nodes.or(needed) {
             cluster = cluster.with_nodes(nodes)?;
         }
