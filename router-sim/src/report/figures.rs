@@ -53,8 +53,11 @@ pub fn percent(share: f64) -> String {
 
 /// A change as percent, with its sign.
 pub fn change(share: f64) -> String {
-    let sign = if share > 0.0 { "+" } else { "" };
-    format!("{sign}{}", percent(share).replace('-', "−"))
+    match share {
+        tiny if tiny.abs() < 0.0005 => "0.0 %".to_owned(),
+        gain if gain > 0.0 => format!("+{}", percent(gain)),
+        loss => percent(loss).replace('-', "−"),
+    }
 }
 
 /// Balancedness: near 1, the distance to it matters.
@@ -86,13 +89,14 @@ mod tests {
             percent(0.0001),
             change(0.31),
             change(-0.05),
+            change(0.0001),
             balance(0.99981),
             balance(0.47),
             balance(f64::NAN),
         ];
         let expected = [
             "0 B", "1.00 kB", "44.0 MB", "704 GB", "0.50 µs", "1.23 ms", "2.00 s", "215 k", "12 %", "2.3 %",
-            "< 0.1 %", "+31 %", "−5.0 %", "0.9998", "0.470", "–",
+            "< 0.1 %", "+31 %", "−5.0 %", "0.0 %", "0.9998", "0.470", "–",
         ];
         assert_eq!(shown, expected);
     }

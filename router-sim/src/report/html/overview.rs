@@ -61,11 +61,13 @@ pub fn tiles(report: &Report) -> String {
     }
     if let Some(advice) = &report.advice {
         tiles.push((percent(advice.beyond_repair), "of the step no placement or split wins back".to_owned()));
-        let (word, class) =
-            if advice.verdict.worth_it { ("Worth it", "good") } else { ("Not worth it", "bad") };
-        tiles
-            .push((format!("<span class=\"{class}\">{word}</span>"), "rebalancing while serving".to_owned()));
-    } else {
+        let verdict = &advice.verdict;
+        let (word, class) = match verdict.worth_it {
+            // Less than a thousandth of the time is nothing that anybody would notice.
+            _ if verdict.gain_s < 0.001 * verdict.horizon_s => ("Little to gain", ""),
+            true => ("Worth it", "good"),
+            false => ("Not worth it", "bad"),
+        };
         tiles.push((balance(last.bound), "bound: the best any placement with these slots allows".to_owned()));
     }
     let tiles: String = tiles

@@ -11,12 +11,12 @@ pub fn section(report: &Report) -> String {
         return String::new();
     }
     let lowest = report.pareto.iter().map(|point| point.balancedness).fold(1.0, f64::min);
-    let from = ((lowest - 0.01) * 20.0).floor().max(0.0) / 20.0;
+    let from = ((lowest - 0.1 * (1.0 - lowest) - 0.001) * 100.0).floor().max(0.0) / 100.0;
     let most = report.pareto.iter().map(|point| point.bytes).fold(0.0, f64::max);
     // Roots spread the cheap points, which are the interesting ones.
     let root = |bytes: f64| bytes.max(0.0).sqrt();
     let mut plot = Plot::new(380, (0.0, root(most) * 1.04), (from, 1.0));
-    plot.rows(&ticks(from, 1.0, 5), |value| format!("{value:.2}"));
+    plot.rows(&ticks(from, 1.0, 5), |value| format!("{value:.3}"));
     let marks = [0.0, most / 16.0, most / 4.0, most];
     plot.columns(&marks.map(root), |root| bytes(root * root));
     let mut best: Vec<_> = report.pareto.iter().filter(|point| point.best).collect();
