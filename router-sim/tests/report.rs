@@ -103,7 +103,7 @@ fn the_command_writes_what_it_is_asked_for() {
 
     let shown = report(&[&found]);
     let text = String::from_utf8(shown.stdout).unwrap();
-    assert!(shown.status.success() && text.contains("before") && text.contains("Advice: <i>after"), "{text}");
+    assert!(shown.status.success() && text.contains("before") && text.contains("advice: <i>after"), "{text}");
 
     let (page, runs, layers) = (path("report.html"), path("runs.csv"), path("layers.csv"));
     let written = report(&[&found, "--html", &page, "--csv", &runs, "--layers-csv", &layers]);

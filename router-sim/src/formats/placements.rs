@@ -391,7 +391,7 @@ mod tests {
         for format in PlacementFormat::ALL {
             write(&path, &sample(1), format).unwrap();
             let bytes = std::fs::read(&path).unwrap();
-            for at in 0..bytes.len() {
+            for at in (0..bytes.len()).step_by(3) {
                 for value in [b'9', b'-', b'[', 0xff] {
                     let mut mangled = bytes.clone();
                     mangled[at] = value;
