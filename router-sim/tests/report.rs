@@ -64,6 +64,7 @@ fn a_page_is_small_escaped_and_alone() {
     ] {
         assert!(page.contains(&format!("<h2>{heading}</h2>")), "no section {heading}");
     }
+    assert!(page.contains("rebalancing while serving"));
     // What is opened is closed.
     for tag in ["svg", "div", "section", "table", "span", "details"] {
         let count = |what: &str| page.matches(what).count();

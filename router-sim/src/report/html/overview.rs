@@ -68,6 +68,9 @@ pub fn tiles(report: &Report) -> String {
             true => ("Worth it", "good"),
             false => ("Not worth it", "bad"),
         };
+        let tile = format!("<span class=\"{class}\">{word}</span>");
+        tiles.push((tile, "rebalancing while serving".to_owned()));
+    } else {
         tiles.push((balance(last.bound), "bound: the best any placement with these slots allows".to_owned()));
     }
     let tiles: String = tiles
