@@ -2,16 +2,17 @@
 // instructions of sm_90a. tests/gpu compares the bits of both.
 #include "finish.cuh"
 #include "groups.cuh"
+#include "source.cuh"
 #include "wgmma.cuh"
 
 using namespace moeyard;
 
 namespace {
 
-constexpr int DEPTH = 64;  // k per stage: a row of 128 bytes
 constexpr int GROUPS = 2;  // warpgroups
 constexpr int HALVES = 2;  // tiles of 64 outputs of each
 constexpr int N = GROUPS * HALVES * 64, THREADS = GROUPS * 128;
+constexpr int STRIP = 16;  // tiles of outputs
 
 // ROWS rows of x by 256 outputs.
 template <int ROWS> struct Shape {
@@ -20,38 +21,36 @@ template <int ROWS> struct Shape {
   static constexpr int SHARED_BYTES = STAGE_BYTES * STAGES + 1024;
 };
 
-template <int COUNT>
-__device__ void fetch(uint32_t to, const bf16* from, int64_t stride, int rows, int k_left) {
-  // A thread always copies the same chunk of a row; rows are THREADS / 8 apart.
-  int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
-  bool in_k = chunk * 8 < k_left;
-  const bf16* source = from + row * stride + chunk * 8;
-#pragma unroll
-  for (int i = 0; i < COUNT * 8 / THREADS; ++i) {
-    bool valid = in_k && row < rows;
-    copy_async(swizzled(to, row, chunk), valid ? source : from, valid);
-    row += THREADS / 8;
-    source += THREADS / 8 * stride;
-  }
+// Blocks that run together shall find their rows and weights in the second-level cache: they walk all tiles of rows for a strip of
+// tiles of outputs, then the next strip.
+struct Place {
+  int row_tile, col_tile;
+};
+__device__ Place place_of(int block, int row_tiles, int col_tiles) {
+  int strip = block / (row_tiles * STRIP), within = block % (row_tiles * STRIP);
+  int width = min(STRIP, col_tiles - strip * STRIP);
+  return {within / width, strip * STRIP + within % width};
 }
 
 template <int ROWS> __global__ void __launch_bounds__(THREADS, 1) gemm(MoeyardGemm a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<ROWS>;
   extern __shared__ unsigned char shared[];
-  Tile tile = find_tile(a, blockIdx.x, ROWS);
+  Place place = place_of(blockIdx.x, a.row_tiles, (a.n + N - 1) / N);
+  Tile tile = find_tile(a, place.row_tile, ROWS);
   if (tile.rows == 0) return;
-  int col = blockIdx.y * N, group = threadIdx.x / 128;
+  int col = place.col_tile * N, group = threadIdx.x / 128;
   const bf16* x = static_cast<const bf16*>(a.x.data) + blockIdx.z * a.x_batch + int64_t(tile.row) * a.x.stride;
   const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
   int steps = (a.k + DEPTH - 1) / DEPTH;
+  Source<N, THREADS> weights(w, a.ldw, a.n - col, a.k);
+  Source<ROWS, THREADS> inputs(x, a.x.stride, tile.rows, a.k);
   auto issue = [&](int step) {
     if (step < steps) {
       uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
-      int k = step * DEPTH;
-      fetch<N>(at, w + k, a.ldw, a.n - col, a.k - k);
-      fetch<ROWS>(at + N * DEPTH * 2, x + k, a.x.stride, tile.rows, a.k - k);
+      weights.copy(at);
+      inputs.copy(at + N * DEPTH * 2);
     }
     copy_commit();
   };
@@ -94,7 +93,7 @@ template <int ROWS> int launch(const MoeyardGemm& a, void* stream) {
   cudaError_t error =
       cudaFuncSetAttribute(gemm<ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<ROWS>::SHARED_BYTES);
   if (error) return int(error);
-  dim3 grid(a.row_tiles, (a.n + N - 1) / N, a.batches);
+  dim3 grid(a.row_tiles * ((a.n + N - 1) / N), 1, a.batches);
   gemm<ROWS><<<grid, THREADS, Shape<ROWS>::SHARED_BYTES, stream_of(stream)>>>(a);
   return launched();
 }
