@@ -39,6 +39,9 @@ Examples:
   router-sim synth traffic.moeroute --like deepseek-v3 --ranks 32 --drift 0.25
   router-sim place --load load.npy --ranks 32 --slots 288 --policy moeyard --out placement.json
   router-sim split --load load.npy --placement placement.json --ranks 32 --split exact --out tokens.npy
+  router-sim replay trace.moeroute --ranks 8 --redundant 8 --policy moeyard --split exact
+  router-sim compare --fit monday.moeroute --on tuesday.moeroute --ranks 8 --redundant 0,8
+  router-sim advise trace.moeroute --ranks 8 --html advice.html
   router-sim report found.json --html report.html
 
 Every input may be in any known format; `router-sim convert --help` lists them.
