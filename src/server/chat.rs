@@ -74,6 +74,7 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
         asked: asked.generation,
         logprobs: asked.logprobs,
         include_reasoning: asked.include_reasoning,
+        must_call: asked.must_call,
         state: Arc::clone(state),
     };
     Ok((teller, sequences))
@@ -112,6 +113,8 @@ struct Teller {
     asked: super::generation::Generation,
     logprobs: Option<usize>,
     include_reasoning: bool,
+    /// Nothing but calls was asked for: what the length limit left of one is no text.
+    must_call: bool,
     /// One per choice.
     turns: Vec<Turn>,
     state: Arc<AppState>,
@@ -172,6 +175,7 @@ impl Teller {
     fn delta(&mut self, index: usize, text: String, ended: bool) -> ChatDelta {
         let mut delta = self.turns[index].take(text, ended);
         delta.reasoning_content = delta.reasoning_content.filter(|_| self.include_reasoning);
+        delta.content = delta.content.filter(|_| !self.must_call);
         delta
     }
 
@@ -182,7 +186,7 @@ impl Teller {
         let no_calls = delta.tool_calls.is_empty();
         let message = ChatMessage {
             role: "assistant",
-            content: delta.content.or_else(|| no_calls.then(String::new)),
+            content: delta.content.or_else(|| (no_calls && !self.must_call).then(String::new)),
             refusal: None,
             reasoning_content: delta.reasoning_content,
             tool_calls: delta.tool_calls.into_iter().map(|call| ToolCall { index: None, ..call }).collect(),
@@ -277,6 +281,8 @@ struct ChatStream {
     told: Vec<usize>,
     /// Choices whose role is still to be told: first of all, so that clients see an answer begin.
     unopened: std::ops::Range<usize>,
+    /// The end of a choice, after what it said last.
+    ending: Option<String>,
 }
 
 impl ChatStream {
@@ -288,6 +294,7 @@ impl ChatStream {
             usage: Usage::default(),
             told: vec![0; choices],
             unopened: 0..choices,
+            ending: None,
         }
     }
 
@@ -334,16 +341,29 @@ impl ChatStream {
         self.told[index] += piece.tokens.len();
         let (token_ids, logprobs, routed_experts) = self.teller.details(self.sequences.prompt(index), &piece);
         let delta = self.teller.delta(index, piece.text, piece.end.is_some());
-        let says_nothing =
-            delta.is_empty() && piece.end.is_none() && logprobs.is_none() && token_ids.is_none();
-        if says_nothing {
-            return None;
+        let plain = |delta| ChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+            routed_experts: None,
+        };
+        let tells_tokens = !piece.tokens.is_empty() && (logprobs.is_some() || token_ids.is_some());
+        let says_something = !delta.is_empty() || tells_tokens;
+        let choice = ChunkChoice { logprobs, token_ids, ..plain(delta) };
+        let said = says_something.then(|| self.chunk(vec![choice], self.usage_so_far(index)));
+        let Some(end) = piece.end else { return said };
+        let finish_reason = Some(self.teller.turns[index].finish_reason(&end));
+        let stop_reason = end.stop_reason;
+        let last = ChunkChoice { finish_reason, stop_reason, routed_experts, ..plain(ChatDelta::default()) };
+        let last = self.chunk(vec![last], self.usage_so_far(index));
+        if said.is_none() {
+            return Some(last);
         }
-        let finish_reason = piece.end.as_ref().map(|end| self.teller.turns[index].finish_reason(end));
-        let stop_reason = piece.end.and_then(|end| end.stop_reason);
-        let choice =
-            ChunkChoice { index, delta, logprobs, finish_reason, stop_reason, token_ids, routed_experts };
-        Some(self.chunk(vec![choice], self.usage_so_far(index)))
+        self.ending = Some(last);
+        said
     }
 }
 
@@ -351,6 +371,9 @@ impl sse::Source for ChatStream {
     fn poll_chunk(&mut self, context: &mut Context<'_>) -> Poll<Option<sse::Chunk>> {
         if let Some(index) = self.unopened.next() {
             return Poll::Ready(Some(Ok(self.opening(index))));
+        }
+        if let Some(ending) = self.ending.take() {
+            return Poll::Ready(Some(Ok(ending)));
         }
         loop {
             let next = std::task::ready!(self.sequences.poll_next(context));

@@ -65,7 +65,7 @@ impl ChatPrompt {
             return Err(unknown_to_template("tools", "tools"));
         }
         let messages = Messages::take(fields)?;
-        if messages.use_tools && !reads("tools") {
+        if messages.call_tools && !reads("tools") {
             return Err(unknown_to_template("messages", "tool calls"));
         }
         let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);

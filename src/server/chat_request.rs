@@ -16,7 +16,6 @@ const UNSUPPORTED: &[Unsupported] = &[
     Unsupported { name: "store", neutral: Neutral::Bool(false) },
     Unsupported { name: "metadata", neutral: Neutral::Empty },
     Unsupported { name: "service_tier", neutral: Neutral::Text("auto") },
-    Unsupported { name: "modalities", neutral: Neutral::Null },
     Unsupported { name: "audio", neutral: Neutral::Null },
     Unsupported { name: "prediction", neutral: Neutral::Null },
     Unsupported { name: "verbosity", neutral: Neutral::Text("medium") },
@@ -67,6 +66,13 @@ impl ChatRequest {
         // Other systems' ways to tell users and caches apart; nothing here depends on them.
         fields.take::<String>("safety_identifier", "a string")?;
         fields.take::<String>("prompt_cache_key", "a string")?;
+        let modalities: Option<Vec<String>> = fields.take("modalities", "[\"text\"]")?;
+        if modalities.is_some_and(|list| list != ["text"]) {
+            return Err(ApiError::bad_param(
+                "modalities",
+                "`modalities` must be [\"text\"]: this model says nothing else.",
+            ));
+        }
         let tools = tools::definitions(&mut fields)?;
         let choice = tools::choice(&mut fields, tools.as_ref())?;
         let parallel = fields.boolean("parallel_tool_calls")?;
@@ -106,7 +112,8 @@ impl ChatRequest {
             generation: Generation::take(&mut fields, &state.sampling_defaults)?,
             tools: callables,
             must_call: matches!(choice, ToolChoice::Required | ToolChoice::Named(_)),
-            parallel_calls: parallel.unwrap_or(true) && !matches!(choice, ToolChoice::Named(_)),
+            // One call ends the turn unless several are asked for: a model that is made to call need not know when to stop.
+            parallel_calls: parallel.unwrap_or(false) && !matches!(choice, ToolChoice::Named(_)),
             structured,
             include_reasoning: fields.boolean("include_reasoning")?.unwrap_or(true),
         };

@@ -140,8 +140,9 @@ fn connection(
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_read_timeout)
-        .max_headers(options.max_headers)
-        .max_buf_size(options.max_header_bytes.max(HYPER_MIN_BUFFER))
+        // Somewhat above the limits, which `head` tells with an error object.
+        .max_headers(2 * options.max_headers)
+        .max_buf_size((2 * options.max_header_bytes).max(HYPER_MIN_BUFFER))
         .keep_alive(keep_alive)
         .serve_connection(TokioIo::new(socket), TowerToHyperService::new(service))
 }

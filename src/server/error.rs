@@ -93,6 +93,11 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message)
     }
 
+    /// 431: more or longer headers than allowed.
+    pub fn headers_too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "HeaderTooLarge", message)
+    }
+
     /// 500 with a generic text; `logged` goes to the log only, under an id the client is told.
     pub fn internal(logged: &dyn std::fmt::Display) -> Self {
         let id = super::id::unique("err");
@@ -162,7 +167,12 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if matches!(self.status, StatusCode::REQUEST_TIMEOUT | StatusCode::PAYLOAD_TOO_LARGE) {
+        if matches!(
+            self.status,
+            StatusCode::REQUEST_TIMEOUT
+                | StatusCode::PAYLOAD_TOO_LARGE
+                | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+        ) {
             // The rest of the body is not read, so the connection cannot carry another request.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }

@@ -26,8 +26,8 @@ const ECHOED: &[Unsupported] = &[
 pub struct Messages {
     /// In order, each an object with `role`, `content` and what else its role has.
     pub list: Vec<Value>,
-    /// Some message calls a tool or answers a call.
-    pub use_tools: bool,
+    /// Some message calls a tool.
+    pub call_tools: bool,
 }
 
 impl Messages {
@@ -43,7 +43,7 @@ impl Messages {
         let mut messages = Messages::default();
         for (at, raw) in list.iter().enumerate() {
             let fields = Fields::nested(&format!("messages[{at}]"), raw.get())?;
-            messages.list.push(message(fields, &mut messages.use_tools)?);
+            messages.list.push(message(fields, &mut messages.call_tools)?);
         }
         Ok(messages)
     }
@@ -54,7 +54,7 @@ impl Messages {
     }
 }
 
-fn message(mut fields: Fields<'_>, use_tools: &mut bool) -> Result<Value, ApiError> {
+fn message(mut fields: Fields<'_>, call_tools: &mut bool) -> Result<Value, ApiError> {
     const ROLES: &str = "system, developer, user, assistant or tool";
     let role: String = required(&mut fields, "role", ROLES)?;
     let mut message = Map::new();
@@ -83,12 +83,11 @@ fn message(mut fields: Fields<'_>, use_tools: &mut bool) -> Result<Value, ApiErr
                 message.insert("thinking".into(), json!(reasoning));
             }
             if let Some(calls) = calls {
-                *use_tools = true;
+                *call_tools = true;
                 message.insert("tool_calls".into(), json!(calls));
             }
         }
         "tool" => {
-            *use_tools = true;
             let Some(content) = content else {
                 return Err(missing(&fields, "content", "a string or text parts"));
             };
@@ -214,7 +213,7 @@ mod tests {
             {"role": "assistant", "content": "done", "tool_calls": []},
         ]))
         .unwrap();
-        assert!(messages.use_tools);
+        assert!(messages.call_tools);
         assert_eq!(messages.final_content(), Some("done"));
         assert_eq!(
             json!(messages.list),

@@ -11,6 +11,7 @@ mod state;
 mod connection;
 mod routes;
 mod request_id;
+mod head;
 mod auth;
 mod body;
 mod fields;

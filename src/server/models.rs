@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 
@@ -17,7 +18,11 @@ pub async fn list(State(state): State<Arc<AppState>>) -> Response {
 }
 
 /// One by its name, which may hold slashes.
-pub async fn one(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn one(
+    State(state): State<Arc<AppState>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::bad_request("The path is no UTF-8."))?;
     let name = state.model_name(Some(&id))?;
     Ok(Json(card(&state, &name)).into_response())
 }

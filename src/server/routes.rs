@@ -13,7 +13,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::state::AppState;
-use super::{auth, chat, completions, experts, models, openapi, operators, request_id, tokenize};
+use super::{auth, chat, completions, experts, head, models, openapi, operators, request_id, tokenize};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -37,6 +37,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), head::limit))
         // Inside the counting layer: a panic is a response too.
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count_response))

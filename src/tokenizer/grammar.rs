@@ -23,8 +23,8 @@ const MAX_CLOSING: usize = 256;
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// States of one sequence's lexer, about 2 KiB each.
 const MAX_LEXER_STATES: usize = 20_000;
-/// White space between the parts of a JSON text: bounded, so that a model cannot go on with it for ever.
-const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,16}";
+/// White space of a JSON text is fixed, as Python writes it: small models would go on with it for ever.
+const JSON_SEPARATORS: (&str, &str) = (", ", ": ");
 
 /// What a text is to follow.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,7 +75,7 @@ pub fn json_rule(schema: &Value) -> Result<String, String> {
     if object.contains_key("x-guidance") {
         return Err("the key `x-guidance` is not for requests".into());
     }
-    object.insert("x-guidance".into(), json!({"whitespace_pattern": JSON_WHITESPACE}));
+    object.insert("x-guidance".into(), json!({"whitespace_flexible": false, "item_separator": JSON_SEPARATORS.0, "key_separator": JSON_SEPARATORS.1}));
     Ok(format!("%json {schema}"))
 }
 
