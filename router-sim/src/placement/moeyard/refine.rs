@@ -8,9 +8,9 @@
 use super::layout::{Layout, NONE};
 
 /// Levels tried.
-const LEVELS: usize = 10;
-/// Gains below this part of the bound are rounding.
-const LEAST_GAIN: f64 = 1e-9;
+const LEVELS: usize = 8;
+/// Changes that gain less than this part of the bound are not worth their search.
+const LEAST_GAIN: f64 = 2e-5;
 /// More transfers than any layer can need, and far from overflow.
 const UNLIMITED: usize = 1 << 30;
 /// The search ends when the cost is known to this part of the bound.
@@ -66,7 +66,7 @@ pub fn refine(start: &Layout, limits: &Limits<'_>) -> Layout {
         if cost < best.cost() {
             best = search.layout;
         }
-        if cost <= level * (1.0 + LEAST_GAIN) {
+        if cost <= level * (1.0 + PRECISION) {
             high = level;
         } else {
             low = level;
@@ -96,8 +96,8 @@ struct Search<'a> {
 
 impl Search<'_> {
     fn run(&mut self) {
-        // Every change lowers the excess; the limit keeps the tail of tiny gains short.
-        for _ in 0..4 * self.layout.slots.len() {
+        // Every change lowers the excess; the limit keeps the tail of small gains short.
+        for _ in 0..self.layout.slots.len() / 2 + 16 {
             let Some(rank) = self.highest() else { return };
             let Some(change) = self.best_change(rank) else { return };
             self.left -= change.cost;
