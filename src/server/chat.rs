@@ -21,6 +21,7 @@ use super::structured::{Asked, Structured};
 use super::transcript::{End, Piece, Prompt, TokenPiece};
 use super::types::{SYSTEM_FINGERPRINT, Usage};
 use super::{body, id, npy, sse};
+use crate::tokenizer::GrammarStart;
 use crate::tokenizer::turn::{Delta, TurnParser, TurnStyle};
 
 /// Answers a conversation, as one object or as a stream of chunks.
@@ -61,7 +62,10 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
     };
     let prompt = Prompt { tokens: rendered.tokens, text: None };
     let sequences = Sequences::start(state, vec![prompt], common)?;
-    let turn = style.map(|style| style.parser(&rendered.text, asked.tools.clone()));
+    // A grammar from the first token on leaves no room for thoughts, even where the template has opened them.
+    let no_thoughts = structured.as_ref().is_some_and(|rules| rules.start == GrammarStart::default());
+    let before = if no_thoughts { "" } else { &rendered.text };
+    let turn = style.map(|style| style.parser(before, asked.tools.clone()));
     let teller = Teller {
         id: asked
             .generation

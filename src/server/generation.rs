@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::error::{ApiError, clip};
-use super::fields::{Fields, Neutral, Unsupported, typed};
+use super::fields::{Fields, Neutral, Unsupported, Whole, typed};
 use super::id::random_u64;
 use crate::engine::request::Sampling;
 use crate::tokenizer::Tokenizer;
@@ -327,7 +327,8 @@ fn stops(fields: &mut Fields<'_>) -> Result<Vec<String>, ApiError> {
 }
 
 fn token_ids(fields: &mut Fields<'_>, name: &str, most: usize) -> Result<Option<Vec<u32>>, ApiError> {
-    let ids: Option<Vec<u32>> = fields.take(name, "a list of token ids")?;
+    let ids: Option<Vec<Whole<u32>>> = fields.take(name, "a list of token ids")?;
+    let ids: Option<Vec<u32>> = ids.map(|ids| ids.into_iter().map(|Whole(id)| id).collect());
     if let Some(count) = ids.as_ref().map(Vec::len).filter(|&count| count > most) {
         let message = format!("`{name}` may hold at most {most} ids, got {count}.");
         return Err(ApiError::bad_param(name, message));

@@ -1,7 +1,7 @@
 //! `/v1/completions` as asked: parsed, every value inside its range, nothing ignored.
 
 use super::error::ApiError;
-use super::fields::{Fields, Neutral, Unsupported, typed};
+use super::fields::{Fields, Neutral, Unsupported, Whole, typed};
 use super::generation::{Generation, MAX_LOGPROBS, SamplingDefaults};
 use super::structured::{self, Asked};
 
@@ -90,8 +90,11 @@ fn prompts(fields: &mut Fields<'_>) -> Result<Prompts, ApiError> {
     let mut start = raw.chars().filter(|c| !c.is_ascii_whitespace());
     let prompts = match (start.next(), start.next()) {
         (Some('['), Some('"')) => Prompts::Texts(typed("prompt", raw, expected)?),
-        (Some('['), Some('[')) => Prompts::Tokens(typed("prompt", raw, expected)?),
-        (Some('['), _) => Prompts::Tokens(vec![typed("prompt", raw, expected)?]),
+        (Some('['), Some('[')) => {
+            let lists: Vec<Vec<Whole<u32>>> = typed("prompt", raw, expected)?;
+            Prompts::Tokens(lists.into_iter().map(ids).collect())
+        }
+        (Some('['), _) => Prompts::Tokens(vec![ids(typed("prompt", raw, expected)?)]),
         _ => Prompts::Texts(vec![typed("prompt", raw, expected)?]),
     };
     let (count, empty) = match &prompts {
@@ -108,6 +111,10 @@ fn prompts(fields: &mut Fields<'_>) -> Result<Prompts, ApiError> {
         }
         None => Ok(prompts),
     }
+}
+
+fn ids(list: Vec<Whole<u32>>) -> Vec<u32> {
+    list.into_iter().map(|Whole(id)| id).collect()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use axum::extract::{Request, State};
 use super::body;
 use super::chat_prompt::ChatPrompt;
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, Whole};
 use super::request::Prompts;
 use super::state::AppState;
 use super::tools;
@@ -55,10 +55,11 @@ pub async fn detokenize(
     let body = body::read_json(request, &state.options).await?;
     let mut fields = Fields::parse(&body)?;
     state.model_name(fields.take::<String>("model", "a string")?.as_deref())?;
-    let Some(tokens) = fields.take::<Vec<u32>>("tokens", "a list of token ids")? else {
+    let Some(tokens) = fields.take::<Vec<Whole<u32>>>("tokens", "a list of token ids")? else {
         return Err(ApiError::bad_param("tokens", "`tokens` is required: a list of token ids."));
     };
     fields.finish(&[])?;
+    let tokens: Vec<u32> = tokens.into_iter().map(|Whole(id)| id).collect();
     let limit = state.engine.options().vocab_size;
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= limit) {
         return Err(ApiError::bad_param("tokens", format!("`tokens` must be ids below {limit}, got {id}.")));

@@ -63,7 +63,34 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
     schemas["TokenId"]["maximum"] = json!(state.engine.options().vocab_size - 1);
     let names =
         json!(state.served_names.iter().map(|name| json!(name)).chain([Value::Null]).collect::<Vec<_>>());
+    for body in
+        ["CompletionBody", "ChatBody", "TokenizeChat", "Message", "Said", "Part", "Tool", "ResponseFormat"]
+    {
+        let flat = flattened(&schemas[body], schemas);
+        schemas[body] = flat;
+    }
+    let template = state.tokenizer.chat_template();
+    let unread = ["tools", "documents", "reasoning_effort"]
+        .into_iter()
+        .filter(|name| !template.is_some_and(|template| template.reads(name)));
+    let mut refused: Vec<&str> = unread.collect();
+    if refused.contains(&"tools") {
+        refused.extend(["tool_choice", "parallel_tool_calls"]);
+    }
+    if !state.options.trust_chat_template {
+        refused.push("chat_template");
+    }
     each_object(schemas, &mut |object| {
+        refused.iter().for_each(|name| drop(object.shift_remove(*name)));
+        if let Some(truncate) = object.get_mut("truncate_prompt_tokens") {
+            *truncate =
+                json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1}, {"type": "null"}]});
+        }
+        // The width of a type is no limit that this server has.
+        object
+            .values_mut()
+            .filter_map(Value::as_object_mut)
+            .for_each(|field| drop(field.shift_remove("format")));
         let is_request = object.contains_key("prompt")
             || object.contains_key("messages")
             || object.contains_key("n")
@@ -72,6 +99,35 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
             model["enum"] = names.clone();
         }
     });
+}
+
+/// A schema with what it is composed of as one object that takes no other keys; alternatives each for themselves.
+fn flattened(schema: &Value, all: &Value) -> Value {
+    let mut schema = schema.clone();
+    while let Some(name) = schema["$ref"].as_str().and_then(|path| path.rsplit('/').next()) {
+        schema = all[name].clone();
+    }
+    if let Some(Value::Array(alternatives)) = schema.get_mut("oneOf") {
+        alternatives.iter_mut().for_each(|part| *part = flattened(part, all));
+        return schema;
+    }
+    if let Some(Value::Array(parts)) = schema.as_object_mut().and_then(|object| object.shift_remove("allOf"))
+    {
+        for part in parts.iter().map(|part| flattened(part, all)) {
+            let properties = part["properties"].as_object().cloned().unwrap_or_default();
+            let required = part["required"].as_array().cloned().unwrap_or_default();
+            let object = schema.as_object_mut().expect("a schema with parts is an object");
+            let own = object.entry("properties").or_insert_with(|| json!({}));
+            own.as_object_mut().expect("properties are an object").extend(properties);
+            let own = object.entry("required").or_insert_with(|| json!([]));
+            own.as_array_mut().expect("required is a list").extend(required);
+        }
+        schema["type"] = json!("object");
+    }
+    if schema.get("properties").is_some() {
+        schema["additionalProperties"] = json!(false);
+    }
+    schema
 }
 
 /// Calls `change` with the properties of every object in a schema.

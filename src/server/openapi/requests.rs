@@ -104,6 +104,7 @@ pub struct ChatFields {
     #[schema(min_items = 1)]
     messages: Vec<Message>,
     /// Functions that may be called, where the model's template knows tools.
+    #[schema(min_items = 1)]
     tools: Option<Vec<Tool>>,
     /// End the prompt with the header of the assistant's turn; true unless given.
     add_generation_prompt: Option<bool>,
@@ -283,9 +284,6 @@ pub struct GenerationFields {
     stream: Option<bool>,
     /// Only with `stream`.
     stream_options: Option<StreamOptionsBody>,
-    /// Tokens per event; only with `stream`.
-    #[schema(minimum = 1)]
-    stream_interval: Option<u32>,
     /// `{"type": "text" | "json_object" | "json_schema", ...}`.
     response_format: Option<ResponseFormat>,
     /// One of json, json_object, regex, choice and grammar.
