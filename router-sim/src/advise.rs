@@ -11,8 +11,6 @@ use crate::{Error, Result};
 
 /// Two throughputs closer than this are equal, and the one that needs less wins.
 const EQUAL: f64 = 0.005;
-/// A part of the step time below which no rebalance is worth its risk.
-const LEAST_GAIN: f64 = 1e-3;
 /// Part of a device's memory that experts may take; the rest is for attention, cache and activations.
 const EXPERT_MEMORY: f64 = 0.7;
 /// Redundant slots per rank that are tried.
@@ -175,10 +173,11 @@ impl Question {
         let moving_s = placement.and_then(|loss| loss.moving_us).unwrap_or(0.0) / 1e6;
         let stall_s = cost.switch_us() * run.layers.len() as f64 / 1e6;
         let (gain_s, cost_s) = (gain * self.horizon_s, if bytes > 0.0 { moving_s + stall_s } else { 0.0 });
-        let worth_it = gain >= LEAST_GAIN && gain_s > cost_s;
-        let after = match gain >= LEAST_GAIN {
+        let numbers = Verdict { gain_s, cost_s, horizon_s: self.horizon_s, bytes, ..Verdict::default() };
+        let noticeable = numbers.is_noticeable();
+        let after = match noticeable {
             true => format!("; it pays after {:.0} s", cost_s / gain),
-            false => format!("; below {:.1} % nobody would notice", 100.0 * LEAST_GAIN),
+            false => format!("; below {:.1} % nobody would notice", 100.0 * Verdict::LEAST_GAIN),
         };
         let reason = format!(
             "a placement for this traffic would save {:.2} % of the step time, {gain_s:.2} s of {:.0} s; moving {} takes {moving_s:.2} s, switching {stall_s:.3} s{after}",
@@ -186,7 +185,7 @@ impl Question {
             self.horizon_s,
             figures::bytes(bytes),
         );
-        Verdict { worth_it, gain_s, cost_s, horizon_s: self.horizon_s, bytes, reason }
+        Verdict { worth_it: noticeable && gain_s > cost_s, reason, ..numbers }
     }
 }
 
@@ -312,6 +311,11 @@ mod tests {
         );
         assert!(advice.reasons[3].contains("gets 2 rows"), "{:?}", advice.reasons);
         let short = Question { horizon_s: 40.0, ..question };
-        assert!(!short.answer(&choices, &runs, &cost).verdict.worth_it, "1.6 s against 2 s");
+        let verdict = short.answer(&choices, &runs, &cost).verdict;
+        assert_eq!((verdict.worth_it, verdict.in_words()), (false, "not worth it"), "1.6 s against 2 s");
+        let tiny: Vec<Run> =
+            choices.iter().map(|c| run(&c.name(), 32 + c.redundant, 100.0, (0.0009, 0.0, 0.0))).collect();
+        let verdict = short.answer(&choices, &tiny, &cost).verdict;
+        assert_eq!((verdict.worth_it, verdict.in_words()), (false, "little to gain"), "{verdict:?}");
     }
 }

@@ -69,7 +69,7 @@ fn advice_names_a_choice_and_a_verdict() {
     let folder = with_trace();
     let text = succeeds(folder.path(), "advise run.moeroute --ranks 4 --redundant 0,4 --splits even,exact");
     assert!(text.contains("advice: ") && text.contains("redundant slots: +0"), "{text}");
-    assert!(text.contains("rebalancing while serving is"), "{text}");
+    assert!(text.contains("rebalancing while serving: "), "{text}");
 }
 
 #[test]

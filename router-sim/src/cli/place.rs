@@ -207,13 +207,18 @@ fn summary(
     current: Option<&Placement>,
 ) -> Result<String> {
     let even = even_balancedness(load, placement);
-    let (mut best_split, mut bound) = (Vec::new(), Vec::new());
+    let (mut best_split, mut bound, mut group_bound) = (Vec::new(), Vec::new(), Vec::new());
+    let (groups, nodes) = (arguments.groups, arguments.nodes);
     let mut shares = Shares::default();
     for layer in 0..load.layers() {
         let tokens: Vec<u64> = load.totals(layer).collect();
         let mean = bounds::mean_load(&tokens, placement.ranks());
         let over = |max: f64| if max > 0.0 { mean / max } else { 1.0 };
         best_split.push(over(best_split_load(&mut shares, placement, layer, &tokens)?));
+        if groups > 1 && nodes > 1 {
+            let max = bounds::group_on_node_bound(&tokens, placement.ranks(), groups, nodes);
+            group_bound.extend(max.ok().map(over));
+        }
         bound.push(over(bounds::replica_bound(&tokens, placement.ranks(), placement.slots())));
     }
     let layers = load.layers().max(1) as f64;
@@ -239,6 +244,10 @@ fn summary(
     text += &row("even split", &even);
     text += &row("best split of this placement", &best_split);
     text += &row("bound of any placement", &bound);
+    // More groups than can be searched have no such bound.
+    if !group_bound.is_empty() {
+        text += &row("bound with groups kept on nodes", &group_bound);
+    }
     let gap = even.iter().zip(&bound).map(|(even, bound)| bound / even - 1.0).sum::<f64>() / layers;
     text += &format!("\n  gap to the bound, mean   {:.3} %\n", gap * 100.0);
     text += &format!("  duplicates on a rank     {}\n", duplicates(placement));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use router_sim::report::data::{Advice, Run};
+use router_sim::report::data::{Advice, Run, Verdict};
 
 /// A run by itself.
 pub fn of_run(run: &Run) -> String {
@@ -45,6 +45,10 @@ pub fn of_run(run: &Run) -> String {
             worst.layer_id, worst.actual, worst.actual_p5, worst.best_split, worst.bound
         ));
     }
+    if let Some(bound) = t.group_bound {
+        let worst = run.layers.iter().filter_map(|layer| layer.group_bound).fold(1.0, f64::min);
+        line(format!("  groups on nodes  allow {bound:.4} at best (worst layer {worst:.4})"));
+    }
     if !run.rebalances.is_empty() {
         let mean = t.transfers as f64 / run.rebalances.len() as f64 / run.layers.len() as f64;
         line(format!(
@@ -71,8 +75,8 @@ pub fn of_run(run: &Run) -> String {
 pub fn of_advice(advice: &Advice) -> String {
     let mut text = format!("advice: {}\n", advice.choice);
     advice.reasons.iter().for_each(|reason| text += &format!("  - {reason}\n"));
-    let worth = if advice.verdict.worth_it { "worth it" } else { "not worth it" };
-    text + &format!("rebalancing while serving is {worth}: {}\n", advice.verdict.reason)
+    let Verdict { reason, .. } = &advice.verdict;
+    text + &format!("rebalancing while serving: {}: {reason}\n", advice.verdict.in_words())
 }
 
 /// Alternatives side by side; gains are against the first.

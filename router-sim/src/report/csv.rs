@@ -5,16 +5,17 @@ use super::data::{LayerFigures, Report, Totals};
 /// A row per run, with a header.
 pub fn runs(report: &Report) -> String {
     let mut text = String::from(
-        "run,policy,split,slots,steps,tokens,plan,actual,actual_p5,best_split,bound,step_us,other_us,dispatch_us,expert_us,combine_us,stall_us,tokens_per_s,usd_per_million_tokens,moved_bytes,transfers,expert_bytes_per_rank\n",
+        "run,policy,split,slots,steps,tokens,plan,actual,actual_p5,best_split,bound,step_us,other_us,dispatch_us,expert_us,combine_us,stall_us,tokens_per_s,usd_per_million_tokens,moved_bytes,transfers,expert_bytes_per_rank,group_bound\n",
     );
     for run in &report.runs {
         let Totals { steps, tokens, plan, actual, actual_p5, best_split, bound, .. } = run.totals;
         let Totals { step_us, other_us, dispatch_us, expert_us, combine_us, stall_us, tokens_per_s, .. } =
             run.totals;
         let Totals { moved_bytes, transfers, expert_bytes_per_rank, usd_per_million_tokens, .. } = run.totals;
-        let usd = usd_per_million_tokens.map_or(String::new(), |usd| usd.to_string());
+        let group_bound = optional(run.totals.group_bound);
+        let usd = optional(usd_per_million_tokens);
         text += &format!(
-            "{},{},{},{},{steps},{tokens},{plan},{actual},{actual_p5},{best_split},{bound},{step_us},{other_us},{dispatch_us},{expert_us},{combine_us},{stall_us},{tokens_per_s},{usd},{moved_bytes},{transfers},{expert_bytes_per_rank}\n",
+            "{},{},{},{},{steps},{tokens},{plan},{actual},{actual_p5},{best_split},{bound},{step_us},{other_us},{dispatch_us},{expert_us},{combine_us},{stall_us},{tokens_per_s},{usd},{moved_bytes},{transfers},{expert_bytes_per_rank},{group_bound}\n",
             quoted(&run.name),
             quoted(&run.policy),
             quoted(&run.split),
@@ -27,20 +28,26 @@ pub fn runs(report: &Report) -> String {
 /// A row per run and MoE layer, with a header.
 pub fn layers(report: &Report) -> String {
     let mut text = String::from(
-        "run,layer,plan,actual,actual_p5,best_split,bound,max_tokens,activated,max_activated,dispatch_us,expert_us,combine_us\n",
+        "run,layer,plan,actual,actual_p5,best_split,bound,max_tokens,activated,max_activated,dispatch_us,expert_us,combine_us,group_bound\n",
     );
     for run in &report.runs {
         for layer in &run.layers {
             let LayerFigures { layer_id, plan, actual, actual_p5, best_split, bound, max_tokens, .. } =
                 *layer;
             let LayerFigures { activated, max_activated, dispatch_us, expert_us, combine_us, .. } = *layer;
+            let group_bound = optional(layer.group_bound);
             text += &format!(
-                "{},{layer_id},{plan},{actual},{actual_p5},{best_split},{bound},{max_tokens},{activated},{max_activated},{dispatch_us},{expert_us},{combine_us}\n",
+                "{},{layer_id},{plan},{actual},{actual_p5},{best_split},{bound},{max_tokens},{activated},{max_activated},{dispatch_us},{expert_us},{combine_us},{group_bound}\n",
                 quoted(&run.name)
             );
         }
     }
     text
+}
+
+/// Nothing where there is no figure.
+fn optional(figure: Option<f64>) -> String {
+    figure.map_or(String::new(), |figure| figure.to_string())
 }
 
 fn quoted(text: &str) -> String {

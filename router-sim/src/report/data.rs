@@ -94,6 +94,10 @@ pub struct Totals {
     pub best_split: f64,
     /// Mean over layers and steps of the best that any placement with as many slots allows.
     pub bound: f64,
+    /// Mean over layers of the best that any placement allows on all tokens together if it keeps groups of experts whole on
+    /// a node; `None` where the policy does not, or there are too many groups to search.
+    #[serde(default)]
+    pub group_bound: Option<f64>,
     /// Critical path of a mean step.
     pub step_us: f64,
     /// Part of it: attention, router, shared experts and what else does not depend on the placement.
@@ -133,6 +137,9 @@ pub struct LayerFigures {
     pub best_split: f64,
     /// Mean for the best placement with as many slots.
     pub bound: f64,
+    /// The best on all tokens together if groups of experts stay whole on a node, where they must.
+    #[serde(default)]
+    pub group_bound: Option<f64>,
     /// Mean of the most loaded rank's tokens.
     pub max_tokens: f64,
     /// Mean number of experts that a rank had to read weights of.
@@ -261,7 +268,7 @@ pub struct Advice {
 /// Gain over the horizon against what moving costs, both in seconds of serving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// `gain_s > cost_s`.
+    /// The gain is above the cost and large enough to be noticed.
     pub worth_it: bool,
     /// Serving time that better balance saves over the horizon.
     pub gain_s: f64,
@@ -273,4 +280,23 @@ pub struct Verdict {
     pub bytes: f64,
     /// The arithmetic in words.
     pub reason: String,
+}
+
+impl Verdict {
+    /// A part of the serving time below which nobody would notice a gain, and no rebalance is worth its risk.
+    pub const LEAST_GAIN: f64 = 1e-3;
+
+    /// Whether the gain is large enough to be noticed.
+    pub fn is_noticeable(&self) -> bool {
+        self.gain_s >= Verdict::LEAST_GAIN * self.horizon_s
+    }
+
+    /// The verdict in two or three words; every report uses these.
+    pub fn in_words(&self) -> &'static str {
+        match self.worth_it {
+            true => "worth it",
+            false if self.is_noticeable() => "not worth it",
+            false => "little to gain",
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! One MoE layer of the simulation: what a step made of it, and the sums over steps.
 
 use super::best::BestSplit;
+use super::losses::ReferenceLayer;
 use super::spread::Spread;
 use super::tally::{LayerTally, OwnedRows};
 use crate::cost::{CostModel, Endpoints, WireUnit};
@@ -35,6 +36,8 @@ pub struct LayerStep {
     pub hindsight_expert_us: f64,
     /// The same if the batch were an exact sample of all tokens.
     pub expected_expert_us: f64,
+    /// The same without the rule that groups of experts stay on a node, where there is one.
+    pub unruled_expert_us: f64,
     /// The same if rows and activated slots were spread evenly.
     pub even_expert_us: f64,
 }
@@ -112,8 +115,7 @@ impl Worker {
         }
     }
 
-    /// Runs one layer of one step. `reference` is the same layer of a placement planned with hindsight, and how far its
-    /// most loaded rank is above the mean over all tokens.
+    /// Runs one layer of one step. `reference` is the same layer of what was planned with hindsight.
     pub fn run(
         &mut self,
         lane: &mut Lane,
@@ -121,7 +123,7 @@ impl Worker {
         cost: &CostModel,
         owned: OwnedRows<'_>,
         ids: &[u16],
-        reference: Option<(LayerPlacement<'_>, f64)>,
+        reference: Option<ReferenceLayer<'_>>,
     ) {
         self.tally.count(layer, &mut self.split, owned, ids);
         let tally = &self.tally;
@@ -146,9 +148,11 @@ impl Worker {
         let us = |rows| cost.experts_us(rows, mean_activated).min(step.expert_us);
         step.best_expert_us = us(step.best_max_rows);
         step.even_expert_us = us(mean_rows);
-        if let Some((layer, stretch)) = reference {
-            step.hindsight_expert_us = us(self.best.max_rows(layer, &tally.expert_tokens));
-            step.expected_expert_us = us((step.rows as f64 / ranks as f64 * stretch).ceil() as u64);
+        if let Some(ReferenceLayer { placement, stretch, unruled_stretch }) = reference {
+            let stretched = |stretch: f64| us((step.rows as f64 / ranks as f64 * stretch).ceil() as u64);
+            step.hindsight_expert_us = us(self.best.max_rows(placement, &tally.expert_tokens));
+            step.expected_expert_us = stretched(stretch);
+            step.unruled_expert_us = stretched(unruled_stretch);
         }
         self.traffic.add(tally, &self.endpoints, layer.ranks());
         lane.add(step);
@@ -210,6 +214,7 @@ impl Lane {
             (&mut sums.best_expert_us, step.best_expert_us),
             (&mut sums.hindsight_expert_us, step.hindsight_expert_us),
             (&mut sums.expected_expert_us, step.expected_expert_us),
+            (&mut sums.unruled_expert_us, step.unruled_expert_us),
             (&mut sums.even_expert_us, step.even_expert_us),
         ] {
             *sum += us;
@@ -231,6 +236,7 @@ impl Lane {
             actual_p5: self.actual.percentile(0.05),
             best_split: if self.steps == 0 { 1.0 } else { self.best_split / steps },
             bound: if self.steps == 0 { 1.0 } else { self.bound / steps },
+            group_bound: None,
             max_tokens: self.sums.max_rows as f64 / steps,
             activated: self.sums.activated as f64 / steps / self.ranks as f64,
             max_activated: self.sums.max_activated as f64 / steps,

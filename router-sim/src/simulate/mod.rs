@@ -26,7 +26,7 @@ mod pareto;
 pub use draw::{DrawOptions, Drawn};
 pub use interleave::Interleaved;
 pub use lane::LayerStep;
-pub use losses::{Levels, Reference};
+pub use losses::{Levels, Reference, ReferenceLayer};
 pub use pareto::pareto;
 pub use plan::{PolicyName, plan};
 pub use rebalance::{Rebalancing, Trigger};

@@ -44,6 +44,16 @@ impl PolicyName {
         }
     }
 
+    /// Groups of experts and nodes, where each group must stay whole on a node.
+    pub fn kept_groups(self) -> Option<(usize, usize)> {
+        match self {
+            PolicyName::EplbHierarchical { groups, nodes } | PolicyName::Moeyard { groups, nodes } => {
+                Some((groups, nodes)).filter(|_| groups > 1 && nodes > 1)
+            }
+            PolicyName::Linear | PolicyName::Eplb => None,
+        }
+    }
+
     /// The policy of that name; groups and nodes are for those that keep groups of experts on a node.
     ///
     /// # Errors

@@ -106,8 +106,15 @@ impl Scenario<'_> {
         let cost = CostModel::new(self.cluster, choice.ranks, self.model, self.constants)?;
         let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
         let first = self.first_placement(choice)?;
-        let best = plan(self.reference, std::slice::from_ref(self.hindsight), &shape, None, None)?;
-        let reference = Reference::new(best, self.hindsight);
+        let with_hindsight = |policy| plan(policy, std::slice::from_ref(self.hindsight), &shape, None, None);
+        let best = with_hindsight(self.reference)?;
+        let reference = match choice.policy.kept_groups() {
+            None => Reference::new(best, self.hindsight),
+            Some((groups, nodes)) => {
+                let ruled = with_hindsight(PolicyName::Moeyard { groups, nodes })?;
+                Reference::new(ruled, self.hindsight).without_rule(best, self.hindsight, groups, nodes)
+            }
+        };
         let setup = Setup {
             name: choice.name(),
             policy: choice.policy,

@@ -239,6 +239,7 @@ impl<'a> Simulator<'a> {
             levels.best_split += sums.best_expert_us;
             levels.hindsight += sums.hindsight_expert_us;
             levels.expected += sums.expected_expert_us;
+            levels.unruled += sums.unruled_expert_us;
             levels.even += sums.even_expert_us;
         }
         levels
@@ -255,7 +256,14 @@ impl<'a> Simulator<'a> {
             .zip(&plans)
             .zip(layer_ids)
             .map(|((lane, plan), id)| lane.figures(*id, plan.balance));
-        let layers: Vec<_> = figures.collect();
+        let mut layers: Vec<_> = figures.collect();
+        let group_bound = self.reference.and_then(|reference| {
+            for (layer, figures) in layers.iter_mut().enumerate() {
+                figures.group_bound = reference.group_bound(layer);
+            }
+            layers.iter().map(|layer| layer.group_bound).sum::<Option<f64>>()
+        });
+        let group_bound = group_bound.map(|sum| sum / layers.len() as f64);
         let rebalances = self.rebalancer.map_or(Vec::new(), |rebalancer| rebalancer.log);
         let mut spread = Spread::default();
         let mut sum = LayerStep::default();
@@ -278,6 +286,7 @@ impl<'a> Simulator<'a> {
             actual_p5: spread.percentile(0.05),
             best_split: mean(|layer| layer.best_split),
             bound: mean(|layer| layer.bound),
+            group_bound,
             step_us: us * per_step,
             other_us: other_us * per_step,
             dispatch_us: sum.dispatch_us * per_step,

@@ -62,16 +62,19 @@ pub fn tiles(report: &Report) -> String {
     if let Some(advice) = &report.advice {
         tiles.push((percent(advice.beyond_repair), "of the step no placement or split wins back".to_owned()));
         let verdict = &advice.verdict;
-        let (word, class) = match verdict.worth_it {
-            // Less than a thousandth of the time is nothing that anybody would notice.
-            _ if verdict.gain_s < 0.001 * verdict.horizon_s => ("Little to gain", ""),
-            true => ("Worth it", "good"),
-            false => ("Not worth it", "bad"),
+        let class = match (verdict.worth_it, verdict.is_noticeable()) {
+            (true, _) => "good",
+            (false, true) => "bad",
+            (false, false) => "",
         };
-        let tile = format!("<span class=\"{class}\">{word}</span>");
+        let (first, rest) = verdict.in_words().split_at(1);
+        let tile = format!("<span class=\"{class}\">{}{rest}</span>", first.to_uppercase());
         tiles.push((tile, "rebalancing while serving".to_owned()));
     } else {
         tiles.push((balance(last.bound), "bound: the best any placement with these slots allows".to_owned()));
+        if let Some(bound) = last.group_bound {
+            tiles.push((balance(bound), "bound where groups of experts stay on a node".to_owned()));
+        }
     }
     let tiles: String = tiles
         .iter()
