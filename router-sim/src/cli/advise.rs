@@ -31,28 +31,54 @@ pub struct Arguments {
     #[command(flatten)]
     simulation: SimulationFlags,
     /// Expert-parallel ranks
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "What is served, and what may change")]
     ranks: usize,
     /// The placement that is served now [default: experts in order, without redundancy]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "What is served, and what may change")]
     placement: Option<PathBuf>,
     /// The split that is used now
-    #[arg(long, value_name = "SPLIT", default_value = "even")]
+    #[arg(
+        long,
+        value_name = "SPLIT",
+        default_value = "even",
+        help_heading = "What is served, and what may change"
+    )]
     split: String,
     /// Splits that may be used, the cheapest first
-    #[arg(long, value_name = "SPLIT,..", value_delimiter = ',', default_value = "even,exact,activated")]
+    #[arg(
+        long,
+        value_name = "SPLIT,..",
+        value_delimiter = ',',
+        default_value = "even,exact,activated",
+        help_heading = "What is served, and what may change"
+    )]
     splits: Vec<String>,
     /// Policy that plans
-    #[arg(long, value_name = "POLICY", default_value = "moeyard")]
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = "moeyard",
+        help_heading = "What is served, and what may change"
+    )]
     policy: String,
     /// Groups of experts that eplb-hierarchical and moeyard keep on a node
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "What is served, and what may change")]
     groups: usize,
     /// Redundant slots per layer to try [default: 0, 1, 2 and 4 per rank, as far as memory reaches]
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        help_heading = "What is served, and what may change"
+    )]
     redundant: Vec<usize>,
     /// Seconds of serving between two rebalances, for the verdict
-    #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600.0,
+        help_heading = "What is served, and what may change"
+    )]
     horizon: f64,
     #[command(flatten)]
     findings: FindingsFlags,

@@ -33,25 +33,55 @@ pub struct Arguments {
     #[command(flatten)]
     simulation: SimulationFlags,
     /// Expert-parallel ranks
-    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "8")]
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        default_value = "8",
+        help_heading = "Alternatives"
+    )]
     ranks: Vec<usize>,
     /// Slots per layer over all ranks beyond one per expert
-    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "0")]
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        default_value = "0",
+        help_heading = "Alternatives"
+    )]
     redundant: Vec<usize>,
     /// Placement policies
-    #[arg(long, value_name = "POLICY,..", value_delimiter = ',', default_value = "linear,eplb,moeyard")]
+    #[arg(
+        long,
+        value_name = "POLICY,..",
+        value_delimiter = ',',
+        default_value = "linear,eplb,moeyard",
+        help_heading = "Alternatives"
+    )]
     policy: Vec<String>,
     /// Splits between replicas
-    #[arg(long, value_name = "SPLIT,..", value_delimiter = ',', default_value = "even,exact")]
+    #[arg(
+        long,
+        value_name = "SPLIT,..",
+        value_delimiter = ',',
+        default_value = "even,exact",
+        help_heading = "Alternatives"
+    )]
     split: Vec<String>,
     /// Groups of experts that eplb-hierarchical and moeyard keep on a node
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Alternatives")]
     groups: usize,
     /// Steps between two looks at the load; 0 keeps the placement
-    #[arg(long, value_name = "STEPS,..", value_delimiter = ',', default_value = "0")]
+    #[arg(
+        long,
+        value_name = "STEPS,..",
+        value_delimiter = ',',
+        default_value = "0",
+        help_heading = "Rebalancing while serving"
+    )]
     rebalance_interval: Vec<u64>,
     /// Steps of load that a look is at [default: the interval]
-    #[arg(long, value_name = "STEPS,..", value_delimiter = ',')]
+    #[arg(long, value_name = "STEPS,..", value_delimiter = ',', help_heading = "Rebalancing while serving")]
     window: Vec<u64>,
     #[command(flatten)]
     rebalancing: RebalancingFlags,

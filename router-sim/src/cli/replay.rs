@@ -37,28 +37,33 @@ pub struct Arguments {
     #[command(flatten)]
     simulation: SimulationFlags,
     /// Expert-parallel ranks
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Placement and split")]
     ranks: usize,
     /// Slots per layer over all ranks beyond one per expert
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Placement and split")]
     redundant: usize,
     /// Placement policy: linear, eplb, eplb-hierarchical, moeyard
-    #[arg(long, value_name = "POLICY", default_value = "linear")]
+    #[arg(long, value_name = "POLICY", default_value = "linear", help_heading = "Placement and split")]
     policy: String,
     /// Begin with this placement instead of one that the policy makes
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Placement and split")]
     placement: Option<PathBuf>,
     /// Split between replicas: even, random, nearest, waterfill, exact, activated
-    #[arg(long, value_name = "SPLIT", default_value = "even")]
+    #[arg(long, value_name = "SPLIT", default_value = "even", help_heading = "Placement and split")]
     split: String,
     /// Groups of experts that eplb-hierarchical and moeyard keep on a node
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Placement and split")]
     groups: usize,
     /// Rebalance while serving: look at the load every so many steps
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", help_heading = "Rebalancing while serving")]
     rebalance_interval: Option<u64>,
     /// Steps of load that a look is at [default: the interval]
-    #[arg(long, value_name = "STEPS", requires = "rebalance_interval")]
+    #[arg(
+        long,
+        value_name = "STEPS",
+        requires = "rebalance_interval",
+        help_heading = "Rebalancing while serving"
+    )]
     window: Option<u64>,
     #[command(flatten)]
     rebalancing: RebalancingFlags,
