@@ -126,10 +126,15 @@ impl Served {
         Client::connect(self.address)
     }
 
-    /// Sends SIGTERM; the exit code and all that was logged.
-    pub fn terminate(mut self) -> (Option<i32>, String) {
+    /// Sends SIGTERM.
+    pub fn signal(&self) {
         // SAFETY: a plain system call; the child has not been waited for, so its id is its own.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
+    }
+
+    /// Sends SIGTERM; the exit code and all that was logged.
+    pub fn terminate(mut self) -> (Option<i32>, String) {
+        self.signal();
         let code = end_of(&mut self.child);
         (code, self.log.take().unwrap().join().unwrap())
     }

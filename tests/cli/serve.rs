@@ -1,5 +1,7 @@
 //! `moeyard serve`: the embedded model in an empty folder, on one rank and on four.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -140,6 +142,37 @@ fn a_signal_lets_a_running_answer_finish() {
     let body = String::from_utf8(body).unwrap();
     assert!(body.contains("\"finish_reason\":\"length\"") && body.contains("[DONE]"), "{body}");
     assert_eq!(ending.join().unwrap().0, Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_running_answers_and_the_server_at_once() {
+    let folder = TempDir::new().unwrap();
+    let flags = ["--threads", "1", "--kv-cache-memory", "64MiB", "--expert-parallel-size", "2"];
+    let server = Served::start(folder.path(), flags);
+    // Together far more work than two signals take time for.
+    let ask =
+        json!({"prompt": "Once", "max_tokens": 1000, "temperature": 0, "ignore_eos": true, "stream": true});
+    let mut clients: Vec<_> = (0..32).map(|_| server.client()).collect();
+    clients.iter_mut().for_each(|client| client.send_json("/v1/completions", &ask));
+    for client in &mut clients {
+        assert_eq!(client.head().status, 200);
+        client.chunk().expect("a first piece");
+    }
+    server.signal();
+    // Two signals at once could arrive as one.
+    while server.client().get("/readyz").status != 503 {
+        std::thread::yield_now();
+    }
+    let asked = Instant::now();
+    let (code, log) = server.terminate();
+    let took = asked.elapsed();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(took < Duration::from_secs(10), "{took:?}: nothing waits for the drain time of 30 s");
+    for client in &mut clients {
+        let body: Vec<u8> = std::iter::from_fn(|| client.chunk()).flatten().collect();
+        let body = String::from_utf8(body).unwrap();
+        assert!(body.contains("\"code\":503") && !body.contains("\"length\""), "{body}");
+    }
 }
 
 #[test]
