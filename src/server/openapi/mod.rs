@@ -80,6 +80,8 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
     if !state.options.trust_chat_template {
         refused.push("chat_template");
     }
+    // Needs a last message with content that its template writes as it is: more than a schema can say.
+    refused.push("continue_final_message");
     each_object(schemas, &mut |object| {
         refused.iter().for_each(|name| drop(object.shift_remove(*name)));
         if let Some(truncate) = object.get_mut("truncate_prompt_tokens") {
@@ -87,10 +89,12 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
                 json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1}, {"type": "null"}]});
         }
         // The width of a type is no limit that this server has.
-        object
-            .values_mut()
-            .filter_map(Value::as_object_mut)
-            .for_each(|field| drop(field.shift_remove("format")));
+        for field in object.values_mut().filter_map(Value::as_object_mut) {
+            field.shift_remove("format");
+            if let Some(Value::Object(items)) = field.get_mut("items") {
+                items.shift_remove("format");
+            }
+        }
         let is_request = object.contains_key("prompt")
             || object.contains_key("messages")
             || object.contains_key("n")
@@ -99,6 +103,27 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
             model["enum"] = names.clone();
         }
     });
+    schemas["StructuredOutputs"] = structured_outputs(&schemas["StructuredOutputs"]);
+}
+
+/// Exactly one of its fields, each not null. A grammar is left out: no schema says which texts are one.
+fn structured_outputs(flat: &Value) -> Value {
+    let choice = flat["properties"]["choice"]["items"].clone();
+    let alternatives = [
+        ("json", json!({"type": "object"})),
+        ("json_object", json!({"const": true})),
+        ("regex", json!({"type": "string", "format": "regex"})),
+        ("choice", json!({"type": "array", "minItems": 1, "maxItems": 1024, "items": choice})),
+    ];
+    let object = |(name, field): &(&str, Value)| {
+        json!({
+            "type": "object", "required": [name], "properties": {*name: field}, "additionalProperties": false,
+        })
+    };
+    json!({
+        "description": "One of json, json_object, regex, choice and (a text in llguidance's variant of Lark) grammar.",
+        "oneOf": alternatives.iter().map(object).collect::<Vec<_>>(),
+    })
 }
 
 /// A schema with what it is composed of as one object that takes no other keys; alternatives each for themselves.
@@ -148,7 +173,9 @@ fn paths() -> Value {
     let json_answer = |name: &str| json!({"application/json": {"schema": reference(name)}});
     let stream = |name: &str| {
         let mut content = json_answer(name);
-        content["text/event-stream"] = json!({"schema": {"type": "string"}});
+        // Each event's data is a chunk as JSON, the last one's is [DONE]; readers differ on what a schema of
+        // events describes.
+        content["text/event-stream"] = json!({"schema": {}});
         content
     };
     let text = |mime: &str| json!({ mime: {"schema": {"type": "string"}} });
