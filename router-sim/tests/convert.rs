@@ -44,7 +44,7 @@ fn loads_go_round_through_every_format() {
         (0..load.layers()).map(|layer| load.totals(layer).collect()).collect::<Vec<Vec<u64>>>()
     };
     let mut last = "sample.moetrace".to_owned();
-    for next in ["a.npy", "b.json", "c.csv", "d.safetensors", "e.npy"] {
+    for next in ["t.moeroute", "a.npy", "b.json", "c.csv", "d.safetensors", "e.npy"] {
         told(folder.path(), &["convert", &last, next]);
         assert_eq!(total(next), total("sample.moetrace"), "{last} to {next}");
         last = next.to_owned();

@@ -110,11 +110,12 @@ pub fn read(path: &Path, missing: &Missing) -> Result<Placement> {
     placement(map, missing).map_err(|e| refuse(e.to_string()))
 }
 
-/// Whether a file's content is a placement.
+/// Whether a file's content is a placement: text that names what only placements hold. (A trace's header holds a
+/// placement too, but a trace is binary.)
 pub fn looks_like(start: &[u8]) -> bool {
-    [&b"\"physical_to_logical_map\""[..], b"\"moe_layer_count\"", b"initial_global_assignments:"]
-        .iter()
-        .any(|key| start.windows(key.len()).any(|part| part == *key))
+    let is_text = !start.contains(&0);
+    let keys = [&b"\"physical_to_logical_map\""[..], b"\"moe_layer_count\"", b"initial_global_assignments:"];
+    is_text && keys.iter().any(|key| start.windows(key.len()).any(|part| part == *key))
 }
 
 fn placement(map: Map, missing: &Missing) -> Result<Placement> {
