@@ -236,7 +236,8 @@ fn sampling(fields: &mut Fields<'_>, defaults: &SamplingDefaults) -> Result<Samp
     let top_p = fields.number("top_p", "above 0 and at most 1", |p| p > 0.0 && p <= 1.0)?;
     let top_k = fields.integer("top_k", -1, u32::MAX.into())?;
     let min_p = fields.number("min_p", "between 0 and 1", |p| (0.0..=1.0).contains(&p))?;
-    let repetition = fields.number("repetition_penalty", "above 0", |r| r > 0.0 && r <= f32::MAX.into())?;
+    let repetition =
+        fields.number("repetition_penalty", "above 0 and at most 1e30", |r| r > 0.0 && r <= 1e30)?;
     let mut penalty = |name| fields.number(name, "between -2 and 2", |p| (-2.0..=2.0).contains(&p));
     let (presence, frequency) = (penalty("presence_penalty")?, penalty("frequency_penalty")?);
     Ok(Sampling {

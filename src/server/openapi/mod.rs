@@ -58,6 +58,18 @@ fn describe(state: &AppState) -> Value {
     document
 }
 
+/// Fields of requests that others allow or forbid: `temperature`, `stream`, `logprobs`, `max_tokens`, a grammar, the last
+/// message. A schema of one object cannot say so, and would admit what is refused; docs/serving.md describes them.
+const DEPENDENT: [&str; 7] = [
+    "n",
+    "stream_options",
+    "prompt_logprobs",
+    "top_logprobs",
+    "min_tokens",
+    "allowed_token_ids",
+    "continue_final_message",
+];
+
 /// Limits that belong to the served model.
 fn fill_in(schemas: &mut Value, state: &AppState) {
     schemas["TokenId"]["maximum"] = json!(state.engine.options().vocab_size - 1);
@@ -80,13 +92,20 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
     if !state.options.trust_chat_template {
         refused.push("chat_template");
     }
-    // Needs a last message with content that its template writes as it is: more than a schema can say.
-    refused.push("continue_final_message");
     each_object(schemas, &mut |object| {
         refused.iter().for_each(|name| drop(object.shift_remove(*name)));
         if let Some(truncate) = object.get_mut("truncate_prompt_tokens") {
             *truncate =
                 json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1}, {"type": "null"}]});
+        }
+        if let Some(bias) = object.get_mut("logit_bias") {
+            // Ids of fewer digits than the vocabulary's size: a pattern cannot compare.
+            let digits = state.engine.options().vocab_size.ilog10().saturating_sub(1);
+            bias["propertyNames"] = json!({"pattern": format!("^(0|[1-9][0-9]{{0,{digits}}})$")});
+            bias["additionalProperties"] = json!({"type": "number", "minimum": -100, "maximum": 100});
+        }
+        if let Some(words) = object.get_mut("bad_words") {
+            words["items"]["pattern"] = json!("\\S");
         }
         // The width of a type is no limit that this server has.
         for field in object.values_mut().filter_map(Value::as_object_mut) {
@@ -104,6 +123,10 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
         }
     });
     schemas["StructuredOutputs"] = structured_outputs(&schemas["StructuredOutputs"]);
+    for body in ["CompletionBody", "ChatBody", "TokenizeChat"] {
+        let properties = schemas[body]["properties"].as_object_mut().expect("a body has properties");
+        DEPENDENT.iter().for_each(|name| drop(properties.shift_remove(*name)));
+    }
 }
 
 /// Exactly one of its fields, each not null. A grammar is left out: no schema says which texts are one.
