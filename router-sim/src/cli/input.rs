@@ -9,7 +9,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use router_sim::Result;
 use router_sim::formats::{self, Format, Options};
 use router_sim::load::{LoadWindow, Phase};
-use router_sim::stream::{LoadStream, TokenStream};
 
 /// How to read input files.
 #[derive(Args, Clone, Debug, Default)]
@@ -50,20 +49,7 @@ fn format_parser() -> impl clap::builder::TypedValueParser<Value = Format> {
         .map(|name| name.parse().expect("one of the possible values"))
 }
 
-#[allow(dead_code)] // Each command uses the ones it needs.
 impl InputFlags {
-    /// A file as tokens. `FILE#LABEL,LABEL` takes only tokens with one of the labels.
-    pub fn tokens(&self, file: &Path) -> Result<Box<dyn TokenStream>> {
-        let (path, options) = self.options(file);
-        formats::open_tokens(&path, &options)
-    }
-
-    /// A file of any kind as load windows.
-    pub fn loads(&self, file: &Path) -> Result<Box<dyn LoadStream>> {
-        let (path, options) = self.options(file);
-        formats::open_loads(&path, &options)
-    }
-
     /// The load of a whole file, summed over its steps.
     pub fn total_load(&self, file: &Path) -> Result<LoadWindow> {
         let (path, options) = self.options(file);
