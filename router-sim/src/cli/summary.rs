@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use router_sim::report::data::{Advice, Run, Verdict};
+use router_sim::report::figures::{bytes, micros, whole};
 
 /// A run by itself.
 pub fn of_run(run: &Run) -> String {
@@ -19,16 +20,16 @@ pub fn of_run(run: &Run) -> String {
     ));
     line(format!(
         "  step             {} = other {} + dispatch {} + experts {} + combine {} + stall {}",
-        us(t.step_us),
-        us(t.other_us),
-        us(t.dispatch_us),
-        us(t.expert_us),
-        us(t.combine_us),
-        us(t.stall_us)
+        micros(t.step_us),
+        micros(t.other_us),
+        micros(t.dispatch_us),
+        micros(t.expert_us),
+        micros(t.combine_us),
+        micros(t.stall_us)
     ));
     let price =
         t.usd_per_million_tokens.map_or(String::new(), |usd| format!("   ${usd:.3} per million tokens"));
-    line(format!("  throughput       {} tokens/s{price}", count(t.tokens_per_s)));
+    line(format!("  throughput       {} tokens/s{price}", whole(t.tokens_per_s)));
     let traffic = &run.traffic;
     let rows = traffic.rows.max(1) as f64;
     line(format!(
@@ -111,9 +112,9 @@ pub fn table(runs: &[Run]) -> String {
             format!("{:.3}", t.actual_p5),
             format!("{:.4}", t.best_split),
             format!("{:.4}", t.bound),
-            us(t.expert_us),
-            us(t.step_us),
-            count(t.tokens_per_s),
+            micros(t.expert_us),
+            micros(t.step_us),
+            whole(t.tokens_per_s),
             format!("{gain:+.1} %"),
             if t.transfers > 0 { bytes(t.moved_bytes) } else { "-".to_owned() },
             bytes(t.expert_bytes_per_rank),
@@ -146,38 +147,4 @@ fn aligned(rows: &[Vec<String>]) -> String {
 
 fn per_token(pairs: u64, tokens: u64, layers: usize) -> f64 {
     pairs as f64 / (tokens.max(1) * layers.max(1) as u64) as f64
-}
-
-/// A time with three digits.
-pub fn us(us: f64) -> String {
-    match us {
-        us if us >= 1e6 => format!("{:.2} s", us / 1e6),
-        us if us >= 1e3 => format!("{:.2} ms", us / 1e3),
-        us => format!("{us:.0} us"),
-    }
-}
-
-/// An amount of memory or traffic.
-pub fn bytes(bytes: f64) -> String {
-    let mut value = bytes;
-    for unit in ["B", "KB", "MB", "GB", "TB"] {
-        if value < 999.5 || unit == "TB" {
-            return if unit == "B" { format!("{value:.0} B") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1000.0;
-    }
-    unreachable!("the last unit takes everything")
-}
-
-/// A large number with its thousands apart.
-pub fn count(value: f64) -> String {
-    let digits = format!("{value:.0}");
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) && digit.is_ascii_digit() {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }

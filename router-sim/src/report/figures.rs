@@ -41,6 +41,19 @@ pub fn count(value: f64) -> String {
     with_unit(value, &[(1.0, ""), (1e3, " k"), (1e6, " M"), (1e9, " G")])
 }
 
+/// A large number with its thousands apart.
+pub fn whole(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) && digit.is_ascii_digit() {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
 /// A share as percent.
 pub fn percent(share: f64) -> String {
     match share.is_finite() {
@@ -84,6 +97,8 @@ mod tests {
             micros(1234.0),
             seconds(2.0),
             count(215_438.0),
+            whole(1_215_438.4),
+            whole(999.0),
             percent(0.123),
             percent(0.0234),
             percent(0.0001),
@@ -95,8 +110,25 @@ mod tests {
             balance(f64::NAN),
         ];
         let expected = [
-            "0 B", "1.00 kB", "44.0 MB", "704 GB", "0.50 µs", "1.23 ms", "2.00 s", "215 k", "12 %", "2.3 %",
-            "< 0.1 %", "+31 %", "−5.0 %", "0.0 %", "0.9998", "0.470", "–",
+            "0 B",
+            "1.00 kB",
+            "44.0 MB",
+            "704 GB",
+            "0.50 µs",
+            "1.23 ms",
+            "2.00 s",
+            "215 k",
+            "1,215,438",
+            "999",
+            "12 %",
+            "2.3 %",
+            "< 0.1 %",
+            "+31 %",
+            "−5.0 %",
+            "0.0 %",
+            "0.9998",
+            "0.470",
+            "–",
         ];
         assert_eq!(shown, expected);
     }

@@ -5,6 +5,6 @@
 
 pub mod data;
 mod read;
-pub(crate) mod figures;
+pub mod figures;
 pub mod csv;
 pub mod html;
