@@ -175,15 +175,19 @@ impl Question {
         let (gain_s, cost_s) = (gain * self.horizon_s, if bytes > 0.0 { moving_s + stall_s } else { 0.0 });
         let numbers = Verdict { gain_s, cost_s, horizon_s: self.horizon_s, bytes, ..Verdict::default() };
         let noticeable = numbers.is_noticeable();
-        let after = match noticeable {
-            true => format!("; it pays after {:.0} s", cost_s / gain),
-            false => format!("; below {:.1} % nobody would notice", 100.0 * Verdict::LEAST_GAIN),
+        let against = match noticeable {
+            true => format!(
+                "moving {} takes {moving_s:.2} s, switching {stall_s:.3} s; it pays after {:.0} s",
+                figures::bytes(bytes),
+                cost_s / gain
+            ),
+            // Nor is it said then what would have to move: see the losses.
+            false => format!("below {:.1} % nobody would notice", 100.0 * Verdict::LEAST_GAIN),
         };
         let reason = format!(
-            "a placement for this traffic would save {:.2} % of the step time, {gain_s:.2} s of {:.0} s; moving {} takes {moving_s:.2} s, switching {stall_s:.3} s{after}",
+            "a placement for this traffic would save {:.2} % of the step time, {gain_s:.2} s of {:.0} s; {against}",
             100.0 * gain,
             self.horizon_s,
-            figures::bytes(bytes),
         );
         Verdict { worth_it: noticeable && gain_s > cost_s, reason, ..numbers }
     }
