@@ -8,6 +8,7 @@ mod file;
 mod linear;
 mod eplb;
 mod moves;
+mod rounds;
 mod moeyard;
 
 pub use eplb::Eplb;
@@ -15,6 +16,7 @@ pub use file::{Expected, PlacementFile};
 pub use linear::Linear;
 pub use moeyard::Moeyard;
 pub use moves::{Transfer, duplicates, transfers};
+pub use rounds::{Arrival, Round, RoundLimits, Rounds, rounds};
 
 use crate::load::LoadWindow;
 use crate::{Error, Result};
@@ -147,6 +149,20 @@ impl Placement {
     pub fn with_version(mut self, version: u64) -> Self {
         self.version = version;
         self
+    }
+
+    /// The same with other maps for some layers, `(layer, [slots])`; the version stays.
+    ///
+    /// # Errors
+    /// As [`Placement::new`], for the layers that are given.
+    fn with_layers(&self, layers: Vec<(usize, Vec<i32>)>) -> Result<Self> {
+        let mut changed = self.clone();
+        for (layer, map) in layers {
+            let layer_id = self.layer_ids[layer];
+            changed.replicas[layer] = Replicas::of(&map, layer_id, self.slots_per_rank, self.experts)?;
+            changed.slots[layer] = map;
+        }
+        Ok(changed)
     }
 
     /// Tells placements of one run apart; counts up with each switch.
