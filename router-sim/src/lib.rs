@@ -11,6 +11,7 @@ pub mod placement;
 pub mod report;
 pub mod split;
 pub mod topology;
+pub mod rebalance;
 pub mod simulate;
 pub mod advise;
 pub mod trace;

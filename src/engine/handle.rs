@@ -7,6 +7,7 @@
 use super::RequestId;
 use super::options::{EngineOptions, SchedulingPolicy};
 use super::queue::Queue;
+use super::rebalance::{RebalanceStatus, Record};
 use super::request::{Event, FinishReason, Finished, Request, Sampling};
 use super::stats::EngineStats;
 use crate::error::{CONTEXT_PHRASE, Error, Result};
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub rejected: AtomicU64,
     /// A std lock: held for a copy of plain numbers, never across an await.
     pub stats: Mutex<EngineStats>,
+    /// What became of rebalancing. As `stats`.
+    pub rebalancing: Mutex<Record>,
     /// Why the engine died, once it has.
     pub failure: Mutex<Option<String>>,
     next_id: AtomicU64,
@@ -65,6 +68,7 @@ impl Shared {
             queue: Mutex::default(),
             rejected: AtomicU64::new(0),
             stats: Mutex::new(stats),
+            rebalancing: Mutex::default(),
             failure: Mutex::new(None),
             next_id: AtomicU64::new(0),
             thread: Mutex::new(None),
@@ -164,6 +168,11 @@ impl EngineHandle {
         // Those the scheduler has not seen yet wait too.
         stats.waiting = stats.waiting.max(lock(&self.shared.queue).requests());
         stats
+    }
+
+    /// What rebalancing did, does, and why: one short lock, no waiting for the engine.
+    pub fn rebalance_status(&self) -> RebalanceStatus {
+        lock(&self.shared.rebalancing).status(Instant::now())
     }
 
     /// What the engine runs with.

@@ -20,6 +20,7 @@ pub mod scheduler;
 mod sequence;
 mod queue;
 mod watchdog;
+pub mod rebalance;
 // threads
 mod driver;
 pub mod rank;
@@ -30,6 +31,7 @@ pub mod scripted;
 pub use handle::{EngineHandle, RequestStream};
 pub use options::{EngineOptions, SchedulingPolicy};
 pub use rank::{RankSetup, StepObserver};
+pub use rebalance::RebalanceStatus;
 pub use stats::{EngineStats, TimingObserver};
 
 use crate::error::Result;
