@@ -14,23 +14,36 @@ pub struct LoadSnapshot {
     pub experts: usize,
     /// Expert-parallel ranks.
     pub ranks: usize,
+    /// Ranks of the world: those that own tokens and send them to experts.
+    pub sources: usize,
     /// `[phase][layer][expert]`: tokens routed to each expert.
     pub by_expert: Vec<u64>,
     /// `[phase][layer][rank]`: the same tokens by the rank that computed them.
     pub by_rank: Vec<u64>,
+    /// `[phase][source][rank]`: the same tokens by their owner and the rank that computed them, over all layers.
+    pub sent: Vec<u64>,
 }
 
 impl LoadSnapshot {
-    /// All counts zero.
+    /// All counts zero, in a world of as many sources as expert-parallel ranks.
     pub fn zeros(layer_ids: Vec<usize>, experts: usize, ranks: usize) -> Self {
         let rows = Phase::ALL.len() * layer_ids.len();
         LoadSnapshot {
             layer_ids,
             experts,
             ranks,
+            sources: ranks,
             by_expert: vec![0; rows * experts],
             by_rank: vec![0; rows * ranks],
+            sent: vec![0; Phase::ALL.len() * ranks * ranks],
         }
+    }
+
+    /// The same in a world of `sources` ranks.
+    pub fn with_sources(mut self, sources: usize) -> Self {
+        self.sources = sources;
+        self.sent = vec![0; Phase::ALL.len() * sources * self.ranks];
+        self
     }
 
     /// Tokens of each expert in MoE layer number `layer` (an index into [`Self::layer_ids`]).
@@ -43,6 +56,12 @@ impl LoadSnapshot {
     pub fn ranks_of(&self, phase: Phase, layer: usize) -> &[u64] {
         let first = (phase as usize * self.layer_ids.len() + layer) * self.ranks;
         &self.by_rank[first..first + self.ranks]
+    }
+
+    /// Tokens that a rank of the world owned, by the rank that computed them, over all layers.
+    pub fn sent_by(&self, phase: Phase, source: usize) -> &[u64] {
+        let first = (phase as usize * self.sources + source) * self.ranks;
+        &self.sent[first..first + self.ranks]
     }
 
     /// Tokens of each expert of a layer, both phases.
@@ -64,14 +83,16 @@ impl LoadSnapshot {
 
     /// What was added since `earlier`, a snapshot of the same world. A count that went back counts as 0.
     pub fn since(&self, earlier: &LoadSnapshot) -> LoadSnapshot {
-        let shape = |s: &LoadSnapshot| (s.layer_ids.len(), s.experts, s.ranks);
-        assert_eq!(shape(self), shape(earlier), "layers, experts and ranks of two snapshots");
+        let shape = |s: &LoadSnapshot| (s.layer_ids.len(), s.experts, s.ranks, s.sources);
+        assert_eq!(shape(self), shape(earlier), "layers, experts, ranks and sources of two snapshots");
         let minus =
             |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
         LoadSnapshot {
             by_expert: minus(&self.by_expert, &earlier.by_expert),
             by_rank: minus(&self.by_rank, &earlier.by_rank),
-            ..self.clone()
+            sent: minus(&self.sent, &earlier.sent),
+            layer_ids: self.layer_ids.clone(),
+            ..*self
         }
     }
 }
@@ -81,6 +102,11 @@ pub trait LoadSource: Send + Sync {
     /// Counts since start. Shape and order never change while the process lives; counts never go back. Called about
     /// once a second from a thread that runs no model.
     fn snapshot(&self) -> LoadSnapshot;
+
+    /// [`LoadSnapshot::by_rank`] alone, once a second.
+    fn by_rank(&self) -> Vec<u64> {
+        self.snapshot().by_rank
+    }
 
     /// Imbalance ratio of the latest step: expert rows of the busiest rank over the mean, each summed over layers,
     /// minus 1. Called between two steps from the engine's thread.
@@ -114,6 +140,10 @@ mod tests {
         assert_eq!(load.layer_experts(0), [11, 22, 33]);
         assert_eq!(load.layer_ranks(1), [44, 121]);
         assert_eq!(load.rank_total(0, Phase::Decode), 70);
+        let mut load = load.with_sources(3);
+        load.sent = (0..12).collect();
+        assert_eq!(load.sent_by(Phase::Prefill, 2), [4, 5]);
+        assert_eq!(load.sent_by(Phase::Decode, 0), [6, 7]);
     }
 
     #[test]
@@ -122,7 +152,9 @@ mod tests {
         let mut now = two_ranks();
         now.by_expert[2] += 7;
         now.by_rank[1] += 7;
+        now.sent[1] += 7;
         let window = now.since(&then);
+        assert_eq!((window.sent_by(Phase::Prefill, 0), window.sent_by(Phase::Decode, 0)), (&[0, 7][..], &[0, 0][..]));
         assert_eq!(window.rank_total(1, Phase::Prefill), 7);
         assert_eq!(window.rank_total(0, Phase::Prefill), 0);
         assert_eq!(window.layer_experts(0), [0, 0, 7]);

@@ -77,6 +77,13 @@ impl LoadCounters {
         }
         sent
     }
+
+    /// Adds the rows that this rank sent to each expert-parallel rank since the start, over all layers; `[ranks]`.
+    fn add_sent(&self, phase: Phase, sent: &mut [u64]) {
+        let first = phase as usize * self.layers * self.ranks;
+        let layers = &self.by_rank[first..first + self.layers * self.ranks];
+        layers.chunks_exact(self.ranks).for_each(|layer| add_all(layer, sent));
+    }
 }
 
 fn add_one(counter: &AtomicU64) {
@@ -105,11 +112,22 @@ pub struct WorldLoad {
 impl LoadSource for WorldLoad {
     fn snapshot(&self) -> LoadSnapshot {
         let LoadCounters { experts, ranks, .. } = *self.counters[0];
-        let mut sum = LoadSnapshot::zeros(self.placement.layer_ids().to_vec(), experts, ranks);
-        for counters in &self.counters {
+        let sum = LoadSnapshot::zeros(self.placement.layer_ids().to_vec(), experts, ranks);
+        let mut sum = sum.with_sources(self.counters.len());
+        for (source, counters) in self.counters.iter().enumerate() {
             add_all(&counters.by_expert, &mut sum.by_expert);
             add_all(&counters.by_rank, &mut sum.by_rank);
+            for phase in Phase::ALL {
+                let first = (phase as usize * self.counters.len() + source) * ranks;
+                counters.add_sent(phase, &mut sum.sent[first..first + ranks]);
+            }
         }
+        sum
+    }
+
+    fn by_rank(&self) -> Vec<u64> {
+        let mut sum = vec![0; self.counters[0].by_rank.len()];
+        self.counters.iter().for_each(|counters| add_all(&counters.by_rank, &mut sum));
         sum
     }
 
@@ -150,5 +168,22 @@ mod tests {
         world.counters[0].set_computed(0, &[0, 3, 3]);
         assert_eq!(world.counters[0].slot_rows(0), [4, 5]);
         assert_eq!(world.counters[0].slot_rows(1), [1, 1]);
+    }
+
+    #[test]
+    fn traffic_is_told_by_owner_and_destination() {
+        let shape = ClusterShape { ranks: 2, redundant: 0 };
+        let placement = Arc::new(Linear.place(&LoadWindow::new(&[0, 1], 4), &shape).unwrap());
+        let counters: Vec<_> = (0..3).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
+        counters[2].count(Phase::Decode, 0, 3, 1);
+        counters[2].count(Phase::Decode, 1, 0, 0);
+        counters[2].count(Phase::Decode, 1, 2, 1);
+        counters[0].count(Phase::Prefill, 1, 1, 0);
+        let world = WorldLoad { placement, counters };
+        let load = world.snapshot();
+        assert_eq!((load.sources, load.by_rank.clone()), (3, world.by_rank()));
+        assert_eq!(load.sent_by(Phase::Decode, 2), [1, 2]);
+        assert_eq!(load.sent_by(Phase::Prefill, 0), [1, 0]);
+        assert_eq!(load.sent.iter().sum::<u64>(), 4);
     }
 }

@@ -7,10 +7,11 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::header::AUTHORIZATION;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, StatusCode};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
+use super::dashboard;
 use super::error::ApiError;
 use super::state::AppState;
 
@@ -63,8 +64,17 @@ fn digest(key: &str) -> [u8; 32] {
 pub async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     match check(&state.options.api_keys, &request) {
         Ok(()) => next.run(request).await,
-        Err(error) => error.into_response(),
+        Err(error) => refusal(&request, error),
     }
+}
+
+/// A browser cannot show a key by itself: where it opens the dashboard, that asks for one.
+fn refusal(request: &Request, error: ApiError) -> Response {
+    let page = match error.status {
+        StatusCode::UNAUTHORIZED => dashboard::locked(request.method(), request.uri().path(), request.headers()),
+        _ => None,
+    };
+    page.unwrap_or_else(|| error.into_response())
 }
 
 fn check(keys: &ApiKeys, request: &Request) -> Result<(), ApiError> {

@@ -134,7 +134,9 @@ const EXPECTED_RESPONSES: &[(&str, &[u16])] = &[
     ("/version", &[200]),
     ("/metrics", &[200]),
     ("/v1/experts", &[200, 304, 400]),
+    ("/v1/experts/balance", &[200, 304]),
     ("/v1/experts/placement", &[200, 304]),
+    ("/experts", &[200, 304, 401]),
     ("other", &[404]),
 ];
 

@@ -45,6 +45,7 @@ mod load_metrics;
 mod rank_metrics;
 mod process;
 mod experts;
+mod dashboard;
 
 pub use auth::ApiKeys;
 pub use connection::{bind, serve, while_loading};

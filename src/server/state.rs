@@ -14,6 +14,7 @@ use super::shutdown::{Shutdown, Stage};
 use super::structured::Compiler;
 use crate::engine::EngineHandle;
 use crate::error::CONTEXT_PHRASE;
+use crate::metrics::LoadSource;
 use crate::tokenizer::Tokenizer;
 
 /// Texts up to this many bytes in all are tokenised where they arrive: a thread change would cost more.
@@ -69,19 +70,21 @@ impl AppState {
         let longest_token =
             (0..setup.tokenizer.vocab_size()).map(|id| setup.tokenizer.token_bytes(id as u32).len()).max();
         let max_model_len = setup.engine.options().max_model_len;
+        let created = unix_seconds();
+        let experts = |source: &Arc<dyn LoadSource>| ExpertLoad::new(Arc::clone(source), created as f64);
         AppState {
             hopeless_bytes: max_model_len
                 .saturating_mul(longest_token.unwrap_or(1).max(1))
                 .saturating_mul(NORMALIZER_SHRINKAGE),
             tokenizing: Arc::new(Semaphore::new(setup.options.tokenize_threads.max(1))),
             compiler: Compiler::default(),
-            created: unix_seconds(),
+            created,
             engine: setup.engine,
             tokenizer: setup.tokenizer,
             served_names: setup.served_names,
             eos_token_ids: setup.eos_token_ids,
             sampling_defaults: setup.sampling_defaults,
-            experts: setup.metrics.load_source().cloned().map(ExpertLoad::new),
+            experts: setup.metrics.load_source().map(experts),
             metrics: setup.metrics,
             options: setup.options,
             shutdown: setup.shutdown,

@@ -1,0 +1,1 @@
+// The rebalancer in words.
