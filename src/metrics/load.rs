@@ -154,7 +154,10 @@ mod tests {
         now.by_rank[1] += 7;
         now.sent[1] += 7;
         let window = now.since(&then);
-        assert_eq!((window.sent_by(Phase::Prefill, 0), window.sent_by(Phase::Decode, 0)), (&[0, 7][..], &[0, 0][..]));
+        assert_eq!(
+            (window.sent_by(Phase::Prefill, 0), window.sent_by(Phase::Decode, 0)),
+            (&[0, 7][..], &[0, 0][..])
+        );
         assert_eq!(window.rank_total(1, Phase::Prefill), 7);
         assert_eq!(window.rank_total(0, Phase::Prefill), 0);
         assert_eq!(window.layer_experts(0), [0, 0, 7]);

@@ -71,7 +71,9 @@ pub async fn guard(State(state): State<Arc<AppState>>, request: Request, next: N
 /// A browser cannot show a key by itself: where it opens the dashboard, that asks for one.
 fn refusal(request: &Request, error: ApiError) -> Response {
     let page = match error.status {
-        StatusCode::UNAUTHORIZED => dashboard::locked(request.method(), request.uri().path(), request.headers()),
+        StatusCode::UNAUTHORIZED => {
+            dashboard::locked(request.method(), request.uri().path(), request.headers())
+        }
         _ => None,
     };
     page.unwrap_or_else(|| error.into_response())

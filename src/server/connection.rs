@@ -189,7 +189,7 @@ async fn keep_house(state: Arc<AppState>) {
         ticks.tick().await;
         state.metrics.run_upkeep();
         if let Some(experts) = &state.experts {
-            experts.tick(std::time::Instant::now());
+            experts.tick(std::time::Instant::now(), &state.engine.rebalance_status());
         }
         if window_began.elapsed() >= state.options.load_window {
             window_began = Instant::now();

@@ -136,6 +136,7 @@ const EXPECTED_RESPONSES: &[(&str, &[u16])] = &[
     ("/v1/experts", &[200, 304, 400]),
     ("/v1/experts/balance", &[200, 304]),
     ("/v1/experts/placement", &[200, 304]),
+    ("/v1/experts/rebalance", &[200, 304]),
     ("/experts", &[200, 304, 401]),
     ("other", &[404]),
 ];

@@ -13,7 +13,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::state::AppState;
-use super::{auth, chat, completions, dashboard, experts, head, models, openapi, operators, request_id, tokenize};
+use super::{
+    auth, chat, completions, dashboard, experts, head, models, openapi, operators, request_id, tokenize,
+};
 
 /// All routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -35,6 +37,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/experts", get(experts::load))
         .route("/v1/experts/balance", get(experts::balance))
         .route("/v1/experts/placement", get(experts::placement))
+        .route("/v1/experts/rebalance", get(experts::rebalancer))
         .route(dashboard::PATH, get(dashboard::page))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)

@@ -31,6 +31,8 @@ fn cve_2025_59425_keys_guard_every_route_but_the_health_ones() {
         ("GET", "/version", 200),
         ("GET", "/load", 200),
         ("GET", "/ping", 200),
+        ("GET", "/experts", 200),
+        ("GET", "/v1/experts/rebalance", 200),
         ("GET", "/nowhere", 404),
         ("DELETE", "/v1/models", 405),
         ("OPTIONS", "/v1/completions", 405),

@@ -36,12 +36,13 @@ pub fn table() -> Arc<Table> {
 }
 
 /// A server whose load has grown since it started: expert 3 of layer 2 took 5 more tokens while decoding.
-fn grown() -> Server {
+pub fn grown() -> Server {
     let table = table();
     let server = Server::with(Config { load: Some(table.clone()), ..Config::default() });
     let mut load = table.0.lock().unwrap();
     load.by_expert[15] += 5;
     load.by_rank[7] += 5;
+    load.sent[7] += 5;
     drop(load);
     server
 }
@@ -66,6 +67,7 @@ fn the_window_has_what_came_since_it_began() {
     assert_eq!(load["rank_tokens"]["decode"], json!([[0, 0], [0, 5]]));
     assert_eq!(load["owner_ranks"], json!([[[0], [0], [1], [1]], [[0], [0], [1], [1]]]));
     assert_eq!(load["replicas"], json!([[1, 1, 1, 1], [1, 1, 1, 1]]));
+    assert_eq!(load["sent_tokens"]["decode"], json!([[0, 0], [0, 5]]));
     let window = load["window_seconds"].as_f64().unwrap();
     assert!((0.0..60.0).contains(&window), "the server is younger than the window: {window}");
 }
@@ -112,7 +114,7 @@ fn bad_queries_are_refused_by_name() {
         ("window=1h", "window", "5s to 300s"),
         ("window=86400s", "window", "86400s"),
         ("format=svg", "format", "json or csv"),
-        ("layers=3", "layers", "known are window and format"),
+        ("layers=3", "layers", "known are window, format, phase and owners"),
         ("window=60s&window=5s", "window", "given twice"),
     ] {
         let response = server.client().get(&format!("/v1/experts?{query}"));

@@ -32,6 +32,7 @@ class Api {
     const response = await this.#send("GET", path, headers);
     if (response.status === 304) return known.answer;
     const answer = await response.json();
+    answer.received_ms = performance.now();
     const version = response.headers.get("x-placement-version");
     if (version !== null) answer.placement_version = Number(version);
     this.#known.set(slot, { path, tag: response.headers.get("etag"), answer });

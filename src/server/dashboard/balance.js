@@ -25,8 +25,8 @@ class BalanceChart {
     this.phase = phase;
     if (this.#pointed !== null && this.#pointed >= this.points.length) this.#pointed = null;
     const marks = this.marks.length > 0 ? [key("mark", "placement changed")] : [];
-    const told = this.marks.some((mark) => mark.predicted) ? [key("said", "predicted")] : [];
-    const seen = this.marks.some((mark) => mark.achieved) ? [key("got", "achieved")] : [];
+    const told = this.marks.some((mark) => mark.predicted !== null) ? [key("said", "predicted")] : [];
+    const seen = this.marks.some((mark) => mark.achieved !== null) ? [key("got", "achieved")] : [];
     fill($("balance-legend"), key("line", "balancedness"), key("chance", "cost of chance"), ...marks, ...told, ...seen);
     this.surface.paint();
     this.#read();
@@ -38,6 +38,7 @@ class BalanceChart {
     const end = this.points.at(-1).time;
     const begin = Math.max(end - 600, Math.min(this.points[0].time, end - 120));
     const values = this.points.flatMap((point) => [point[this.phase].balance, point[this.phase].floor]);
+    values.push(...this.marks.flatMap((mark) => [mark.predicted ?? 1, mark.achieved ?? 1]));
     const low = Math.max(0, Math.floor(Math.min(...values) * 5 - 0.2) / 5);
     return {
       begin,
@@ -111,8 +112,8 @@ class BalanceChart {
       context.lineTo(at, height - 22);
       context.stroke();
       context.setLineDash([]);
-      if (mark.predicted) {
-        const [px, py] = [at, y(balancedness(mark.predicted.after_imbalance_ratio))];
+      if (mark.predicted !== null) {
+        const [px, py] = [at, y(mark.predicted)];
         context.strokeStyle = ink.c;
         context.lineWidth = 2;
         context.beginPath();
@@ -120,10 +121,10 @@ class BalanceChart {
         context.closePath();
         context.stroke();
       }
-      if (mark.achieved) {
+      if (mark.achieved !== null) {
         context.fillStyle = ink.b;
         context.beginPath();
-        context.arc(at, y(balancedness(mark.achieved.imbalance_ratio)), 4.5, 0, 7);
+        context.arc(at, y(mark.achieved), 4.5, 0, 7);
         context.fill();
       }
     }
@@ -149,10 +150,15 @@ class BalanceChart {
     const near = this.marks.findLast((mark) => Math.abs(mark.unix_seconds - point.time) <= 1);
     say(
       $("balance-reading"),
-      `${ago < 1 ? "Latest second" : `${span(ago)} ago`}: *${figures(balance)}*, the busiest rank ${signed(1 / balance - 1)} above the mean; ` +
-        `chance alone allows ${figures(floor)}; ${count(point.rows)} expert rows${near ? `; placement ${near.placement_version} came into force` : ""}`,
+      `${ago < 1 ? "Latest second" : `${span(ago)} ago`}: *${figures(balance)}*, the busiest ranks ${signed(1 / balance - 1)} against the mean; ` +
+        `chance alone allows ${figures(floor)}; ${count(point.rows)} expert rows${near ? `; placement ${near.placement_version} came into force${foreseen(near)}` : ""}`,
     );
   }
+}
+
+function foreseen({ predicted, achieved }) {
+  const told = predicted === null ? "" : `, predicted ${figures(predicted)}`;
+  return achieved === null ? told : `${told}, achieved ${figures(achieved)}`;
 }
 
 function key(kind, words) {

@@ -1,7 +1,7 @@
 // Puts the parts together: asks once a second while the page is seen, and shows what came.
 
 const api = new Api();
-const history = new History();
+const past = new History();
 const heat = new Heat(() => render());
 const balance = new BalanceChart();
 const ranks = new Ranks();
@@ -26,12 +26,13 @@ async function poll() {
   try {
     const phase = chosen("phase");
     const path = `v1/experts?window=${chosen("window")}s&phase=${phase}&owners=false`;
-    const [load, past] = await Promise.all([api.get(path, "load"), api.get(history.path, "balance")]);
+    const asked = [api.get(path, "load"), api.get(past.path, "balance"), api.get("v1/experts/rebalance")];
+    const [load, news, state] = await Promise.all(asked);
     if (own !== turn) return;
     if (placement?.placement_version !== load.placement_version) placement = await api.get("v1/experts/placement");
     if (own !== turn) return;
-    history.add(past);
-    latest = { load, phase };
+    past.add(news);
+    latest = { load, phase, state };
     pulse("live", `live, last ${span(Math.max(1, load.window_seconds))}`);
     render();
   } catch (error) {
@@ -45,11 +46,11 @@ async function poll() {
 
 function render() {
   if (latest === null) return;
-  const { load, phase } = latest;
+  const { load, phase, state } = latest;
   const world = new World(load, placement, phase);
   const layer = heat.chosen?.layer ?? null;
   $("locked").hidden = true;
-  const quiet = world.total === 0 && history.points.length === 0;
+  const quiet = world.total === 0 && past.points.length === 0;
   $("empty").hidden = !quiet;
   $("live").hidden = quiet;
   fill($("subject"), `${many(world.layers, "MoE layer")} of ${many(world.experts, "expert")} on ${many(world.ranks, "rank")}`);
@@ -58,15 +59,16 @@ function render() {
   heat.byNumber = order === "id";
   heat.caption = order === "load" ? "most tokens first" : "by the rank of the first copy";
   heat.show(world, order);
-  balance.show(history, phase);
+  balance.show(past, phase);
   ranks.show(world, layer);
   traffic.show(world);
   showReplicas(world, layer, (cell) => heat.choose(cell));
-  showTiles(world);
+  showRebalancer(state);
+  showTiles(world, state);
 }
 
-function showTiles(world) {
-  const now = world.imbalance();
+function showTiles(world, state) {
+  const now = world.balance();
   const hot = world.hottest();
   const load = world.rankLoad(null);
   const busiest = largest(load);
@@ -75,11 +77,11 @@ function showTiles(world) {
   const one = world.ranks === 1;
   fill(
     $("tiles"),
-    tile("Balancedness", figures(balancedness(now)), one ? "one rank has everything" : `slowest ranks ${signed(now)} above the mean`),
+    tile("Balancedness", figures(now), one ? "one rank has everything" : `busiest ranks ${signed(1 / now - 1)} against the mean`),
     tile("Expert rows per second", count(world.total / Math.max(world.seconds, 1e-3)), `${count(world.total)} in ${span(Math.max(1, world.seconds))}`),
     tile("Hottest expert", `${figures(hot.heat)} × mean`, `expert ${hot.expert} of layer ${world.layerIds[hot.layer]}`),
     tile("Most uneven layer", one ? "none" : signed(uneven[worst]), one ? "there is one rank" : `layer ${world.layerIds[worst]}; over all, rank ${busiest} has most`),
-    tile("Placement", `version ${world.version}`, world.slots > world.experts ? `${world.slots - world.experts} extra slots per layer` : "one slot per expert"),
+    tile("Placement", `version ${world.version}`, `for ${span(ages(state).placement)}; ${world.slots > world.experts ? `${world.slots - world.experts} extra slots per layer` : "one slot per expert"}`),
   );
 }
 

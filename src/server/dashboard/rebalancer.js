@@ -1,1 +1,43 @@
-// The rebalancer in words.
+// The rebalancer in words: what it does, why, and what came of it.
+
+function showRebalancer(state) {
+  const { mode, decision, migration } = state;
+  const age = ages(state);
+  const parts = [element("p", opening(state), { className: "lead" })];
+  if (migration) {
+    const share = migration.total_bytes === 0 ? 0 : migration.bytes / migration.total_bytes;
+    const bar = element("progress", "", { value: share, max: 1 });
+    const words = ` ${migration.arrived} of ${many(migration.arrivals, "expert")} have arrived, ${bytes(migration.bytes)} of ${bytes(migration.total_bytes)}`;
+    parts.push(element("p", [element("b", "Experts are moving: "), bar, words]));
+  }
+  if (decision) {
+    const what = decision.applied ? "Moved experts" : "Left them where they are";
+    parts.push(element("p", [element("b", `${what} ${span(age.decision)} ago: `), decision.reason]));
+  }
+  const { applied, skipped, failed } = state.rebalances;
+  const figure = (name, value) => [element("dt", name), element("dd", value)];
+  const facts = [figure("Placement", `version ${state.placement_version}, in force for ${span(age.placement)}`)];
+  if (decision) {
+    const { before, after, bound } = decision.balancedness;
+    facts.push(figure("Predicted balancedness", `${figures(before)} before, ${figures(after)} after; ${figures(bound)} at best with these slots`));
+    if (decision.moves > 0) facts.push(figure("Price", `${many(decision.moves, "expert")}, ${bytes(decision.bytes)}, for ${figures(decision.gain_us_per_step)} µs per step`));
+    facts.push(figure("Chance alone costs", `${percent(decision.sampling_floor_ratio)} in a step of this size`));
+  }
+  if (state.achieved_balancedness !== null) facts.push(figure("Achieved balancedness", figures(state.achieved_balancedness)));
+  if (applied + skipped + failed > 0 || mode !== "off") facts.push(figure("Since the start", `${applied} applied, ${skipped} skipped, ${failed} failed; ${many(state.moved_experts, "expert")} moved, ${bytes(state.moved_bytes)}`));
+  if (age.look !== null) facts.push(figure("Last look at the load", `${span(age.look)} ago`));
+  parts.push(element("dl", facts.flat()));
+  fill($("rebalancer-text"), ...parts);
+}
+
+/** As of now: an answer that has not changed since is older by that time. */
+function ages({ age_seconds: then, received_ms: received }) {
+  const since = (performance.now() - received) / 1000;
+  return Object.fromEntries(Object.entries(then).map(([what, age]) => [what, age === null ? null : age + since]));
+}
+
+function opening({ mode, policy, window_steps: steps }) {
+  if (mode === "off") return "Off: experts stay where they are until someone moves them (--rebalance).";
+  const when = mode === "auto" ? "Acts when the gain is expected to outweigh the move" : `Looks every ${mode.replace("every=", "")} steps`;
+  return `${when}; policy ${policy}, on the load of ${many(steps, "step")}.`;
+}

@@ -42,11 +42,16 @@ class World {
     return Array.from({ length: this.ranks }, (_, rank) => sum(this.rankTokens.map((row) => row[rank])));
   }
 
-  /** Busiest rank over the mean rank, minus 1. Over all layers: each layer is as slow as its own busiest rank. */
-  imbalance(layer = null) {
-    const layers = layer === null ? this.rankTokens : [this.rankTokens[layer]];
-    const all = sum(layers.map(sum));
-    return all === 0 ? 0 : (sum(layers.map((row) => Math.max(...row))) * this.ranks) / all - 1;
+  /** Busiest rank of a layer over the mean rank, minus 1. */
+  imbalance(layer) {
+    const row = this.rankTokens[layer];
+    const all = sum(row);
+    return all === 0 ? 0 : (Math.max(...row) * this.ranks) / all - 1;
+  }
+
+  /** Mean rank load over the highest, as the mean over layers. */
+  balance() {
+    return sum(this.layerIds.map((_, layer) => balancedness(this.imbalance(layer)))) / this.layers;
   }
 
   /** Layer and expert with most tokens over the mean of their layer. */
@@ -104,7 +109,7 @@ class History {
     news.unix_seconds.forEach((time, i) => {
       const number = news.first + i;
       const view = (phase) => ({
-        balance: news.imbalance_ratio[phase][i] === null ? null : balancedness(news.imbalance_ratio[phase][i]),
+        balance: news.balancedness[phase][i],
         floor: news.sampling_floor_ratio[phase][i] === null ? null : balancedness(news.sampling_floor_ratio[phase][i]),
       });
       at.set(number, { number, time, rows: news.rows[i], both: view("both"), prefill: view("prefill"), decode: view("decode") });

@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use router_sim::bounds::sampling_floor;
+use router_sim::load::balancedness;
 use serde::Serialize;
 
+use crate::engine::RebalanceStatus;
 use crate::metrics::Phase;
 
 /// Seconds that are kept, with marks.
@@ -18,11 +20,14 @@ pub(super) struct Balance {
     began: Instant,
     /// Unix time of `began`: later times are counted from it, so a clock that is set does not bend the line.
     began_unix_s: f64,
-    layers: usize,
     ranks: usize,
     /// `[phase][layer][rank]`, as of the latest second.
     latest: Vec<u64>,
     version: u64,
+    /// A migration was under way a second ago.
+    migrating: bool,
+    /// It has its mark.
+    marked: bool,
     /// Oldest first; seconds without tokens are left out.
     points: VecDeque<Point>,
     /// Number of the first of them, counted since the start.
@@ -38,18 +43,24 @@ struct Point {
     views: [View; 3],
 }
 
-/// See [`Point::views`]. Ratios are maximum over mean, minus 1.
+/// See [`Point::views`]; not a number without tokens.
 #[derive(Clone, Copy)]
 struct View {
-    imbalance: f64,
+    /// Mean over layers.
+    balancedness: f64,
+    /// Imbalance ratio that chance leaves with as many tokens.
     floor: f64,
 }
 
-/// Another placement came into force.
+/// Another placement came into force; a migration that ends in several steps is one mark.
 #[derive(Debug, Clone, Serialize)]
 struct Mark {
     unix_seconds: f64,
     placement_version: u64,
+    /// Balancedness, where the rebalancer made the placement.
+    predicted: Option<f64>,
+    /// Balancedness that it then had, once that is known.
+    achieved: Option<f64>,
 }
 
 /// What is told.
@@ -62,7 +73,7 @@ struct Told<'a> {
     unix_seconds: Vec<f64>,
     /// Expert rows of each second, over all layers.
     rows: Vec<u64>,
-    imbalance_ratio: ByPhase,
+    balancedness: ByPhase,
     sampling_floor_ratio: ByPhase,
     marks: &'a VecDeque<Mark>,
 }
@@ -77,27 +88,26 @@ struct ByPhase {
 
 impl Balance {
     /// Begins with the counts as they are.
-    pub fn new(now: Instant, unix_s: f64, (layers, ranks): (usize, usize), by_rank: Vec<u64>, version: u64) -> Self {
+    pub fn new(now: Instant, unix_s: f64, ranks: usize, by_rank: Vec<u64>, version: u64) -> Self {
         Balance {
             began: now,
             began_unix_s: unix_s,
-            layers,
             ranks,
             latest: by_rank,
             version,
+            migrating: false,
+            marked: false,
             points: VecDeque::new(),
             first: 0,
             marks: VecDeque::new(),
         }
     }
 
-    /// Another second has passed.
-    pub fn tick(&mut self, now: Instant, by_rank: Vec<u64>, version: u64) {
+    /// Another second has passed; `version` is the placement's that is in force.
+    pub fn tick(&mut self, now: Instant, by_rank: Vec<u64>, version: u64, rebalancing: &RebalanceStatus) {
         let unix_s = self.began_unix_s + now.saturating_duration_since(self.began).as_secs_f64();
         let unix_s = (unix_s * 10.0).round() / 10.0;
-        if std::mem::replace(&mut self.version, version) != version {
-            self.marks.push_back(Mark { unix_seconds: unix_s, placement_version: version });
-        }
+        self.mark(unix_s, version, rebalancing);
         let new: Vec<u64> = by_rank.iter().zip(&self.latest).map(|(n, t)| n.saturating_sub(*t)).collect();
         self.latest = by_rank;
         let rows = new.iter().sum();
@@ -105,7 +115,7 @@ impl Balance {
             let phase = |phase: Phase| &new[phase as usize * new.len() / 2..][..new.len() / 2];
             let [prefill, decode] = Phase::ALL.map(phase);
             let both: Vec<u64> = prefill.iter().zip(decode).map(|(a, b)| a + b).collect();
-            let views = [&both[..], prefill, decode].map(|counts| self.view(counts));
+            let views = [&both[..], prefill, decode].map(|counts| View::of(counts, self.ranks));
             self.points.push_back(Point { unix_s, rows, views });
         }
         let horizon = unix_s - KEPT.as_secs_f64();
@@ -113,21 +123,28 @@ impl Balance {
             self.points.pop_front();
             self.first += 1;
         }
-        while self.marks.len() > MAX_MARKS || self.marks.front().is_some_and(|mark| mark.unix_seconds <= horizon) {
+        let old = |mark: &Mark| mark.unix_seconds <= horizon;
+        while self.marks.len() > MAX_MARKS || self.marks.front().is_some_and(old) {
             self.marks.pop_front();
         }
     }
 
-    /// The slowest rank of each layer decides how long the layer takes, so layers are summed after taking the maximum.
-    fn view(&self, counts: &[u64]) -> View {
-        let slowest: u64 = counts.chunks_exact(self.ranks).map(|ranks| ranks.iter().max().unwrap_or(&0)).sum();
-        let rows: u64 = counts.iter().sum();
-        if rows == 0 {
-            return View { imbalance: f64::NAN, floor: f64::NAN };
+    fn mark(&mut self, unix_s: f64, version: u64, rebalancing: &RebalanceStatus) {
+        let changed = std::mem::replace(&mut self.version, version) != version;
+        let goes_on = std::mem::replace(&mut self.migrating, rebalancing.migration.is_some());
+        let by_itself = rebalancing.last.as_ref().filter(|last| last.applied);
+        if changed {
+            if goes_on && self.marked {
+                // Its last version stands for all of them.
+                self.marks.pop_back();
+            }
+            let predicted = by_itself.map(|last| round(last.balance_after));
+            let mark = Mark { unix_seconds: unix_s, placement_version: version, predicted, achieved: None };
+            self.marks.push_back(mark);
         }
-        View {
-            imbalance: (slowest * self.ranks as u64) as f64 / rows as f64 - 1.0,
-            floor: sampling_floor(rows / self.layers as u64, self.ranks),
+        self.marked = self.migrating && (changed || (goes_on && self.marked));
+        if let Some(mark) = self.marks.back_mut().filter(|mark| mark.placement_version == version) {
+            mark.achieved = rebalancing.achieved.map(round);
         }
     }
 
@@ -145,11 +162,24 @@ impl Balance {
             next: self.first + self.points.len() as u64,
             unix_seconds: points().map(|point| point.unix_s).collect(),
             rows: points().map(|point| point.rows).collect(),
-            imbalance_ratio: by_phase(|view| view.imbalance),
+            balancedness: by_phase(|view| view.balancedness),
             sampling_floor_ratio: by_phase(|view| view.floor),
             marks: &self.marks,
         };
         serde_json::to_string(&told).expect("numbers are JSON")
+    }
+}
+
+impl View {
+    /// `counts` `[layer][rank]`; every layer has the same number of tokens.
+    fn of(counts: &[u64], ranks: usize) -> View {
+        let rows: u64 = counts.iter().sum();
+        if rows == 0 {
+            return View { balancedness: f64::NAN, floor: f64::NAN };
+        }
+        let layers = counts.len() / ranks;
+        let balancedness = counts.chunks_exact(ranks).map(balancedness).sum::<f64>() / layers as f64;
+        View { balancedness, floor: sampling_floor(rows / layers as u64, ranks) }
     }
 }
 
@@ -161,11 +191,12 @@ fn round(ratio: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::rebalance::{LastDecision, MigrationProgress};
     use serde_json::{Value, json};
 
     /// One layer on two ranks.
     fn balance(start: Instant) -> Balance {
-        Balance::new(start, 1000.0, (1, 2), vec![5, 5, 5, 5], 0)
+        Balance::new(start, 1000.0, 2, vec![5, 5, 5, 5], 0)
     }
 
     fn told(balance: &Balance, since: u64) -> Value {
@@ -173,26 +204,63 @@ mod tests {
     }
 
     #[test]
-    fn each_second_has_its_imbalance_and_idle_ones_are_left_out() {
+    fn each_second_has_its_balance_and_idle_ones_are_left_out() {
         let start = Instant::now();
         let mut balance = balance(start);
-        let at = |seconds| start + Duration::from_secs(seconds);
-        balance.tick(at(1), vec![8, 6, 5, 5], 0);
-        balance.tick(at(2), vec![8, 6, 5, 5], 1);
-        balance.tick(at(3), vec![8, 6, 6, 8], 1);
+        let nothing = RebalanceStatus::default();
+        let mut tick = |second, counts: [u64; 4], version| {
+            balance.tick(start + Duration::from_secs(second), counts.to_vec(), version, &nothing);
+        };
+        tick(1, [8, 6, 5, 5], 0);
+        tick(2, [8, 6, 5, 5], 1);
+        tick(3, [8, 6, 6, 9], 1);
         let all = told(&balance, 0);
         assert_eq!(all["unix_seconds"], json!([1001.0, 1003.0]));
-        assert_eq!(all["rows"], json!([4, 4]));
-        assert_eq!(
-            all["imbalance_ratio"],
-            json!({"both": [0.5, 0.5], "prefill": [0.5, null], "decode": [null, 0.5]})
-        );
-        assert_eq!(all["marks"], json!([{"unix_seconds": 1002.0, "placement_version": 1}]));
+        assert_eq!(all["rows"], json!([4, 5]));
+        let expected = json!({"both": [0.6667, 0.625], "prefill": [0.6667, null], "decode": [null, 0.625]});
+        assert_eq!(all["balancedness"], expected);
+        let mark =
+            json!({"unix_seconds": 1002.0, "placement_version": 1, "predicted": null, "achieved": null});
+        assert_eq!(all["marks"], json!([mark]));
         let floor = all["sampling_floor_ratio"]["both"][0].as_f64().unwrap();
         assert!((floor - sampling_floor(4, 2)).abs() < 1e-4, "{floor}");
         let news = told(&balance, 1);
-        assert_eq!((&news["first"], &news["next"], &news["rows"]), (&json!(1), &json!(2), &json!([4])));
+        assert_eq!((&news["first"], &news["next"], &news["rows"]), (&json!(1), &json!(2), &json!([5])));
         assert_eq!(told(&balance, u64::MAX)["rows"], json!([]));
+    }
+
+    #[test]
+    fn a_migration_of_many_versions_is_one_mark_with_what_was_foreseen_and_what_came() {
+        let start = Instant::now();
+        let mut balance = balance(start);
+        let counts = || vec![5; 4];
+        let last = LastDecision {
+            step: 1,
+            age: Duration::ZERO,
+            trigger: "auto".into(),
+            reason: String::new(),
+            applied: true,
+            balance_before: 0.5,
+            balance_after: 0.91,
+            balance_bound: 1.0,
+            sampling_floor: 0.0,
+            gain_us_per_step: 1.0,
+            moves: 2,
+            bytes: 2,
+        };
+        let progress = MigrationProgress { arrived: 0, arrivals: 2, bytes: 0, total_bytes: 2 };
+        let moving =
+            RebalanceStatus { last: Some(last), migration: Some(progress), ..RebalanceStatus::default() };
+        let moved = RebalanceStatus { migration: None, achieved: Some(0.88), ..moving.clone() };
+        let at = |second| start + Duration::from_secs(second);
+        for (second, version, status) in [(1, 0, &moving), (2, 1, &moving), (3, 2, &moving), (4, 3, &moved)] {
+            balance.tick(at(second), counts(), version, status);
+        }
+        let one =
+            json!([{"unix_seconds": 1004.0, "placement_version": 3, "predicted": 0.91, "achieved": 0.88}]);
+        assert_eq!(told(&balance, 0)["marks"], one);
+        balance.tick(at(5), counts(), 4, &RebalanceStatus::default());
+        assert_eq!(told(&balance, 0)["marks"].as_array().unwrap().len(), 2, "the next change is another");
     }
 
     #[test]
@@ -200,7 +268,8 @@ mod tests {
         let start = Instant::now();
         let mut balance = balance(start);
         for second in 1..=1000 {
-            balance.tick(start + Duration::from_secs(second), vec![5 + second, 5, 5, 5], second);
+            let now = start + Duration::from_secs(second);
+            balance.tick(now, vec![5 + second, 5, 5, 5], second, &RebalanceStatus::default());
         }
         let all = told(&balance, 0);
         assert_eq!((&all["first"], &all["next"]), (&json!(400), &json!(1000)));

@@ -1,11 +1,12 @@
 //! Expert load over HTTP: `GET /v1/experts` tells what every expert of every layer was given over a window of the past,
 //! `GET /v1/experts/balance` how evenly the ranks were loaded each second, `GET /v1/experts/placement` where the experts
-//! live. A heat map needs no time series per expert for it.
+//! live, `GET /v1/experts/rebalance` what moves them. A heat map needs no time series per expert for it.
 
 mod query;
 mod answer;
 mod report;
 mod balance;
+mod status;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ use self::query::{Asked, Format, clip, pairs};
 use self::report::Report;
 use super::error::ApiError;
 use super::state::AppState;
+use crate::engine::RebalanceStatus;
 use crate::metrics::{LoadSnapshot, LoadSource};
 
 /// The longest window.
@@ -65,6 +67,11 @@ pub(super) async fn placement(
     Ok(answer.with(PLACEMENT_VERSION, placement.version()).respond(&headers))
 }
 
+/// `GET /v1/experts/rebalance`: what the rebalancer did, does, and why.
+pub(super) async fn rebalancer(State(state): State<Arc<AppState>>, headers: HeaderMap) -> Response {
+    status::answer(&state.engine.rebalance_status()).respond(&headers)
+}
+
 fn experts(state: &AppState) -> Result<&ExpertLoad, ApiError> {
     let missing = || ApiError::unavailable("The engine does not tell where its experts live.");
     state.experts.as_ref().ok_or_else(missing)
@@ -78,7 +85,10 @@ fn since(query: &str) -> Result<u64, ApiError> {
             return Err(ApiError::bad_param(clip(key), why));
         }
         let number = value.parse().map_err(|_| {
-            let why = format!("since is \"{}\", but must be a number of a second, such as \"next\" of the last answer.", clip(value));
+            let why = format!(
+                "since is \"{}\", but must be a number of a second, such as \"next\" of the last answer.",
+                clip(value)
+            );
             ApiError::bad_param("since", why)
         });
         since = Some(number?);
@@ -106,16 +116,16 @@ impl ExpertLoad {
     /// Begins now, at `unix_s` by the system's clock.
     pub(super) fn new(source: Arc<dyn LoadSource>, unix_s: f64) -> Self {
         let (now, load) = (Instant::now(), source.snapshot());
-        let shape = (load.layer_ids.len(), load.ranks);
         let version = source.placement().version();
-        let balance = Balance::new(now, unix_s, shape, load.by_rank.clone(), version);
+        let balance = Balance::new(now, unix_s, load.ranks, load.by_rank.clone(), version);
         let past = Past { snapshots: [(now, load)].into(), answers: VecDeque::new() };
         ExpertLoad { source, past: Mutex::new(past), balance: Mutex::new(balance) }
     }
 
     /// Notes the balance of the last second, and takes a snapshot when one is due; called about once a second.
-    pub(super) fn tick(&self, now: Instant) {
-        locked(&self.balance).tick(now, self.source.by_rank(), self.source.placement().version());
+    pub(super) fn tick(&self, now: Instant, rebalancing: &RebalanceStatus) {
+        let version = self.source.placement().version();
+        locked(&self.balance).tick(now, self.source.by_rank(), version, rebalancing);
         let mut past = locked(&self.past);
         let latest = past.snapshots.back().expect("there is always one").0;
         if now.saturating_duration_since(latest) < Duration::from_secs(SPACING_S) {
@@ -210,7 +220,7 @@ mod tests {
         // Before the window has passed once, the answer says how long it really is.
         assert_eq!(counted(&experts, 60, at(3)), (3.0, 1));
         for second in 4..=1000 {
-            experts.tick(at(second));
+            experts.tick(at(second), &RebalanceStatus::default());
         }
         assert_eq!(counted(&experts, 5, at(1000)).0, 5.0);
         // Twelve snapshots since second 940, and one of each answer.
@@ -252,7 +262,9 @@ mod tests {
     #[test]
     fn seconds_are_asked_for_by_number() {
         assert_eq!((since("").unwrap(), since("since=42").unwrap()), (0, 42));
-        for (query, param) in [("since=-1", "since"), ("since=", "since"), ("to=3", "to"), ("since=1&since=2", "since")] {
+        for (query, param) in
+            [("since=-1", "since"), ("since=", "since"), ("to=3", "to"), ("since=1&since=2", "since")]
+        {
             assert_eq!(since(query).unwrap_err().param.as_deref(), Some(param), "{query}");
         }
     }

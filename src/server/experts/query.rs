@@ -55,7 +55,9 @@ impl Asked {
             seen.push(key);
             match key {
                 "window" => asked.window_s = window(value)?,
-                "format" => asked.format = one_of(key, value, &[("json", Format::Json), ("csv", Format::Csv)])?,
+                "format" => {
+                    asked.format = one_of(key, value, &[("json", Format::Json), ("csv", Format::Csv)])?
+                }
                 "phase" => {
                     let [prefill, decode] = Phase::ALL.map(|phase| (phase.label(), Phases::Only(phase)));
                     asked.phases = one_of(key, value, &[("both", Phases::Both), prefill, decode])?;

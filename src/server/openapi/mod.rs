@@ -203,6 +203,7 @@ fn paths() -> Value {
     };
     let text = |mime: &str| json!({ mime: {"schema": {"type": "string"}} });
     let nothing = || json!({});
+    let object = || json!({"application/json": {"schema": {"type": "object"}}});
     json!({
         "/v1/completions": {"post": operation("Continue prompts", Some("CompletionBody"), stream("Completion"), &[])},
         "/v1/chat/completions": {"post": operation("Answer a conversation", Some("ChatBody"), stream("ChatCompletion"), &[])},
@@ -218,7 +219,12 @@ fn paths() -> Value {
             json!({"name": "window", "in": "query", "schema": {"type": "string", "enum": ["10s", "30s", "60s", "5m"]}}),
             json!({"name": "format", "in": "query", "schema": {"type": "string", "enum": ["json", "csv"]}}),
         ])},
-        "/v1/experts/placement": {"get": operation("Where experts live", None, json!({"application/json": {"schema": {"type": "object"}}}), &[])},
+        "/v1/experts/balance": {"get": operation("Balance of the ranks, second by second", None, object(), &[
+            json!({"name": "since", "in": "query", "schema": {"type": "integer", "minimum": 0}}),
+        ])},
+        "/v1/experts/rebalance": {"get": operation("What the rebalancer did, does, and why", None, object(), &[])},
+        "/experts": {"get": operation("Expert load to look at", None, text("text/html"), &[])},
+        "/v1/experts/placement": {"get": operation("Where experts live", None, object(), &[])},
         "/health": {"get": operation("Whether the engine runs", None, nothing(), &[])},
         "/livez": {"get": operation("Whether the process answers", None, nothing(), &[])},
         "/readyz": {"get": operation("Whether requests are taken", None, nothing(), &[])},
@@ -229,7 +235,7 @@ fn paths() -> Value {
         "/load": {"get": operation("Sequences that run or wait", None, json_answer("ServerLoad"), &[])},
         "/version": {"get": operation("Of the program", None, json_answer("Version"), &[])},
         "/metrics": {"get": operation("For Prometheus", None, text("text/plain"), &[])},
-        "/openapi.json": {"get": operation("This document", None, json!({"application/json": {"schema": {"type": "object"}}}), &[])},
+        "/openapi.json": {"get": operation("This document", None, object(), &[])},
     })
 }
 
