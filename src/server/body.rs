@@ -12,7 +12,7 @@ use super::options::ServerOptions;
 ///
 /// # Errors
 /// 415 for another content type, 413 beyond the size limit (before anything is read, where the length is announced),
-/// 408 beyond the time limit, 400 when the client breaks off.
+/// 408 beyond the time limit, 400 when the client breaks off or sends no chunks where it said so.
 pub async fn read_json(request: Request, options: &ServerOptions) -> Result<Bytes, ApiError> {
     check_content_type(&request)?;
     let announced =
@@ -27,7 +27,9 @@ pub async fn read_json(request: Request, options: &ServerOptions) -> Result<Byte
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             Err(ApiError::body_too_large(options.max_body_bytes))
         }
-        Ok(Err(_)) => Err(ApiError::bad_request("The request body ended before its announced length.")),
+        Ok(Err(_)) => {
+            Err(ApiError::bad_request("The request body ended early, or its chunks are malformed."))
+        }
     }
 }
 

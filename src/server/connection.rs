@@ -4,21 +4,23 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use http::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tower::ServiceExt;
 
 use super::auth::Peer;
+use super::gate::Gate;
 use super::options::ServerOptions;
 use super::routes;
 use super::shutdown::Stage;
@@ -31,8 +33,8 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How often histograms are folded and the engine's pulse is felt.
 const TICK: Duration = Duration::from_secs(1);
-/// hyper accepts no smaller buffer.
-const HYPER_MIN_BUFFER: usize = 8192;
+/// hyper reads no more ahead, and accepts no smaller buffer.
+const MIN_READ_AHEAD: usize = 8192;
 
 /// Opens the listening socket.
 ///
@@ -133,18 +135,23 @@ fn connection(
     options: &ServerOptions,
     keep_alive: bool,
 ) -> impl GracefulConnection<Error = hyper::Error> + Send + 'static + use<> {
-    let service = router.clone().map_request(move |mut request: Request<Incoming>| {
+    let gate = Gate::new(socket, options);
+    let (router, refusals) = (router.clone(), gate.refusals());
+    let requests = AtomicU64::new(0);
+    // hyper calls it for one request after the other, in their order.
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        refusals.mark(requests.fetch_add(1, Ordering::Relaxed), &mut request);
         request.extensions_mut().insert(Peer(peer));
-        request
+        router.clone().oneshot(request)
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_read_timeout)
-        // Somewhat above the limits, which `head` tells with an error object.
-        .max_headers(2 * options.max_headers)
-        .max_buf_size((2 * options.max_header_bytes).max(HYPER_MIN_BUFFER))
+        // What comes through the gate fits.
+        .max_headers(options.max_headers)
+        .max_buf_size(options.max_header_bytes.max(MIN_READ_AHEAD) + 1)
         .keep_alive(keep_alive)
-        .serve_connection(TokioIo::new(socket), TowerToHyperService::new(service))
+        .serve_connection(TokioIo::new(gate), service)
 }
 
 /// The next connection, whatever it takes.

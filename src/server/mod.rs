@@ -1,7 +1,7 @@
 //! HTTP: OpenAI's completions, what operators need, and nothing of how a model computes. The server holds an engine
 //! handle and a tokenizer; it never sees a model, a backend or a communicator.
 //!
-//! A request: `connection` (hyper's limits) -> `routes` -> `body` (size, time, JSON) -> `request` (fields, ranges)
+//! A request: `connection` -> `gate` (heads in order) -> `routes` -> `body` (size, time, JSON) -> `request` (fields, ranges)
 //! -> tokens -> `sequences` (engine streams) -> `transcript` (events become text) -> one object or `sse`.
 
 // from socket to engine
@@ -9,9 +9,9 @@ mod options;
 mod shutdown;
 mod state;
 mod connection;
+mod gate;
 mod routes;
 mod request_id;
-mod head;
 mod auth;
 mod body;
 mod fields;

@@ -14,7 +14,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use super::error::ApiError;
 use super::state::AppState;
 use super::{
-    auth, chat, completions, dashboard, experts, head, models, openapi, operators, request_id, tokenize,
+    auth, chat, completions, dashboard, experts, gate, models, openapi, operators, request_id, tokenize,
 };
 
 /// All routes over `state`.
@@ -42,7 +42,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), head::limit))
+        .layer(middleware::from_fn(gate::answer))
         // Inside the counting layer: a panic is a response too.
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count_response))
@@ -57,6 +57,7 @@ pub fn while_loading() -> Router {
         .route("/livez", get(operators::live))
         .fallback(loading)
         .method_not_allowed_fallback(loading)
+        .layer(middleware::from_fn(gate::answer))
         .layer(middleware::from_fn(request_id::attach))
 }
 

@@ -10,6 +10,7 @@ mod dashboard;
 mod disconnects;
 mod errors;
 mod experts;
+mod framing;
 mod generation;
 mod limits;
 mod metrics;
