@@ -61,6 +61,9 @@ const REQUEST_TOKENS: &[f64] =
     &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5];
 /// Seconds of one step.
 const STEP_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Seconds of one migration.
+const REBALANCE_SECONDS: &[f64] =
+    &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 /// Imbalance ratio of one step.
 const IMBALANCE: &[f64] = &[0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 7.0, 15.0];
 /// Tokens of one step.
@@ -176,7 +179,29 @@ families! {
     REDUNDANT_EXPERT_SLOTS: Kind::Gauge, "moeyard_redundant_expert_slots", [],
         "Expert slots per MoE layer beyond one per expert, over all ranks.";
     REBALANCES_TOTAL: Kind::Counter, "moeyard_rebalances_total", ["outcome"],
-        "Decisions of the rebalancer, by what became of them.";
+        "Rebalances: applied, failed (the placement before stayed), or looks at the load that moved nothing (skipped).";
+    REBALANCE_DURATION_SECONDS: Kind::Histogram(REBALANCE_SECONDS), "moeyard_rebalance_duration_seconds", [],
+        "Time of one migration, from its first byte to its last.";
+    REBALANCE_MOVED_EXPERTS_TOTAL: Kind::Counter, "moeyard_rebalance_moved_experts_total", [],
+        "Experts whose weights travelled to another slot.";
+    REBALANCE_MOVED_BYTES_TOTAL: Kind::Counter, "moeyard_rebalance_moved_bytes_total", [],
+        "Bytes of expert weights that travelled to another slot, over all ranks.";
+    REBALANCE_PREDICTED_IMBALANCE_RATIO: Kind::Gauge, "moeyard_rebalance_predicted_imbalance_ratio", ["when"],
+        "Imbalance that the latest decision found (before) and expected of its placement (after); 0 before the first.";
+    REBALANCE_ACHIEVED_IMBALANCE_RATIO: Kind::Gauge, "moeyard_rebalance_achieved_imbalance_ratio", [],
+        "Imbalance on the load that came after the latest rebalance; 0 while it is not known.";
+    REBALANCE_SAMPLING_FLOOR_RATIO: Kind::Gauge, "moeyard_rebalance_sampling_floor_ratio", [],
+        "Imbalance that chance alone leaves in a step of the size seen by the latest decision.";
+    REBALANCE_IN_PROGRESS: Kind::Gauge, "moeyard_rebalance_in_progress", [],
+        "1 while experts move, else 0.";
+    REBALANCER_ENABLED: Kind::Gauge, "moeyard_rebalancer_enabled", [],
+        "1 when the rebalancer looks at the load by itself, 0 when --rebalance is off.";
+    REBALANCER_LOOK_AGE_SECONDS: Kind::Gauge, "moeyard_rebalancer_look_age_seconds", [],
+        "Time since the rebalancer last looked at the load; 0 when it is off. It looks after steps, so it rests when they do.";
+    PLACEMENT_VERSION: Kind::Gauge, "moeyard_placement_version", [],
+        "Number of the placement in force; counts up with each change.";
+    PLACEMENT_AGE_SECONDS: Kind::Gauge, "moeyard_placement_age_seconds", [],
+        "Time since the placement in force came into force.";
 
     RANK_EXPERT_TOKENS_TOTAL: Kind::Counter, "moeyard_rank_expert_tokens_total", ["rank", "phase"],
         "Tokens computed by the experts of a rank, over all layers.";

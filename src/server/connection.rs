@@ -195,8 +195,10 @@ async fn keep_house(state: Arc<AppState>) {
     loop {
         ticks.tick().await;
         state.metrics.run_upkeep();
+        let rebalancing = state.engine.rebalance_status();
+        state.metrics.note_rebalancing(&rebalancing);
         if let Some(experts) = &state.experts {
-            experts.tick(std::time::Instant::now(), &state.engine.rebalance_status());
+            experts.tick(std::time::Instant::now(), &rebalancing);
         }
         if window_began.elapsed() >= state.options.load_window {
             window_began = Instant::now();

@@ -13,9 +13,10 @@ use router_sim::trace::TraceCounters;
 use super::load_metrics::LoadMetrics;
 use super::process;
 use super::rank_metrics::RankMetrics;
+use super::rebalance_metrics::RebalanceMetrics;
 use super::registry::{Registry, count_series};
 use crate::engine::stats::{RequestTiming, StepTiming};
-use crate::engine::{EngineStats, TimingObserver};
+use crate::engine::{EngineStats, RebalanceStatus, TimingObserver};
 use crate::error::{CONTEXT_PHRASE, Error, QueueLimit, Result};
 use crate::metrics::{self as family, ExpertDetail, LoadSource, RankMeter};
 
@@ -176,6 +177,7 @@ pub struct Metrics {
     steps: [(Histogram, Histogram); 3],
     step_imbalance: Histogram,
     ranks: RankMetrics,
+    rebalancing: RebalanceMetrics,
     /// A std lock: taken once per page and per window, never across an await.
     load: Option<Mutex<LoadMetrics>>,
     sources: Sources,
@@ -225,6 +227,7 @@ impl Metrics {
             steps: ["prefill", "decode", "mixed"].map(step),
             step_imbalance: registry.histogram(&family::STEP_IMBALANCE_RATIO, &[]),
             ranks: RankMetrics::new(&registry, sources.ranks.len()),
+            rebalancing: RebalanceMetrics::new(&registry),
             load,
             sources,
             registry,
@@ -252,6 +255,11 @@ impl Metrics {
         self.ranks.update(&self.registry, &self.sources.ranks);
         self.with_load(LoadMetrics::count);
         self.registry.render()
+    }
+
+    /// Takes over what rebalancing did; each migration must be seen once at least.
+    pub fn note_rebalancing(&self, status: &RebalanceStatus) {
+        self.rebalancing.update(status);
     }
 
     /// Folds the samples of histograms, which otherwise pile up between two pages.
@@ -358,11 +366,8 @@ impl Registry {
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
         one(&family::PARALLEL_INFO, &[&tp, &dp, &ep, &info.placement]);
         self.gauge(&family::REDUNDANT_EXPERT_SLOTS, &[]).set(info.redundant_slots as f64);
-        // No rebalancer runs and no expert has a capacity limit, so these are true as they stand.
+        // No expert has a capacity limit, so this is true as it stands.
         self.counter(&family::TOKENS_DROPPED_TOTAL, &[]).absolute(0);
-        for outcome in ["applied", "skipped", "failed"] {
-            self.counter(&family::REBALANCES_TOTAL, &[outcome]).absolute(0);
-        }
         for (rank, memory) in info.memory.iter().enumerate() {
             for (kind, bytes) in [
                 ("weights", memory.weights),

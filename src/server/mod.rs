@@ -43,6 +43,7 @@ mod metrics;
 mod registry;
 mod load_metrics;
 mod rank_metrics;
+mod rebalance_metrics;
 mod process;
 mod experts;
 mod dashboard;

@@ -51,6 +51,7 @@ pub async fn version() -> Json<Version> {
 
 /// The page that Prometheus scrapes.
 pub async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+    state.metrics.note_rebalancing(&state.engine.rebalance_status());
     let page = state.metrics.render(&state.engine.stats());
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
 }
