@@ -2,9 +2,10 @@
 //! alternatives.
 
 use crate::cost::CostModel;
+use crate::placement::PolicyName;
 use crate::report::data::{Advice, Loss, Run, Verdict};
 use crate::report::figures;
-use crate::simulate::{Choice, PolicyName};
+use crate::simulate::Choice;
 use crate::split::Split;
 use crate::topology::Cluster;
 use crate::{Error, Result};

@@ -131,6 +131,27 @@ impl LoadWindow {
         Ok(())
     }
 
+    /// What was added since `earlier`, counts of the same layers and experts. A count that went back counts as 0.
+    ///
+    /// # Panics
+    /// When layers or experts differ.
+    #[must_use]
+    pub fn since(&self, earlier: &LoadWindow) -> LoadWindow {
+        assert_eq!(
+            (&self.layer_ids, self.experts),
+            (&earlier.layer_ids, earlier.experts),
+            "layers and experts of two load windows"
+        );
+        let minus =
+            |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(n, t)| n.saturating_sub(*t)).collect();
+        LoadWindow {
+            experts: self.experts,
+            layer_ids: self.layer_ids.clone(),
+            prefill: minus(&self.prefill, &earlier.prefill),
+            decode: minus(&self.decode, &earlier.decode),
+        }
+    }
+
     /// Starts the next window; keeps the memory.
     pub fn clear(&mut self) {
         self.prefill.fill(0);
@@ -190,6 +211,13 @@ mod tests {
         assert_eq!(load.counts(Phase::Decode, 1), [2, 2, 0]);
         assert_eq!(load.counts(Phase::Decode, 0), [0, 0, 0]);
         assert_eq!(load.totals(1).collect::<Vec<_>>(), [7, 2, 1]);
+        let mut earlier = LoadWindow::new(&[1, 2], 3);
+        earlier.add(Phase::Decode, 1, &[1, 5, 0]);
+        let since = load.since(&earlier);
+        assert_eq!(
+            (since.counts(Phase::Prefill, 1), since.counts(Phase::Decode, 1)),
+            (&[5, 0, 1][..], &[1, 0, 0][..])
+        );
         load.clear();
         assert_eq!(load, LoadWindow::new(&[1, 2], 3));
     }

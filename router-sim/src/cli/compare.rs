@@ -151,7 +151,7 @@ fn points(arguments: &Arguments, simulation: &Simulation) -> Result<Vec<(String,
                     0 => None,
                     _ => Some(arguments.rebalancing.settings(interval, window)?),
                 };
-                let window = rebalancing.map_or(0, |settings| settings.window);
+                let window = rebalancing.map_or(0, |live| live.rebalancing.window);
                 let key = format!(
                     "{policy} {split} ranks={ranks} redundant={redundant} interval={interval} window={window}"
                 );

@@ -4,13 +4,14 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
-use router_sim::Result;
 use router_sim::formats::source::write_text;
-use router_sim::placement::{Expected, Placement};
-use router_sim::simulate::{Choice, Rebalancing, Trigger};
+use router_sim::placement::{Expected, Placement, PolicyName};
+use router_sim::rebalance::{Rebalancing, Trigger};
+use router_sim::simulate::{Agreement, Choice, LayerStep, LiveRebalancing, ServedRun, StepFigures};
+use router_sim::{Error, Result};
 
 use super::findings::FindingsFlags;
-use super::simulation::SimulationFlags;
+use super::simulation::{Simulation, SimulationFlags};
 use super::summary;
 
 const EXAMPLES: &str = "\
@@ -25,6 +26,9 @@ Examples:
     router-sim replay load.npy --model deepseek-v3 --ranks 32 --redundant 32 --policy moeyard --max-transfers 16 \\
       --set expert-weights=fp8 --set dispatch=fp8 --set wire=node --rebalance-interval 50
 
+  A run that was served with rebalancing: make all its decisions again, and tell whether they are the same
+    router-sim replay trace.moeroute --as-served
+
   Everything found, for `router-sim report` and for programs:
     router-sim replay trace.moeroute --ranks 8 --json run.json --layer-steps layers.csv";
 
@@ -36,6 +40,10 @@ const LAYER_STEPS_HEADER: &str = "step,layer,rows,max_rows,activated,max_activat
 pub struct Arguments {
     #[command(flatten)]
     simulation: SimulationFlags,
+    /// Follow the recorded run: its ranks, split and placements, with every decision of its rebalancer made again from
+    /// the tokens; anything that comes out differently is an error
+    #[arg(long, conflicts_with_all = ["ranks", "redundant", "policy", "placement", "split", "groups", "rebalance_interval", "fit", "steps"])]
+    as_served: bool,
     /// Expert-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Placement and split")]
     ranks: usize,
@@ -87,12 +95,15 @@ pub struct RebalancingFlags {
     /// After a rebalance, wait until balancedness was above this once [default: --below]
     #[arg(long, value_name = "RATIO", requires = "below")]
     pub rearm: Option<f64>,
-    /// Least part of the slowest ranks' rows that a plan must save
+    /// Least part of a layer's expert time that a plan must save to move the layer's experts
     #[arg(long, value_name = "RATIO", default_value_t = 0.01)]
     pub min_gain: f64,
     /// Experts that may move per layer and rebalance
     #[arg(long, value_name = "N")]
     pub max_transfers: Option<usize>,
+    /// Experts that each rank receives before a placement switches
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub staging_slots: usize,
     /// Serving waits for the weights instead of going on meanwhile
     #[arg(long)]
     pub synchronous: bool,
@@ -100,8 +111,8 @@ pub struct RebalancingFlags {
 
 impl RebalancingFlags {
     /// What they stand for, with a look every `interval` steps.
-    pub fn settings(&self, interval: u64, window: Option<u64>) -> Result<Rebalancing> {
-        let settings = Rebalancing {
+    pub fn settings(&self, interval: u64, window: Option<u64>) -> Result<LiveRebalancing> {
+        let rebalancing = Rebalancing {
             interval,
             window: window.unwrap_or(interval),
             parts: self.window_parts,
@@ -111,35 +122,29 @@ impl RebalancingFlags {
             },
             min_gain: self.min_gain,
             max_transfers: self.max_transfers,
-            synchronous: self.synchronous,
         };
+        let settings =
+            LiveRebalancing { rebalancing, staging_slots: self.staging_slots, synchronous: self.synchronous };
         settings.check()?;
         Ok(settings)
     }
 }
 
 pub fn run(arguments: Arguments) -> Result<()> {
-    let Arguments { ranks, redundant, .. } = arguments;
+    let served = match arguments.as_served {
+        true => Some(ServedRun::read(&arguments.simulation.input().0)?),
+        false => None,
+    };
+    let ranks = served.as_ref().map_or(arguments.ranks, |served| served.placement.ranks());
     let simulation = arguments.simulation.prepare(ranks)?;
     let scenario = simulation.scenario();
-    let policy = simulation.policy(&arguments.policy, arguments.groups, ranks)?;
-    let expected =
-        Expected { ranks: Some(ranks), experts: simulation.experts(), layer_ids: simulation.layer_ids() };
-    let placement = arguments.placement.as_ref().map(|file| Placement::read(file, &expected)).transpose()?;
-    let choice = Choice {
-        ranks,
-        redundant: placement.as_ref().map_or(redundant, |p| p.slots() - p.experts()),
-        policy,
-        placement,
-        split: simulation.split(&arguments.split, ranks)?,
-        rebalancing: arguments
-            .rebalance_interval
-            .map(|interval| arguments.rebalancing.settings(interval, arguments.window))
-            .transpose()?,
+    let choice = match &served {
+        None => choice(&arguments, &simulation)?,
+        Some(served) => served_choice(served, &simulation)?,
     };
     let mut lines = arguments.layer_steps.is_some().then(|| LAYER_STEPS_HEADER.to_owned());
     let layer_ids = simulation.layer_ids();
-    let run = scenario.run(&choice, simulation.threads, &mut |step, _, layers| {
+    let mut observer = |step, _: &StepFigures, layers: &mut dyn ExactSizeIterator<Item = &LayerStep>| {
         let Some(lines) = &mut lines else { return Ok(()) };
         for (layer, id) in layers.zip(layer_ids) {
             let (actual, best, bound) = (layer.actual(ranks), layer.best_split(ranks), layer.bound(ranks));
@@ -157,10 +162,66 @@ pub fn run(arguments: Arguments) -> Result<()> {
             .expect("a String takes everything");
         }
         Ok(())
-    })?;
+    };
+    let (run, agreement) = match served {
+        None => (scenario.run(&choice, simulation.threads, &mut observer)?, None),
+        Some(served) => {
+            let (run, agreement) =
+                scenario.run_as_served(&choice, served, simulation.threads, &mut observer)?;
+            (run, Some(agreement))
+        }
+    };
     if let (Some(path), Some(lines)) = (&arguments.layer_steps, &lines) {
         write_text(path, lines)?;
     }
     super::print(&summary::of_run(&run))?;
-    arguments.findings.write(&simulation.report(vec![run], ranks))
+    arguments.findings.write(&simulation.report(vec![run], ranks))?;
+    agreement.map_or(Ok(()), tell)
+}
+
+/// What the flags describe.
+fn choice(arguments: &Arguments, simulation: &Simulation) -> Result<Choice> {
+    let Arguments { ranks, redundant, .. } = *arguments;
+    let expected =
+        Expected { ranks: Some(ranks), experts: simulation.experts(), layer_ids: simulation.layer_ids() };
+    let placement = arguments.placement.as_ref().map(|file| Placement::read(file, &expected)).transpose()?;
+    Ok(Choice {
+        ranks,
+        redundant: placement.as_ref().map_or(redundant, |p| p.slots() - p.experts()),
+        policy: simulation.policy(&arguments.policy, arguments.groups, ranks)?,
+        placement,
+        split: simulation.split(&arguments.split, ranks)?,
+        rebalancing: arguments
+            .rebalance_interval
+            .map(|interval| arguments.rebalancing.settings(interval, arguments.window))
+            .transpose()?,
+    })
+}
+
+/// What was served; its rebalancing comes with the recorded run.
+fn served_choice(served: &ServedRun, simulation: &Simulation) -> Result<Choice> {
+    let placement = served.placement.clone();
+    Ok(Choice {
+        ranks: placement.ranks(),
+        redundant: placement.slots() - placement.experts(),
+        policy: served.policy().unwrap_or(PolicyName::Linear),
+        split: simulation.split(served.split.name(), placement.ranks())?,
+        placement: Some(placement),
+        rebalancing: None,
+    })
+}
+
+/// Says how the replay agrees with the run that was recorded.
+///
+/// # Errors
+/// [`Error::Impossible`] with the differences.
+fn tell(agreement: Agreement) -> Result<()> {
+    let Agreement { decisions, migrations, operators, switches, failures, differences } = agreement;
+    if !differences.is_empty() {
+        return Err(Error::Impossible(format!("not as served:\n  {}", differences.join("\n  "))));
+    }
+    super::print(&format!(
+        "as served: {decisions} decisions made again ({migrations} move experts), all alike; {operators} orders of operators, \
+         {switches} switches, {failures} failed migrations followed\n"
+    ))
 }

@@ -6,10 +6,9 @@ use clap::Args;
 use router_sim::cost::{Constants, CostModel, ModelShape};
 use router_sim::formats::{self, Input, Options};
 use router_sim::load::{LoadWindow, Phase};
+use router_sim::placement::PolicyName;
 use router_sim::report::data::{Report, Run, Subject};
-use router_sim::simulate::{
-    DrawOptions, Drawn, Interleaved, OpenTokens, PolicyName, Scenario, Shuffled, Sources,
-};
+use router_sim::simulate::{DrawOptions, Drawn, Interleaved, OpenTokens, Scenario, Shuffled, Sources};
 use router_sim::split::Split;
 use router_sim::stream::TokenStream;
 use router_sim::topology::Cluster;
@@ -141,6 +140,12 @@ pub struct Simulation {
 }
 
 impl SimulationFlags {
+    /// The file that is run, without its label.
+    pub fn input(&self) -> (PathBuf, Options) {
+        let input = self.input.as_ref().or(self.on.as_ref()).expect("clap asks for one of them");
+        self.reading.options(input)
+    }
+
     /// Reads the fitted record and describes the rest; `ranks` is the most that any run has.
     pub fn prepare(&self, ranks: usize) -> Result<Simulation> {
         let input = self.input.as_ref().or(self.on.as_ref()).expect("clap asks for one of them");

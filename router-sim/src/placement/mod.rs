@@ -10,13 +10,15 @@ mod eplb;
 mod moves;
 mod rounds;
 mod moeyard;
+mod policy;
 
 pub use eplb::Eplb;
 pub use file::{Expected, PlacementFile};
 pub use linear::Linear;
 pub use moeyard::Moeyard;
 pub use moves::{Transfer, duplicates, transfers};
-pub use rounds::{Arrival, Round, RoundLimits, Rounds, rounds};
+pub use policy::{PlanOptions, PolicyName, plan};
+pub use rounds::{Arrival, Round, RoundLimits, Rounds, arrivals, rounds};
 
 use crate::load::LoadWindow;
 use crate::{Error, Result};
@@ -149,6 +151,18 @@ impl Placement {
     pub fn with_version(mut self, version: u64) -> Self {
         self.version = version;
         self
+    }
+
+    /// The same with `layers` (counted from 0) as `other` has them; the version stays.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    #[must_use]
+    pub fn with_layers_of(&self, other: &Placement, layers: &[usize]) -> Self {
+        let shape = |p: &Placement| (p.ranks, p.slots_per_rank, p.experts, p.layers());
+        assert_eq!(shape(self), shape(other), "ranks, slots, experts and layers of two placements");
+        let maps = layers.iter().map(|&layer| (layer, other.slots[layer].clone())).collect();
+        self.with_layers(maps).expect("the other placement's maps are valid")
     }
 
     /// The same with other maps for some layers, `(layer, [slots])`; the version stays.

@@ -55,6 +55,12 @@ pub struct Rounds {
     arrivals_left: usize,
 }
 
+/// How many experts each rank must receive for a layer's change: those that its target holds there once more than it does.
+/// Unlike [`transfers`](super::transfers), a second copy on one rank counts. `[ranks]`
+pub fn arrivals(current: LayerPlacement<'_>, target: LayerPlacement<'_>) -> Vec<usize> {
+    Differences::of(current, target).needs.iter().map(Vec::len).collect()
+}
+
 /// The rounds that lead from one placement to another of the same layers, experts, ranks and slots. `gains` is what each
 /// layer wins by the change, in any unit, `[layers]`: layers with most gain per arrival go first. The last round's
 /// placement has the target's map; what arrives in all is, on every rank, what the target holds there and the current
@@ -74,9 +80,8 @@ pub fn rounds(current: &Placement, target: &Placement, gains: &[f64], limits: Ro
         limits.staging_per_rank > 0 && limits.ranks_per_node > 0,
         "{limits:?}: rounds need at least one staging place per rank and one rank per node"
     );
-    let arrivals: Vec<usize> = (0..current.layers())
-        .map(|layer| Differences::of(current.layer(layer), target.layer(layer)).needs())
-        .collect();
+    let received = |layer| arrivals(current.layer(layer), target.layer(layer)).iter().sum();
+    let arrivals: Vec<usize> = (0..current.layers()).map(received).collect();
     let differs = |layer: &usize| current.layer(*layer).slots() != target.layer(*layer).slots();
     let mut order: Vec<usize> = (0..current.layers()).filter(differs).collect();
     // What needs no arrival costs nothing and goes at once.
@@ -98,6 +103,11 @@ impl Rounds {
     /// Arrivals of the rounds that are still to come.
     pub fn arrivals_left(&self) -> usize {
         self.arrivals_left
+    }
+
+    /// Layers whose maps are not yet the target's.
+    pub fn layers_left(&self) -> usize {
+        self.order.len()
     }
 
     /// Where all rounds lead.

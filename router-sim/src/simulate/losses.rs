@@ -12,11 +12,10 @@
 //! ```
 //! The causes are reported in the order in which nobody to everybody could act on them: sampling noise first.
 
-use super::migration::Migration;
 use crate::bounds::{group_on_node_bound, mean_load};
 use crate::cost::CostModel;
 use crate::load::LoadWindow;
-use crate::placement::{LayerPlacement, Placement, transfers};
+use crate::placement::{LayerPlacement, Placement, arrivals, transfers};
 use crate::report::data::{Loss, Run};
 use crate::split::Shares;
 
@@ -143,7 +142,9 @@ struct Move {
 impl Move {
     fn between(from: &Placement, to: &Placement, cost: &CostModel) -> Move {
         let experts = transfers(from, to).len();
-        let us = Migration::new(from, to.clone(), &vec![0.0; from.layers()], cost).us();
+        // Layer by layer, each as long as the rank takes that receives most.
+        let most = |layer: usize| arrivals(from.layer(layer), to.layer(layer)).into_iter().max().unwrap_or(0);
+        let us = (0..from.layers()).map(|layer| cost.migration_us(most(layer))).sum();
         Move { experts, bytes: experts as f64 * cost.expert_bytes(), us }
     }
 }

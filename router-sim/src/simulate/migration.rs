@@ -1,81 +1,94 @@
-//! A migration under way, layer by layer.
+//! A migration under way, round by round.
 
-use crate::Result;
 use crate::cost::CostModel;
-use crate::placement::{Placement, transfers};
+use crate::placement::{Placement, Round, RoundLimits, Rounds, rounds};
 
-/// A layer whose new experts are on their way.
-#[derive(Debug, Clone, Copy)]
-struct Pending {
-    layer: usize,
-    us: f64,
-}
-
-/// A migration under way: layers travel one after another, those that gain most per byte first, and each switches as
-/// soon as it is there. Until then it serves with the old placement.
+/// A migration under way: a round's experts travel while the placement before it serves, and switch as soon as the last is
+/// there.
 #[derive(Debug, Clone)]
 pub(super) struct Migration {
-    target: Placement,
-    /// In reverse order of travel.
-    pending: Vec<Pending>,
-    /// How long the layer that travels has been under way.
+    rounds: Rounds,
+    /// The round that travels, and how long it takes.
+    travelling: Option<(Round, f64)>,
+    /// How long it has been under way.
     travelled_us: f64,
-    pub transfers: u64,
+    arrival_us: f64,
+    /// Experts that travel in all.
+    pub arrivals: u64,
 }
 
 impl Migration {
-    /// Plans the order. `gain` is what each layer wins; any unit, `[layers]`.
-    pub fn new(current: &Placement, target: Placement, gain: &[f64], cost: &CostModel) -> Migration {
-        let slots_per_rank = target.slots_per_rank();
-        // Weights that each rank receives, `[layers][ranks]`.
-        let mut received = vec![vec![0; target.ranks()]; target.layers()];
-        let moved = transfers(current, &target);
-        for transfer in &moved {
-            received[transfer.layer][transfer.slot / slots_per_rank] += 1;
-        }
-        let changed = |layer: &usize| current.layer(*layer).slots() != target.layer(*layer).slots();
-        let mut pending: Vec<Pending> = (0..target.layers())
-            .filter(changed)
-            .map(|layer| Pending {
-                layer,
-                us: cost.migration_us(received[layer].iter().copied().max().unwrap_or(0)),
-            })
-            .collect();
-        let worth = |p: &Pending| gain[p.layer] / received[p.layer].iter().sum::<usize>().max(1) as f64;
-        pending.sort_by(|a, b| worth(a).total_cmp(&worth(b)).then(b.layer.cmp(&a.layer)));
-        Migration { target, pending, travelled_us: 0.0, transfers: moved.len() as u64 }
+    /// Plans the order. `gains` is what each layer wins; any unit, `[layers]`.
+    pub fn new(
+        current: &Placement,
+        target: &Placement,
+        gains: &[f64],
+        limits: RoundLimits,
+        cost: &CostModel,
+    ) -> Migration {
+        let rounds = rounds(current, target, gains, limits);
+        let arrivals = rounds.arrivals_left() as u64;
+        let arrival_us = cost.migration_us(1);
+        let mut migration = Migration { rounds, travelling: None, travelled_us: 0.0, arrival_us, arrivals };
+        migration.depart();
+        migration
     }
 
-    /// Layers that have not switched.
+    /// Sends the next round on its way.
+    fn depart(&mut self) {
+        self.travelling = self.rounds.next().map(|round| {
+            let us = most_to_one_rank(&round) as f64 * self.arrival_us;
+            (round, us)
+        });
+    }
+
+    /// Layers that are not yet as they are to be.
     pub fn layers_in_flight(&self) -> usize {
-        self.pending.len()
+        match &self.travelling {
+            None => 0,
+            Some((round, _)) => {
+                let target = self.rounds.target();
+                let now = |layer: &usize| round.arrivals.iter().any(|arrival| arrival.layer == *layer);
+                let later =
+                    |layer: usize| round.placement.layer(layer).slots() != target.layer(layer).slots();
+                (0..target.layers()).filter(|layer| now(layer) || later(*layer)).count()
+            }
+        }
     }
 
-    /// Time that the whole migration takes, in microseconds.
+    /// All rounds have switched.
+    pub fn is_over(&self) -> bool {
+        self.travelling.is_none()
+    }
+
+    /// Time that all rounds take, in microseconds.
     pub fn us(&self) -> f64 {
-        self.pending.iter().map(|p| p.us).sum()
+        let first = self.travelling.as_ref().map_or(0.0, |(_, us)| *us);
+        first
+            + self.rounds.clone().map(|round| most_to_one_rank(&round) as f64 * self.arrival_us).sum::<f64>()
     }
 
-    /// Lets time pass; layers that have arrived switch. Returns how many did.
-    pub fn advance(&mut self, us: f64, current: &mut Placement) -> Result<usize> {
+    /// Lets time pass; rounds that have arrived switch. Returns how many layers did, each as often as it did.
+    pub fn advance(&mut self, us: f64, current: &mut Placement) -> usize {
         self.travelled_us += us;
-        let mut arrived = Vec::new();
-        while let Some(next) = self.pending.last().copied().filter(|next| next.us <= self.travelled_us) {
-            self.travelled_us -= next.us;
-            arrived.push(next.layer);
-            self.pending.pop();
+        let mut switched = 0;
+        while let Some((round, us)) = self.travelling.take_if(|(_, us)| *us <= self.travelled_us) {
+            self.travelled_us -= us;
+            let changed =
+                |layer: &usize| current.layer(*layer).slots() != round.placement.layer(*layer).slots();
+            switched += (0..current.layers()).filter(changed).count();
+            *current = round.placement;
+            self.depart();
         }
-        if arrived.is_empty() {
-            return Ok(0);
-        }
-        let of_layer = |layer: usize| {
-            let source = if arrived.contains(&layer) { &self.target } else { &*current };
-            source.layer(layer).slots().to_vec()
-        };
-        let slots = (0..current.layers()).map(of_layer).collect();
-        let (ranks, per_rank, experts) = (current.ranks(), current.slots_per_rank(), current.experts());
-        let next = Placement::new(ranks, per_rank, experts, current.layer_ids().to_vec(), slots)?;
-        *current = next.with_version(current.version() + 1);
-        Ok(arrived.len())
+        switched
     }
+}
+
+/// Experts that the rank receives which receives most.
+fn most_to_one_rank(round: &Round) -> usize {
+    let mut received = vec![0; round.placement.ranks()];
+    for arrival in &round.arrivals {
+        received[arrival.slot / round.placement.slots_per_rank()] += 1;
+    }
+    received.into_iter().max().unwrap_or(0)
 }

@@ -1,9 +1,8 @@
 //! What moving a limited number of experts brings: balance against bytes.
 
-use super::plan::{PolicyName, plan};
 use crate::Result;
 use crate::load::{LoadWindow, balancedness};
-use crate::placement::{ClusterShape, Placement, transfers};
+use crate::placement::{ClusterShape, Placement, PlanOptions, PolicyName, plan, transfers};
 use crate::report::data::ParetoPoint;
 use crate::split::{Shares, Split, even_rank_loads};
 
@@ -28,7 +27,10 @@ pub fn pareto(
     for limit in limits {
         let target = match limit {
             Some(0) => current.clone(),
-            _ => plan(policy, std::slice::from_ref(load), &shape, Some(current), limit)?,
+            _ => {
+                let options = PlanOptions { max_transfers: limit, ..PlanOptions::default() };
+                plan(policy, std::slice::from_ref(load), &shape, Some(current), options)?
+            }
         };
         let moved = transfers(current, &target).len() as f64;
         points.push(ParetoPoint {

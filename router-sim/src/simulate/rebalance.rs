@@ -1,124 +1,85 @@
-//! Rebalancing while serving: when to look, what to plan on, when to move.
+//! Rebalancing while serving: the engine's [`Rebalancer`], driven by modelled time.
 
-use std::collections::VecDeque;
-
+use super::lane::LayerStep;
 use super::migration::Migration;
-use super::plan::{PolicyName, plan};
 use crate::cost::CostModel;
-use crate::load::{LoadWindow, balancedness};
-use crate::placement::{ClusterShape, Placement};
+use crate::load::LoadWindow;
+use crate::placement::{ClusterShape, Placement, PolicyName, RoundLimits};
+use crate::rebalance::{Due, Inputs, Rebalancer, Rebalancing, RowTime};
 use crate::report::data::Rebalance;
-use crate::split::even_rank_loads;
+use crate::split::Split;
+use crate::stream::TokenBatch;
 use crate::{Error, Result};
 
-/// When to replan.
+/// How a run rebalances, and how its experts travel.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Trigger {
-    /// Every so many steps.
-    Interval,
-    /// When the window's balancedness falls below `below`. After a decision it must have been above `rearm` once before
-    /// the next one, so that a load that cannot be balanced does not replan for ever.
-    Balance {
-        /// Mean over layers.
-        below: f64,
-        /// At least `below`.
-        rearm: f64,
-    },
-}
-
-/// How a run rebalances.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rebalancing {
-    /// Steps between two looks at the load.
-    pub interval: u64,
-    /// Steps that are looked at.
-    pub window: u64,
-    /// Parts that the window is planned on; with one, on its sum.
-    pub parts: usize,
-    /// What a look leads to.
-    pub trigger: Trigger,
-    /// Least part of the predicted rows of the slowest ranks that a plan must save to be carried out.
-    pub min_gain: f64,
-    /// Experts that may move per layer; `None` without limit.
-    pub max_transfers: Option<usize>,
+pub struct LiveRebalancing {
+    /// When and what.
+    pub rebalancing: Rebalancing,
+    /// Experts that each rank receives before a placement switches; at least 1.
+    pub staging_slots: usize,
     /// Serving waits for all weights instead of going on meanwhile.
     pub synchronous: bool,
 }
 
-impl Default for Rebalancing {
+impl Default for LiveRebalancing {
     fn default() -> Self {
-        Rebalancing {
-            interval: 1000,
-            window: 1000,
-            parts: 4,
-            trigger: Trigger::Interval,
-            min_gain: 0.01,
-            max_transfers: None,
-            synchronous: false,
-        }
+        LiveRebalancing { rebalancing: Rebalancing::default(), staging_slots: 1, synchronous: false }
     }
 }
 
-impl Rebalancing {
+impl LiveRebalancing {
     /// Checks every limit.
     ///
     /// # Errors
     /// [`Error::Impossible`] with name, limit and value.
     pub fn check(&self) -> Result<()> {
-        let refuse = |what: &str, value: String, limit: &str| {
-            Err(Error::Impossible(format!("rebalancing: {what} {value} must be {limit}")))
-        };
-        if self.interval == 0 || self.window == 0 {
-            let least = self.interval.min(self.window).to_string();
-            return refuse("interval and window", least, "at least 1 step");
+        self.rebalancing.check()?;
+        match self.staging_slots {
+            0 => Err(Error::Impossible("rebalancing: staging slots 0 must be at least 1".into())),
+            _ => Ok(()),
         }
-        if self.parts == 0 || self.parts as u64 > self.window {
-            return refuse(
-                "window parts",
-                self.parts.to_string(),
-                &format!("within 1..={} steps", self.window),
-            );
-        }
-        if !(0.0..1.0).contains(&self.min_gain) {
-            return refuse("min gain", self.min_gain.to_string(), "at least 0 and below 1");
-        }
-        if let Trigger::Balance { below, rearm } = self.trigger {
-            if !(0.0..=1.0).contains(&below) {
-                return refuse("below", below.to_string(), "within 0..=1");
-            }
-            if !(below..=1.0).contains(&rearm) {
-                return refuse("rearm", rearm.to_string(), &format!("within {below}..=1"));
-            }
-        }
-        Ok(())
     }
 }
 
-/// Watches the load of a run and moves its experts.
+/// A run's rebalancer and its migration under way.
 #[derive(Debug, Clone)]
-pub(super) struct Rebalancer {
-    settings: Rebalancing,
-    policy: PolicyName,
-    shape: ClusterShape,
-    /// The window's parts, oldest first; the last one is being filled.
-    parts: VecDeque<LoadWindow>,
-    steps_in_part: u64,
-    since_look: u64,
-    armed: bool,
+pub(super) struct Live {
+    rebalancer: Rebalancer,
+    limits: RoundLimits,
+    synchronous: bool,
+    /// Load since the start.
+    counts: LoadWindow,
+    row_time: RowTime,
     migration: Option<Migration>,
     pub log: Vec<Rebalance>,
 }
 
-impl Rebalancer {
-    pub fn new(settings: Rebalancing, policy: PolicyName, shape: ClusterShape, empty: LoadWindow) -> Self {
-        Rebalancer {
-            settings,
-            policy,
-            shape,
-            parts: VecDeque::from([empty]),
-            steps_in_part: 0,
-            since_look: 0,
-            armed: true,
+/// What a step of the run was.
+pub(super) struct Served<'a> {
+    pub batch: &'a TokenBatch,
+    /// How long it took, in microseconds.
+    pub us: f64,
+    /// The number of the step after it.
+    pub next: u64,
+}
+
+impl Live {
+    pub fn new(
+        settings: LiveRebalancing,
+        policy: PolicyName,
+        cluster: ClusterShape,
+        split: Split,
+        ranks_per_node: usize,
+        counts: LoadWindow,
+    ) -> Self {
+        let LiveRebalancing { rebalancing, staging_slots, synchronous } = settings;
+        Live {
+            rebalancer: Rebalancer::new(rebalancing, policy, cluster, split, counts.clone()),
+            limits: RoundLimits { staging_per_rank: staging_slots, ranks_per_node },
+            synchronous,
+            counts,
+            row_time: RowTime::default(),
             migration: None,
             log: Vec::new(),
         }
@@ -129,129 +90,74 @@ impl Rebalancer {
         self.migration.as_ref().map_or(0, Migration::layers_in_flight)
     }
 
-    /// Takes the load of the step that ran, of `us` microseconds; `step` is the next one. Returns for how long serving
-    /// waits.
-    pub fn after_step(
+    /// Takes the load of the step that ran, and what its layers did. Returns for how long serving waits.
+    pub fn after_step<'l>(
         &mut self,
-        add_load: impl FnOnce(&mut LoadWindow),
-        us: f64,
-        step: u64,
+        served: Served<'_>,
+        layers: impl Iterator<Item = &'l LayerStep>,
         placement: &mut Placement,
         cost: &CostModel,
     ) -> Result<f64> {
-        add_load(self.parts.back_mut().expect("never empty"));
-        self.steps_in_part += 1;
-        self.since_look += 1;
+        let Served { batch, us, next } = served;
+        batch.add_to(&mut self.counts);
+        add_row_time(&mut self.row_time, batch, layers);
         let mut stall = 0.0;
         if self.migration.is_some() {
-            stall += self.advance(us, step, placement, cost)?;
-        } else if self.since_look >= self.settings.interval {
-            self.since_look = 0;
-            stall += self.look(step, placement, cost)?;
+            stall += self.advance(us, next, placement, cost);
         }
-        self.roll();
+        match self.rebalancer.after_step() {
+            Due::Nothing => {}
+            Due::Part => self.rebalancer.end_part(next, &self.counts),
+            Due::Look => stall += self.look(next, placement, cost)?,
+        }
         Ok(stall)
     }
 
-    /// Begins another part of the window when the last one is full.
-    fn roll(&mut self) {
-        let Rebalancing { window, parts, .. } = self.settings;
-        if self.steps_in_part < window.div_ceil(parts as u64) {
-            return;
-        }
-        self.steps_in_part = 0;
-        let mut next = match self.parts.len() >= parts {
-            true => self.parts.pop_front().expect("never empty"),
-            false => self.parts[0].clone(),
-        };
-        next.clear();
-        self.parts.push_back(next);
-    }
-
-    fn advance(&mut self, us: f64, step: u64, placement: &mut Placement, cost: &CostModel) -> Result<f64> {
-        let Some(migration) = &mut self.migration else { return Ok(0.0) };
-        let switched = migration.advance(us, placement)?;
-        if migration.layers_in_flight() == 0 {
+    fn advance(&mut self, us: f64, step: u64, placement: &mut Placement, cost: &CostModel) -> f64 {
+        let Some(migration) = &mut self.migration else { return 0.0 };
+        let switched = migration.advance(us, placement);
+        if migration.is_over() {
             self.migration = None;
+            self.rebalancer.moved(step);
             if let Some(last) = self.log.last_mut() {
                 last.done = Some(step);
             }
         }
-        Ok(switched as f64 * cost.switch_us())
+        switched as f64 * cost.switch_us()
     }
 
     /// Looks at the window and perhaps starts a migration.
     fn look(&mut self, step: u64, placement: &mut Placement, cost: &CostModel) -> Result<f64> {
-        let windows: Vec<LoadWindow> = self.parts.iter().filter(|w| has_tokens(w)).cloned().collect();
-        let Some((first, others)) = windows.split_first() else { return Ok(0.0) };
-        let mut sum = first.clone();
-        for window in others {
-            sum.merge(window)?;
-        }
-        let before = planned(&sum, placement);
-        let balance = mean(before.iter().map(|layer| layer.balance));
-        let trigger = match self.settings.trigger {
-            Trigger::Interval => "interval".to_owned(),
-            Trigger::Balance { below, rearm } => {
-                self.armed |= balance >= rearm;
-                if balance >= below || !self.armed {
-                    return Ok(0.0);
-                }
-                format!("balancedness {balance:.3} below {below}")
-            }
+        let inputs = Inputs {
+            row_us: self.row_time.take(),
+            expert_bytes: cost.expert_bytes(),
+            migration_bytes_per_us: cost.expert_bytes() / cost.migration_us(1),
+            switch_us: cost.switch_us(),
         };
-        let target = plan(self.policy, &windows, &self.shape, Some(placement), self.settings.max_transfers)?;
-        let after = planned(&sum, &target);
-        let rows = |layers: &[PlannedLayer]| layers.iter().map(|layer| layer.max as f64).sum::<f64>();
-        let gain = 1.0 - rows(&after) / rows(&before);
-        if gain < self.settings.min_gain {
-            return Ok(0.0);
-        }
-        self.armed = false;
-        let gains: Vec<f64> =
-            before.iter().zip(&after).map(|(old, new)| old.max as f64 - new.max as f64).collect();
-        let migration = Migration::new(placement, target, &gains, cost);
+        let verdict = self.rebalancer.look(step, &self.counts, inputs, placement).decide()?;
+        self.rebalancer.decided(&verdict);
+        let Some(target) = &verdict.target else { return Ok(0.0) };
+        let migration = Migration::new(placement, target, &verdict.gains, self.limits, cost);
         self.log.push(Rebalance {
             step,
             done: None,
-            trigger,
-            transfers: migration.transfers,
-            bytes: migration.transfers as f64 * cost.expert_bytes(),
-            before: balance,
-            after: mean(after.iter().map(|layer| layer.balance)),
+            trigger: verdict.trigger,
+            transfers: migration.arrivals,
+            bytes: migration.arrivals as f64 * cost.expert_bytes(),
+            before: verdict.forecast.balance_before,
+            after: verdict.forecast.balance_after,
         });
         let whole = migration.us();
         self.migration = Some(migration);
-        match self.settings.synchronous {
+        Ok(match self.synchronous {
             false => self.advance(0.0, step, placement, cost),
-            true => Ok(whole + self.advance(whole * (1.0 + 1e-9) + 1e-6, step, placement, cost)?),
-        }
+            true => whole + self.advance(whole * (1.0 + 1e-9) + 1e-6, step, placement, cost),
+        })
     }
 }
 
-/// A layer of a window under a placement, evenly split.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PlannedLayer {
-    pub balance: f64,
-    pub max: u64,
-}
-
-/// What a window's rows come to under a placement, evenly split, as planning assumes; `[layers]`.
-pub(super) fn planned(window: &LoadWindow, placement: &Placement) -> Vec<PlannedLayer> {
-    (0..placement.layers())
-        .map(|layer| {
-            let counts: Vec<u64> = window.totals(layer).collect();
-            let loads = even_rank_loads(placement.layer(layer), &counts);
-            PlannedLayer { balance: balancedness(&loads), max: loads.iter().copied().max().unwrap_or(0) }
-        })
-        .collect()
-}
-
-fn has_tokens(window: &LoadWindow) -> bool {
-    (0..window.layers()).any(|layer| window.totals(layer).any(|n| n > 0))
-}
-
-fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
-    let n = values.len().max(1) as f64;
-    values.sum::<f64>() / n
+/// The slowest ranks' experts are what a row is measured by.
+fn add_row_time<'l>(row_time: &mut RowTime, batch: &TokenBatch, layers: impl Iterator<Item = &'l LayerStep>) {
+    let (us, rows) = layers.fold((0.0, 0), |(us, rows), layer| (us + layer.expert_us, rows + layer.max_rows));
+    row_time.add(us, rows as f64, batch.phase_rows());
 }

@@ -4,14 +4,15 @@
 use super::lane::LayerStep;
 use super::losses::{Reference, losses};
 use super::pareto::pareto;
-use super::plan::{PolicyName, plan};
-use super::rebalance::Rebalancing;
+use super::rebalance::LiveRebalancing;
+use super::served::{Agreement, ServedRun};
 use super::simulator::{Setup, Simulator, StepFigures};
 use super::sources::Sources;
 use crate::Result;
 use crate::cost::{Constants, CostModel, ModelShape};
 use crate::load::LoadWindow;
-use crate::placement::{ClusterShape, Placement};
+use crate::placement::{ClusterShape, Placement, PlanOptions, PolicyName, plan};
+use crate::rebalance::Rebalancing;
 use crate::report::data::{ParetoPoint, Run};
 use crate::split::Split;
 use crate::stream::{TokenBatch, TokenStream};
@@ -58,7 +59,7 @@ pub struct Choice {
     /// Split between replicas.
     pub split: Split,
     /// Rebalancing while serving.
-    pub rebalancing: Option<Rebalancing>,
+    pub rebalancing: Option<LiveRebalancing>,
 }
 
 impl Choice {
@@ -67,8 +68,12 @@ impl Choice {
         let first = if self.placement.is_some() { "given" } else { self.policy.name() };
         let live = match &self.rebalancing {
             None => String::new(),
-            Some(settings) if settings.window == settings.interval => format!(" every {}", settings.interval),
-            Some(settings) => format!(" every {} on {}", settings.interval, settings.window),
+            Some(LiveRebalancing { rebalancing: Rebalancing { interval, window, .. }, .. }) => {
+                match interval == window {
+                    true => format!(" every {interval}"),
+                    false => format!(" every {interval} on {window}"),
+                }
+            }
         };
         format!("{first} +{} {} on {}{live}", self.redundant, self.split.name(), self.ranks)
     }
@@ -84,7 +89,7 @@ impl Scenario<'_> {
         let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
         match &choice.placement {
             Some(placement) => Ok(placement.clone()),
-            None => plan(choice.policy, self.fit, &shape, None, None),
+            None => plan(choice.policy, self.fit, &shape, None, PlanOptions::default()),
         }
     }
 
@@ -103,10 +108,36 @@ impl Scenario<'_> {
     /// # Errors
     /// Those of the input, of the policy, and of a cluster that is too small.
     pub fn run(&self, choice: &Choice, threads: usize, observer: &mut Observer<'_>) -> Result<Run> {
+        Ok(self.simulate(choice, None, threads, observer)?.0)
+    }
+
+    /// Runs what a recorded run did, placements and all; its tokens are those of the scenario.
+    ///
+    /// # Errors
+    /// As [`Scenario::run`].
+    pub fn run_as_served(
+        &self,
+        choice: &Choice,
+        served: ServedRun,
+        threads: usize,
+        observer: &mut Observer<'_>,
+    ) -> Result<(Run, Agreement)> {
+        let (run, agreement) = self.simulate(choice, Some(served), threads, observer)?;
+        Ok((run, agreement.expect("a recorded run is followed")))
+    }
+
+    fn simulate(
+        &self,
+        choice: &Choice,
+        served: Option<ServedRun>,
+        threads: usize,
+        observer: &mut Observer<'_>,
+    ) -> Result<(Run, Option<Agreement>)> {
         let cost = CostModel::new(self.cluster, choice.ranks, self.model, self.constants)?;
         let shape = ClusterShape { ranks: choice.ranks, redundant: choice.redundant };
         let first = self.first_placement(choice)?;
-        let with_hindsight = |policy| plan(policy, std::slice::from_ref(self.hindsight), &shape, None, None);
+        let hindsight = std::slice::from_ref(self.hindsight);
+        let with_hindsight = |policy| plan(policy, hindsight, &shape, None, PlanOptions::default());
         let best = with_hindsight(self.reference)?;
         let reference = match choice.policy.kept_groups() {
             None => Reference::new(best, self.hindsight),
@@ -128,14 +159,20 @@ impl Scenario<'_> {
         let mut tokens = (self.open)(rows)?;
         let mut run = Simulator::new(&setup, self.cluster, &cost, tokens.shape(), first.clone())?;
         run.compare_with(&reference);
+        if let Some(served) = served {
+            run.follow(served);
+        }
         let mut batch = TokenBatch::default();
+        let mut last_step = 0;
         for step in 0..self.steps.unwrap_or(u64::MAX) {
             if !tokens.next_batch(&mut batch)? {
                 break;
             }
+            last_step = batch.step;
             let figures = run.step(&batch)?;
             observer(step, &figures, &mut run.last_step())?;
         }
+        let agreement = run.agreement(last_step + 1)?;
         let levels = run.levels();
         let mut fitted_on = self.fit[0].clone();
         for window in &self.fit[1..] {
@@ -143,6 +180,6 @@ impl Scenario<'_> {
         }
         let mut run = run.finish(&fitted_on, &first);
         run.losses = losses(&run, &levels, &reference, &first, &cost);
-        Ok(run)
+        Ok((run, agreement))
     }
 }

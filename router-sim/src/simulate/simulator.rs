@@ -4,17 +4,17 @@ use std::thread;
 
 use super::lane::{Lane, LayerStep, Worker};
 use super::losses::{Levels, Reference};
-use super::plan::PolicyName;
-use super::rebalance::{Rebalancer, Rebalancing, planned};
+use super::rebalance::{Live, LiveRebalancing, Served};
+use super::served::{Agreement, Follower, ServedRun};
 use super::sources::{self, Sources};
 use super::spread::Spread;
 use super::tally::OwnedRows;
 use super::timeline::Timeline;
 use crate::cost::{CostModel, Endpoints};
 use crate::load::{LoadWindow, Phase};
-use crate::placement::{ClusterShape, Placement};
+use crate::placement::{ClusterShape, Placement, PolicyName};
 use crate::report::data::{Run, TimePoint, Totals, Traffic};
-use crate::split::Split;
+use crate::split::{Split, even_balancedness};
 use crate::stream::{TokenBatch, TokenShape};
 use crate::topology::Cluster;
 use crate::{Error, Result};
@@ -36,7 +36,7 @@ pub struct Setup {
     /// Redundant slots per layer over all ranks.
     pub redundant: usize,
     /// Rebalancing while serving; `None` keeps the placement.
-    pub rebalancing: Option<Rebalancing>,
+    pub rebalancing: Option<LiveRebalancing>,
     /// Which rank owns which row.
     pub sources: Sources,
     /// Threads; results do not depend on it.
@@ -62,13 +62,22 @@ pub struct Simulator<'a> {
     ranks_per_node: usize,
     recorded_sources: bool,
     placement: Placement,
-    rebalancer: Option<Rebalancer>,
+    mover: Mover,
     reference: Option<&'a Reference>,
     lanes: Vec<Lane>,
     workers: Vec<Worker>,
     starts: Vec<usize>,
     timeline: Timeline,
     sums: Sums,
+}
+
+/// Who moves experts while the run goes on.
+enum Mover {
+    Nobody,
+    /// The rebalancer, in modelled time.
+    Live(Box<Live>),
+    /// A recorded run.
+    Recorded(Box<Follower>),
 }
 
 /// Sums over steps.
@@ -105,10 +114,15 @@ impl<'a> Simulator<'a> {
         }
         let ranks = placement.ranks();
         let worker = Worker::new(setup.split, Endpoints::new(cluster, ranks), ranks);
-        let cluster_shape = ClusterShape { ranks, redundant: setup.redundant };
-        let rebalancer = setup
-            .rebalancing
-            .map(|settings| Rebalancer::new(settings, setup.policy, cluster_shape, shape.empty_window()));
+        let mover = match setup.rebalancing {
+            None => Mover::Nobody,
+            Some(settings) => {
+                let shape_of_cluster = ClusterShape { ranks, redundant: setup.redundant };
+                let (counts, per_node) = (shape.empty_window(), cluster.devices_per_node);
+                let live = Live::new(settings, setup.policy, shape_of_cluster, setup.split, per_node, counts);
+                Mover::Live(Box::new(live))
+            }
+        };
         Ok(Simulator {
             setup,
             cost,
@@ -118,7 +132,7 @@ impl<'a> Simulator<'a> {
             lanes: vec![Lane::new(ranks, shape.experts); shape.layers()],
             workers: vec![worker; setup.threads.clamp(1, shape.layers())],
             placement,
-            rebalancer,
+            mover,
             reference: None,
             starts: Vec::new(),
             timeline: Timeline::default(),
@@ -131,11 +145,24 @@ impl<'a> Simulator<'a> {
         self.reference = Some(reference);
     }
 
+    /// Follows a recorded run from its first step on, instead of rebalancing by modelled time: its batches are to follow.
+    ///
+    /// # Panics
+    /// When a batch has been run.
+    pub fn follow(&mut self, run: ServedRun) {
+        assert_eq!(self.sums.steps, 0, "a recorded run is followed from its beginning");
+        self.placement = run.placement.clone();
+        self.mover = Mover::Recorded(Box::new(Follower::new(run)));
+    }
+
     /// Runs one batch.
     ///
     /// # Errors
     /// Those of a placement policy that rebalances.
     pub fn step(&mut self, batch: &TokenBatch) -> Result<StepFigures> {
+        if let Mover::Recorded(follower) = &mut self.mover {
+            follower.before_step(batch.step, &mut self.placement)?;
+        }
         let ranks = self.placement.ranks();
         sources::fill_starts(batch, self.recorded_sources, ranks, &mut self.starts);
         self.run_layers(batch);
@@ -155,14 +182,22 @@ impl<'a> Simulator<'a> {
             actual: actual / layers,
             best_split: best / layers,
             step_us: serving_us,
-            layers_in_flight: self.rebalancer.as_ref().map_or(0, Rebalancer::layers_in_flight),
+            layers_in_flight: match &self.mover {
+                Mover::Nobody => 0,
+                Mover::Live(live) => live.layers_in_flight(),
+                Mover::Recorded(follower) => follower.layers_in_flight(),
+            },
         };
-        let stall_us = match &mut self.rebalancer {
-            None => 0.0,
-            Some(rebalancer) => {
-                let next = self.sums.steps + 1;
-                let add = |window: &mut LoadWindow| batch.add_to(window);
-                rebalancer.after_step(add, serving_us, next, &mut self.placement, self.cost)?
+        let stall_us = match &mut self.mover {
+            Mover::Nobody => 0.0,
+            Mover::Live(live) => {
+                let served = Served { batch, us: serving_us, next: self.sums.steps + 1 };
+                let layers = self.lanes.iter().map(|lane| &lane.last);
+                live.after_step(served, layers, &mut self.placement, self.cost)?
+            }
+            Mover::Recorded(follower) => {
+                follower.after_step(batch);
+                0.0
             }
         };
         let us = serving_us + stall_us;
@@ -245,17 +280,23 @@ impl<'a> Simulator<'a> {
         levels
     }
 
+    /// How the replay of a recorded run, up to before `step`, agrees with it; `None` where none is followed.
+    ///
+    /// # Errors
+    /// Those of the placement policy.
+    pub fn agreement(&mut self, step: u64) -> Result<Option<Agreement>> {
+        let Mover::Recorded(follower) = &mut self.mover else { return Ok(None) };
+        follower.before_step(step, &mut self.placement)?;
+        Ok(Some(follower.agreement.clone()))
+    }
+
     /// Ends the run. `fitted_on` is the load that the first placement was planned for.
     pub fn finish(self, fitted_on: &LoadWindow, first_placement: &Placement) -> Run {
         let ranks = self.placement.ranks();
-        let plans = planned(fitted_on, first_placement);
+        let plans = even_balancedness(fitted_on, first_placement);
         let layer_ids = self.placement.layer_ids();
-        let figures = self
-            .lanes
-            .iter()
-            .zip(&plans)
-            .zip(layer_ids)
-            .map(|((lane, plan), id)| lane.figures(*id, plan.balance));
+        let figures =
+            self.lanes.iter().zip(&plans).zip(layer_ids).map(|((lane, plan), id)| lane.figures(*id, *plan));
         let mut layers: Vec<_> = figures.collect();
         let group_bound = self.reference.and_then(|reference| {
             for (layer, figures) in layers.iter_mut().enumerate() {
@@ -264,7 +305,11 @@ impl<'a> Simulator<'a> {
             layers.iter().map(|layer| layer.group_bound).sum::<Option<f64>>()
         });
         let group_bound = group_bound.map(|sum| sum / layers.len() as f64);
-        let rebalances = self.rebalancer.map_or(Vec::new(), |rebalancer| rebalancer.log);
+        let rebalances = match self.mover {
+            Mover::Nobody => Vec::new(),
+            Mover::Live(live) => live.log,
+            Mover::Recorded(follower) => follower.log,
+        };
         let mut spread = Spread::default();
         let mut sum = LayerStep::default();
         for lane in &self.lanes {

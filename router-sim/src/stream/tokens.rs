@@ -77,6 +77,11 @@ impl TokenBatch {
         self.weights.clear();
     }
 
+    /// Rows of prefill and of decode.
+    pub fn phase_rows(&self) -> [u64; 2] {
+        Phase::ALL.map(|phase| self.rows.iter().filter(|row| row.info.phase == phase).count() as u64)
+    }
+
     /// Expert ids of one layer of `layers`; `[rows][top_k]`.
     pub fn layer(&self, layer: usize, layers: usize) -> &[u16] {
         let width = self.ids.len() / layers;

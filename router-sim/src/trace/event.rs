@@ -18,6 +18,8 @@ pub enum Event {
     Decision(Box<Decision>),
     /// Weights arrived in their new slots.
     Moves(Moves),
+    /// A migration came to nothing.
+    Failure(Failure),
 }
 
 /// From `step` on, dispatch uses `placement`.
@@ -44,6 +46,8 @@ pub struct Decision {
     pub current_version: u64,
     /// Other numbers that entered, with the unit last in each name; finite.
     pub inputs: BTreeMap<String, f64>,
+    /// The figures that it came to, likewise.
+    pub forecast: BTreeMap<String, f64>,
     /// The placement to move to; `None` leaves things as they are.
     pub chosen: Option<Placement>,
     /// Why, in words for people.
@@ -63,6 +67,15 @@ pub struct Moves {
     pub bytes: u64,
     /// From the first byte to the last, in microseconds.
     pub duration_us: u64,
+}
+
+/// A migration was given up; the placement in force stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Given up before this step ran.
+    pub step: u64,
+    /// Why, in words for people.
+    pub reason: String,
 }
 
 /// Records that are missing here because the writer could not keep up.
@@ -107,6 +120,8 @@ struct DecisionFields {
     decode: Vec<Vec<u64>>,
     current_version: u64,
     inputs: BTreeMap<String, f64>,
+    #[serde(default)]
+    forecast: BTreeMap<String, f64>,
     chosen: Option<ChosenFields>,
     reason: String,
 }
@@ -124,6 +139,7 @@ impl Event {
             Event::Switch(switch) => switch.step,
             Event::Decision(decision) => decision.step,
             Event::Moves(moves) => moves.step,
+            Event::Failure(failure) => failure.step,
         }
     }
 
@@ -132,6 +148,7 @@ impl Event {
             Event::Switch(_) => tag::SWITCH,
             Event::Decision(_) => tag::DECISION,
             Event::Moves(_) => tag::MOVES,
+            Event::Failure(_) => tag::FAILURE,
         }
     }
 
@@ -144,6 +161,7 @@ impl Event {
             }
             Event::Decision(decision) => put_json(out, &DecisionFields::of(decision)),
             Event::Moves(moves) => put_json(out, moves),
+            Event::Failure(failure) => put_json(out, failure),
         }
     }
 
@@ -158,6 +176,7 @@ impl Event {
                 .and_then(|fields: DecisionFields| fields.check(header))
                 .map(|decision| Event::Decision(Box::new(decision))),
             tag::MOVES => take_json(payload).map(Event::Moves),
+            tag::FAILURE => take_json(payload).map(Event::Failure),
             _ => return None,
         })
     }
@@ -179,6 +198,7 @@ impl DecisionFields {
             decode: rows(Phase::Decode),
             current_version: decision.current_version,
             inputs: decision.inputs.clone(),
+            forecast: decision.forecast.clone(),
             chosen,
             reason: decision.reason.clone(),
         }
@@ -203,6 +223,7 @@ impl DecisionFields {
             load,
             current_version: self.current_version,
             inputs: self.inputs,
+            forecast: self.forecast,
             chosen: self.chosen.map(take).transpose()?,
             reason: self.reason,
         })

@@ -22,6 +22,7 @@
 //! | 5 moves | JSON | [`Moves`]: weights have arrived |
 //! | 6 gap | JSON | [`Gap`]: records that were lost here |
 //! | 7 end | JSON | [`End`]: totals; the last record of a trace that was finished |
+//! | 8 failure | JSON | [`Failure`]: a migration came to nothing |
 //!
 //! # A step
 //! ```text
@@ -53,7 +54,7 @@ mod step;
 mod varint;
 mod writer;
 
-pub use event::{Decision, End, Event, Gap, Moves, Switch};
+pub use event::{Decision, End, Event, Failure, Gap, Moves, Switch};
 pub use header::{Degrees, TraceHeader, WeightFormat};
 pub use join::StepJoiner;
 pub use reader::{Record, TraceReader};
@@ -77,6 +78,7 @@ mod tag {
     pub const MOVES: u8 = 5;
     pub const GAP: u8 = 6;
     pub const END: u8 = 7;
+    pub const FAILURE: u8 = 8;
 }
 
 /// Appends one frame to `out`.

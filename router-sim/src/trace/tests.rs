@@ -63,7 +63,8 @@ fn events() -> Vec<Event> {
         window_steps: 1000,
         load,
         current_version: 3,
-        inputs: [("gain_ratio".to_string(), 1.0 / 3.0)].into(),
+        inputs: [("row_us".to_string(), 1.0 / 3.0)].into(),
+        forecast: [("gain_us_per_step".to_string(), 2.0 / 3.0)].into(),
         chosen: Some(linear(&[1, 2], 5, 2).with_version(4)),
         reason: "expert 4 of layer 2 is hot".into(),
     };
@@ -73,6 +74,7 @@ fn events() -> Vec<Event> {
         Event::Decision(Box::new(decision)),
         Event::Moves(Moves { step: 5, version: 4, slots: 3, bytes: 1 << 40, duration_us: 77 }),
         Event::Switch(Switch { step: 6, placement: linear(&[1, 2], 5, 2).with_version(4) }),
+        Event::Failure(Failure { step: 7, reason: "a checksum differs".into() }),
     ]
 }
 

@@ -1,7 +1,7 @@
 //! Placement policies by name, as flags and sweeps give them.
 
+use super::{ClusterShape, Eplb, Linear, Moeyard, Placement, PlacementPolicy};
 use crate::load::LoadWindow;
-use crate::placement::{ClusterShape, Eplb, Linear, Moeyard, Placement, PlacementPolicy};
 use crate::{Error, Result};
 
 /// A placement policy.
@@ -72,8 +72,17 @@ impl PolicyName {
     }
 }
 
-/// A placement for the load of the windows, oldest first. `current` and `max_transfers` (per layer) are for policies that
-/// mind what moves.
+/// What a plan is to respect, for policies that can.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PlanOptions {
+    /// Transfers per layer from the current placement; `None` without limit.
+    pub max_transfers: Option<usize>,
+    /// Prefill's and decode's part of the step time, in any unit; `None`: as their tokens are. Policies that do not tell
+    /// phases apart plan on the sum of tokens.
+    pub phase_shares: Option<[f64; 2]>,
+}
+
+/// A placement for the load of the windows, oldest first. `current` is for policies that mind what moves.
 ///
 /// # Errors
 /// [`Error::Impossible`] without windows, when the slots cannot hold all experts, or when a limit on transfers is asked of
@@ -83,11 +92,13 @@ pub fn plan(
     windows: &[LoadWindow],
     shape: &ClusterShape,
     current: Option<&Placement>,
-    max_transfers: Option<usize>,
+    options: PlanOptions,
 ) -> Result<Placement> {
+    let PlanOptions { max_transfers, phase_shares } = options;
     match (policy, max_transfers) {
         (PolicyName::Moeyard { groups, nodes }, _) => {
-            Moeyard { groups, nodes, max_transfers, ..Moeyard::default() }.replan(windows, current, shape)
+            let policy = Moeyard { groups, nodes, max_transfers, phase_shares, ..Moeyard::default() };
+            policy.replan(windows, current, shape)
         }
         (_, Some(limit)) => Err(Error::Impossible(format!(
             "policy {} replans from scratch: it cannot keep to {limit} transfers per layer",
