@@ -61,6 +61,10 @@ pub enum Error {
         retry_after_s: u32,
     },
 
+    /// It cannot be done while something else is under way; a later try may succeed.
+    #[error("{0}")]
+    Conflict(String),
+
     /// Another rank failed or left while this one waited for it.
     #[error("rank {rank}: {why}")]
     Peer {

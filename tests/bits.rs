@@ -6,25 +6,12 @@ mod support;
 use moeyard::backend::DType;
 use moeyard::model::world::Degrees;
 use router_sim::load::Phase;
-use router_sim::placement::Placement;
+use support::placements::{Numbers, scattered};
 use support::{Sequence, Setup, World, argmax, cpu, model_dir};
 
 const MODELS: &[&str] = &["mixtral", "deepseek_v3", "phimoe", "demo-mixtral", "demo-deepseek"];
 const PROMPT: usize = 41;
 const STEPS: usize = 6;
-
-/// A small generator: tests must not depend on a crate's stream of numbers.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.0 >> 33) as usize) % n
-    }
-    fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
-        (0..n).map(|_| self.below(vocab) as u32).collect()
-    }
-}
 
 /// How the sequence under test is driven.
 #[derive(Clone, Copy)]
@@ -151,30 +138,6 @@ fn placements_and_replicas_leave_the_bits() {
             assert_same(plain, &bits(&mut linear, drive), &format!("{model} {dtype:?} replicas EP {ep}"));
         }
     });
-}
-
-/// A placement with every expert somewhere, replicas and empty slots anywhere, different in each layer.
-fn scattered(
-    numbers: &mut Numbers,
-    ranks: usize,
-    experts: usize,
-    redundant: usize,
-    layers: &[usize],
-) -> Placement {
-    let per_rank = (experts + redundant).div_ceil(ranks);
-    let slots = layers
-        .iter()
-        .map(|_| {
-            let mut map: Vec<i32> = (0..per_rank * ranks)
-                .map(|slot| if slot < experts { slot as i32 } else { numbers.below(experts + 1) as i32 - 1 })
-                .collect();
-            for i in (1..map.len()).rev() {
-                map.swap(i, numbers.below(i + 1));
-            }
-            map
-        })
-        .collect();
-    Placement::new(ranks, per_rank, experts, layers.to_vec(), slots).unwrap()
 }
 
 #[test]

@@ -139,7 +139,7 @@ fn check_world(model: &OneSided, setup: &Setup, even: bool) -> Vec<Vec<f32>> {
     let what = format!("{} EP {ranks} replicated: {even}", model.fixture);
     assert_eq!(model.hot.len(), top_k);
 
-    let load = Arc::new(WorldLoad { placement: world.placement(), counters: world.counters.clone() });
+    let load = Arc::new(WorldLoad { in_force: world.in_force(), counters: world.counters.clone() });
     let metrics = metrics_of(Arc::clone(&load));
     assert_eq!(load.step_imbalance(), 0.0, "{what}: before the first step");
     metrics.close_load_window();

@@ -109,7 +109,13 @@ fn a_rank_holds_its_share() {
 fn the_report_names_what_a_rank_holds() {
     let demo = spec(&folders().into_iter().find(|f| f.ends_with("demo-deepseek")).unwrap());
     let parallel = Parallel { dp: 4, ep: 4, world: 4, ..Parallel::SINGLE };
-    let run = RunShape { parallel, slots_per_rank: 9, precision: Precision::BF16, block_size: 32 };
+    let run = RunShape {
+        parallel,
+        slots_per_rank: 9,
+        staging_slots: 1,
+        precision: Precision::BF16,
+        block_size: 32,
+    };
     let text = report(&demo, &run);
     for line in [
         "family:             deepseek_v3",

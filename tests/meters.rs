@@ -37,7 +37,7 @@ fn meters(world: &World) -> Vec<Arc<RankMeter>> {
 
 /// Choices that rank `rank` of the world made for experts on `destination`, over all layers.
 fn choices(world: &World, rank: usize, destination: usize) -> u64 {
-    let own = WorldLoad { placement: world.placement(), counters: vec![Arc::clone(&world.counters[rank])] };
+    let own = WorldLoad { in_force: world.in_force(), counters: vec![Arc::clone(&world.counters[rank])] };
     let snapshot = own.snapshot();
     Phase::ALL.iter().map(|&phase| snapshot.rank_total(destination, phase)).sum()
 }
@@ -117,7 +117,7 @@ fn the_imbalance_of_a_step_is_that_of_the_rows_it_computed() {
     let mut world = World::load(&model_dir("demo-mixtral"), &Setup::expert_parallel(DType::F32, 2));
     let mut sequence = world.sequence(&[40, 50, 60, 70, 80]);
     world.step(0, &mut [(&mut sequence, 5)]);
-    let load = WorldLoad { placement: world.placement(), counters: world.counters.clone() };
+    let load = WorldLoad { in_force: world.in_force(), counters: world.counters.clone() };
     let snapshot = load.snapshot();
     let (mut max, mut all) = (0, 0);
     for layer in 0..world.family.spec.moe_layers().len() {

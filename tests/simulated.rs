@@ -67,7 +67,7 @@ fn simulate(model: &str, trace: &Path, placement: &Placement) -> (Rows, Run, Loa
     let setup = Setup {
         name: model.to_owned(),
         policy: PolicyName::Linear,
-        split: Split::default(),
+        split: Split::Exact,
         redundant: placement.slots() - placement.experts(),
         rebalancing: None,
         sources: Sources::Recorded,
@@ -82,7 +82,7 @@ fn simulate(model: &str, trace: &Path, placement: &Placement) -> (Rows, Run, Loa
     };
     let mut load = tokens.shape().empty_window();
     let (mut tally, mut split, mut batch) =
-        (LayerTally::default(), SplitPlan::default(), TokenBatch::default());
+        (LayerTally::default(), SplitPlan::new(Split::Exact), TokenBatch::default());
     while tokens.next_batch(&mut batch).unwrap() {
         run.step(&batch).unwrap();
         batch.add_to(&mut load);

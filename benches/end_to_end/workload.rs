@@ -16,6 +16,7 @@ use moeyard::spec::ModelSpec;
 use moeyard::weights::WeightReader;
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, PlacementPolicy};
+use router_sim::split::Split;
 
 /// Tokens per KV block.
 const BLOCK: usize = 32;
@@ -58,12 +59,14 @@ impl Workload {
             degrees: Degrees::SOLO,
             precision: Precision::BF16,
             placement,
+            split: Split::Exact,
             sizes: Sizes {
                 max_model_len: tokens,
                 block_size: BLOCK,
                 kv_blocks: sequences * blocks_per_sequence,
                 max_rows: tokens,
                 max_logit_rows: sequences,
+                staging_slots: 0,
             },
         };
         let reader = WeightReader::new(&checkpoint, &spec, &family.names, options.precision.weights);

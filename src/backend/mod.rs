@@ -82,6 +82,13 @@ pub struct Mlp {
     pub intermediate: usize,
 }
 
+impl Mlp {
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(Tensor::bytes).sum()
+    }
+}
+
 /// `kv_b_proj` of one MLA layer in the backend's own layout, for the expanded and the absorbed form.
 pub struct MlaWeights {
     /// Packed tensors in an order known to the backend.

@@ -67,6 +67,7 @@ impl ClusterPlan {
             kv_blocks: 0,
             max_rows: options.scheduler.max_num_batched_tokens,
             max_logit_rows: options.scheduler.max_num_seqs,
+            staging_slots: options.experts.staging_slots,
         };
         let footprint = Footprint::of(
             spec,
@@ -185,6 +186,9 @@ impl fmt::Display for ClusterPlan {
         line("weights per rank", bytes(self.footprint.weights))?;
         if self.footprint.redundant > 0 {
             line("  extra slots", bytes(self.footprint.redundant))?;
+        }
+        if self.footprint.staging > 0 {
+            line("  staging", bytes(self.footprint.staging))?;
         }
         line("working space", bytes(self.footprint.working))?;
         line("KV cache per rank", format!("{}, {} tokens", bytes(self.kv_bytes), self.kv_tokens))?;

@@ -25,6 +25,8 @@ pub struct RunShape {
     pub parallel: Parallel,
     /// Expert slots per rank and MoE layer.
     pub slots_per_rank: usize,
+    /// Experts that may be on their way to a rank at once.
+    pub staging_slots: usize,
     /// Types of weights and of the KV cache.
     pub precision: Precision,
     /// Tokens per KV block.
@@ -53,6 +55,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let shape = RunShape {
         parallel: options.parallel,
         slots_per_rank: options.experts.slots_per_rank,
+        staging_slots: options.experts.staging_slots,
         precision: Precision::of(options.model.dtype, &spec.moe.router),
         block_size: options.cache.block_size,
     };
@@ -130,6 +133,14 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
         ("  norms", rank.norms),
     ] {
         line(label, bytes(numbers, weights));
+    }
+    if run.staging_slots > 0 {
+        let one = spec.rank_parameters(run.parallel.split(1)).experts / spec.moe_layers().len().max(1) as u64;
+        let staging = bytes(one.saturating_mul(run.staging_slots as u64), weights);
+        line(
+            "staging per rank",
+            format!("{staging} ({} of an expert's weights on their way)", run.staging_slots),
+        );
     }
     line("KV per token", bytes(kv_token, activations));
     let block = bytes(kv_token.saturating_mul(run.block_size as u64), activations);

@@ -14,12 +14,13 @@ use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
 use crate::engine::recorder::Recorder;
-use crate::engine::{Engine, EngineHandle, EngineOptions, Hooks, RankSetup, TimingObserver};
+use crate::engine::{Engine, EngineHandle, EngineOptions, Experts, Hooks, RankSetup, TimingObserver};
 use crate::error::Result;
 use crate::model::FormRules;
 use crate::model::footprint::{Footprint, Share};
 use crate::model::load::Sizes;
 use crate::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
+use crate::moe::in_force::InForce;
 use crate::moe::load::{LoadCounters, WorldLoad};
 use crate::server::Sources;
 use crate::spec::ModelSpec;
@@ -36,6 +37,8 @@ pub struct Prepared {
     pub options: Options,
     /// Where experts live at the start.
     pub placement: Arc<Placement>,
+    /// Where they live now.
+    pub in_force: Arc<InForce>,
     /// One per rank.
     pub backends: Vec<Arc<dyn Backend>>,
     /// What each rank will hold.
@@ -96,15 +99,22 @@ impl Prepared {
         let counters = (0..options.parallel.world).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
         // A path that cannot be written is told before minutes go into loading.
         let recorder = match &options.experts.record_routing {
-            Some(path) => Some(Arc::new(Recorder::create(path, spec, degrees(&options), &placement)?)),
+            Some(path) => Some(Arc::new(Recorder::create(
+                path,
+                spec,
+                degrees(&options),
+                &placement,
+                options.experts.split,
+            )?)),
             None => None,
         };
-        Ok(Prepared { model, options, placement, backends, footprint, memory, counters, recorder })
+        let in_force = Arc::new(InForce::new(Arc::clone(&placement)));
+        Ok(Prepared { model, options, placement, in_force, backends, footprint, memory, counters, recorder })
     }
 
     /// The load counters as one source.
     pub fn load(&self) -> WorldLoad {
-        WorldLoad { placement: Arc::clone(&self.placement), counters: self.counters.clone() }
+        WorldLoad { in_force: Arc::clone(&self.in_force), counters: self.counters.clone() }
     }
 
     /// What the metrics page is filled from.
@@ -136,9 +146,22 @@ impl Prepared {
             })
             .collect();
         let recorder = self.recorder.clone();
-        let hooks = Hooks { steps: recorder.clone().map(|r| r as _), timing };
+        let hooks = Hooks { steps: recorder.clone().map(|r| r as _), timing, experts: Some(self.experts()) };
         let engine = Engine::start(setups, self.engine_options(sizes, needs), hooks)?;
         Ok(Launched { engine, recorder })
+    }
+
+    fn experts(&self) -> Experts {
+        let Options { experts, parallel, .. } = &self.options;
+        Experts {
+            in_force: Arc::clone(&self.in_force),
+            staging_slots: experts.staging_slots,
+            expert_tp: parallel.expert_tp,
+            // All ranks live in this process.
+            ranks_per_node: parallel.ep,
+            expert_bytes: self.footprint.expert,
+            bandwidth: experts.move_bandwidth.map(|size| size.0),
+        }
     }
 
     fn load_ranks(&self, sizes: Sizes) -> Result<Vec<LoadedRank>> {
@@ -147,6 +170,7 @@ impl Prepared {
             degrees: degrees(&self.options),
             precision: precision(&family.spec, &self.options),
             placement: Arc::clone(&self.placement),
+            split: self.options.experts.split,
             sizes,
             counters: self.counters.clone(),
         };
@@ -219,6 +243,7 @@ fn sizes(spec: &ModelSpec, options: &Options, needs: Needs, memory: Option<Memor
             true => scheduler.max_num_seqs + scheduler.prefill_chunk_size,
             false => scheduler.max_num_seqs,
         },
+        staging_slots: options.experts.staging_slots,
     }
 }
 

@@ -169,6 +169,7 @@ fn exit_code(error: &Error) -> ExitCode {
         | Error::Io { .. }
         | Error::Routing(_) => ExitCode::from(2),
         Error::Busy { .. }
+        | Error::Conflict(_)
         | Error::Device { .. }
         | Error::Peer { .. }
         | Error::Remote(_)

@@ -45,6 +45,18 @@ pub trait Communicator: Send {
         received: &[usize],
     ) -> Result<()>;
 
+    /// Sends rows to one rank and receives rows of the same shape and type from one, either of them optional and either of them
+    /// this rank itself. Every rank of the group calls, those without rows too; who sends and who receives fit together. Bits
+    /// are copied.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`] as everywhere. After any other error the group is still in step: the rows are lost, nothing else.
+    fn send_receive_rows(
+        &mut self,
+        sent: Option<(usize, View<'_>)>,
+        received: Option<(usize, ViewMut<'_>)>,
+    ) -> Result<()>;
+
     /// Waits until every rank of the group is here.
     fn barrier(&mut self) -> Result<()>;
 

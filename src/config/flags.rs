@@ -94,6 +94,17 @@ pub struct RawOptions {
     /// Extra expert slots per layer, over all ranks [default: 0]
     #[arg(long, value_name = "N", help_heading = "Experts")]
     pub redundant_experts: Option<usize>,
+    /// How the rows of an expert are shared out among its replicas [default: exact]
+    #[arg(long, value_enum, help_heading = "Experts")]
+    pub split: Option<SplitChoice>,
+    /// Experts whose weights may be on their way to a rank at once, each with memory of its own; 0 keeps every expert where
+    /// it is [default: 1, or 0 with a single expert-parallel rank]
+    #[arg(long, value_name = "N", help_heading = "Experts")]
+    pub staging_slots: Option<usize>,
+    /// Expert weights that a rank may send, and as many receive, per second, such as 200MiB [default: what a tenth of the
+    /// steps' time allows]
+    #[arg(long, value_name = "SIZE", help_heading = "Experts")]
+    pub rebalance_bandwidth: Option<ByteSize>,
     /// Placement file (JSON) to start with
     #[arg(long, value_name = "FILE", help_heading = "Experts")]
     pub placement: Option<PathBuf>,
@@ -168,6 +179,23 @@ pub enum PolicyChoice {
     Priority,
 }
 
+/// `--split`: the splits of router-sim that serving can use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum SplitChoice {
+    /// The busiest rank gets as few rows as any split can give it; rows stay home where that costs nothing.
+    Exact,
+    /// Every replica gets the same number of rows.
+    Even,
+    /// Replicas are poured full so that the least busy ranks rise together.
+    Waterfill,
+    /// Every rank sends to its nearest replica.
+    Nearest,
+    /// Few experts per rank are used at all, for small batches.
+    Activated,
+}
+
 /// `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -210,6 +238,9 @@ impl RawOptions {
             kv_cache_memory: self.kv_cache_memory.or(file.kv_cache_memory),
             no_prefix_caching: self.no_prefix_caching.or(file.no_prefix_caching),
             redundant_experts: self.redundant_experts.or(file.redundant_experts),
+            split: self.split.or(file.split),
+            staging_slots: self.staging_slots.or(file.staging_slots),
+            rebalance_bandwidth: self.rebalance_bandwidth.or(file.rebalance_bandwidth),
             placement: self.placement.or(file.placement),
             record_routing: self.record_routing.or(file.record_routing),
             check_weights: self.check_weights.or(file.check_weights),

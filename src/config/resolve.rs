@@ -3,7 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::flags::{DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions};
+use router_sim::split::Split;
+
+use super::flags::{
+    DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions, SplitChoice,
+};
 use super::parallel::Parallel;
 use super::secret::Secret;
 use super::size::ByteSize;
@@ -113,6 +117,12 @@ pub struct CacheOptions {
 pub struct ExpertOptions {
     /// Slots per rank and MoE layer; a placement file has its own number.
     pub slots_per_rank: usize,
+    /// Among the replicas of an expert.
+    pub split: Split,
+    /// Experts on their way to a rank at once; 0 where they stay where they are.
+    pub staging_slots: usize,
+    /// Bytes per second that a rank may send of expert weights; `None` takes a share of the steps' time.
+    pub move_bandwidth: Option<ByteSize>,
     /// Placement file to start with.
     pub placement: Option<PathBuf>,
     /// Routing trace to write.
@@ -126,6 +136,9 @@ const MAX_BLOCK_SIZE: usize = 1024;
 /// Each waiting request costs some kilobytes besides its prompt.
 const MAX_QUEUED_REQUESTS: usize = 1 << 20;
 const MAX_QUEUED_TOKENS: usize = 1 << 30;
+const MAX_STAGING_SLOTS: usize = 64;
+/// Slower than this, a placement is out of date before it is in force.
+const MIN_MOVE_BANDWIDTH: u64 = 1 << 20;
 const MAX_STEP_SECONDS: u64 = 24 * 60 * 60;
 const MAX_DRAIN_SECONDS: u64 = 24 * 60 * 60;
 /// [`crate::backend::KvCache`] is laid out in groups of this many tokens.
@@ -256,8 +269,37 @@ fn experts(raw: &RawOptions, parallel: &Parallel, spec: &ModelSpec) -> Result<Ex
     }
     // Beyond one more copy of every expert on every rank, slots hold nothing that helps.
     let redundant = within("redundant-experts", raw.redundant_experts, 0, 0, experts * parallel.ep)?;
+    let staging_slots = match (parallel.ep, raw.staging_slots) {
+        (1, None) => 0,
+        (1, Some(given)) if given > 0 => {
+            let why = format!("a single expert-parallel rank has nowhere to move experts to, found {given}");
+            return Err(Error::config("staging-slots", why));
+        }
+        (_, given) => within("staging-slots", given, 1, 0, MAX_STAGING_SLOTS)?,
+    };
+    if let Some(ByteSize(bytes)) = raw.rebalance_bandwidth {
+        let given = staging_slots > 0 && bytes >= MIN_MOVE_BANDWIDTH;
+        if !given {
+            let least = ByteSize(MIN_MOVE_BANDWIDTH);
+            let why = match staging_slots {
+                0 => "no expert moves: there is no staging place (staging-slots)".to_owned(),
+                _ => format!("expected at least {least} per second, found {}", ByteSize(bytes)),
+            };
+            return Err(Error::config("rebalance-bandwidth", why));
+        }
+    }
     Ok(ExpertOptions {
         slots_per_rank: parallel.slots_per_rank(experts, redundant),
+        split: match raw.split.unwrap_or(SplitChoice::Exact) {
+            SplitChoice::Exact => Split::Exact,
+            SplitChoice::Even => Split::Even,
+            SplitChoice::Waterfill => Split::WaterFill,
+            // The ranks of one process share a node.
+            SplitChoice::Nearest => Split::Nearest { ranks_per_node: parallel.ep },
+            SplitChoice::Activated => Split::ACTIVATED,
+        },
+        staging_slots,
+        move_bandwidth: raw.rebalance_bandwidth,
         placement: raw.placement.clone(),
         record_routing: raw.record_routing.clone(),
     })
@@ -327,7 +369,14 @@ mod tests {
                 step_timeout: Duration::from_secs(10),
             },
             cache: CacheOptions { block_size: 32, memory: None, prefix_caching: true },
-            experts: ExpertOptions { slots_per_rank: 8, placement: None, record_routing: None },
+            experts: ExpertOptions {
+                slots_per_rank: 8,
+                split: Split::Exact,
+                staging_slots: 0,
+                move_bandwidth: None,
+                placement: None,
+                record_routing: None,
+            },
         };
         assert_eq!(resolve(RawOptions::default()).unwrap(), expected);
     }
@@ -398,6 +447,29 @@ mod tests {
                 "drain-timeout: expected 0 to 86400, found 86401",
             ),
         ] {
+            assert_eq!(refusal(raw), message);
+        }
+        let moving = RawOptions { expert_parallel_size: Some(2), ..none() };
+        assert_eq!(resolve(moving.clone()).unwrap().experts.staging_slots, 1);
+        let limits = [
+            (
+                RawOptions { staging_slots: Some(65), ..moving.clone() },
+                "staging-slots: expected 0 to 64, found 65",
+            ),
+            (
+                RawOptions { staging_slots: Some(2), ..none() },
+                "staging-slots: a single expert-parallel rank has nowhere to move experts to, found 2",
+            ),
+            (
+                RawOptions { rebalance_bandwidth: Some(ByteSize(1000)), ..moving.clone() },
+                "rebalance-bandwidth: expected at least 1.0 MiB per second, found 1000 B",
+            ),
+            (
+                RawOptions { rebalance_bandwidth: Some(ByteSize(1 << 30)), staging_slots: Some(0), ..moving },
+                "rebalance-bandwidth: no expert moves: there is no staging place (staging-slots)",
+            ),
+        ];
+        for (raw, message) in limits {
             assert_eq!(refusal(raw), message);
         }
         let both = RawOptions { placement: Some("p.json".into()), redundant_experts: Some(1), ..none() };

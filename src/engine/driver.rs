@@ -1,6 +1,7 @@
 //! The engine thread: collects requests, plans, lets the ranks work, and reports.
 
 use super::handle::{Command, EngineHandle, Shared, Submission, lock};
+use super::mover::{Mover, Orders};
 use super::options::EngineOptions;
 use super::plan::{Phase, StepPlan, SubResults};
 use super::rank::{RankAnswer, RankFailure, RankReport, RankSetup, Ranks, StepObserver, dp_size, panic_text};
@@ -31,7 +32,7 @@ pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks
     // The pools are empty before the first step.
     let mut stats = super::EngineStats::default();
     stats.kv.free = options.kv_blocks * dp_ranks;
-    let shared = Arc::new(Shared::new(options, stats));
+    let shared = Arc::new(Shared::new(options, stats, hooks.experts.clone()));
     let (commands, received) = channel();
     let for_thread = Arc::clone(&shared);
     let thread = std::thread::Builder::new()
@@ -43,6 +44,7 @@ pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks
 
 /// The body of the engine thread. Whatever happens inside, every request gets its end and the handle learns of it.
 fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Command>, hooks: Hooks) {
+    let mover = hooks.experts.map(|experts| Mover::new(experts, ranks.len(), Arc::clone(&shared.under_way)));
     let callers =
         Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing: hooks.timing, admitted: 0 };
     let mut driver = Driver {
@@ -54,6 +56,7 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         deadline: None,
         observer: hooks.steps,
         watchdog: Watchdog::new(shared.options.step_timeout),
+        mover,
         ranks,
         commands,
         callers,
@@ -65,7 +68,10 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         Err(panic) => Some(format!("the engine {}", panic_text(panic.as_ref()))),
     };
     shared.open.store(false, Ordering::Release);
-    let Driver { mut callers, ranks, commands, .. } = driver;
+    let Driver { mut callers, ranks, commands, mover, .. } = driver;
+    if let Some(mut mover) = mover {
+        mover.abandon(failure.as_deref().unwrap_or("the engine has stopped"));
+    }
     if let Some(why) = failure {
         tracing::error!("the engine stops: {why}");
         *lock(&shared.failure) = Some(why.clone());
@@ -99,6 +105,17 @@ struct Driver {
     deadline: Option<Instant>,
     observer: Option<Arc<dyn StepObserver>>,
     watchdog: Watchdog,
+    /// Where the engine knows its experts.
+    mover: Option<Mover>,
+}
+
+/// What the engine thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    /// Every rank's results of a step.
+    Step,
+    /// Every rank's answers to the slices of expert weights it was given.
+    Slices,
 }
 
 impl Driver {
@@ -115,6 +132,7 @@ impl Driver {
                 if everyone_left || self.deadline.is_some() {
                     return Ok(());
                 }
+                self.move_experts()?;
                 continue;
             }
             self.step()?;
@@ -126,9 +144,14 @@ impl Driver {
     /// stream is left.
     fn take_commands(&mut self) -> bool {
         if self.scheduler.is_idle() && self.deadline.is_none() {
-            match self.commands.recv() {
+            let command = match self.mover.as_ref().and_then(Mover::pause) {
+                None => self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(pause) => self.commands.recv_timeout(pause),
+            };
+            match command {
                 Ok(command) => self.take(command),
-                Err(_) => return false,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
         loop {
@@ -149,6 +172,9 @@ impl Driver {
                 }
             }
             Command::Abort(id) => self.scheduler.abort(id),
+            Command::Move(order) => {
+                self.mover.as_mut().expect("only an engine that knows its experts takes it").begin(order);
+            }
             Command::Shutdown(deadline) => {
                 self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
             }
@@ -163,12 +189,17 @@ impl Driver {
         // Who was admitted or aborted need not wait for the step.
         self.report();
         let started = Instant::now();
+        let orders = self.orders(false);
         for (rank, report) in self.reports.drain(..).enumerate() {
-            self.ranks.send(rank, Arc::clone(&self.plan), report);
+            self.ranks.send(rank, Some((Arc::clone(&self.plan), report)), &orders);
         }
+        self.prepare();
         self.collect()?;
         let (rows, duration) = (self.plan.rows(), started.elapsed());
         self.watchdog.note(rows, duration);
+        if let Some(mover) = &mut self.mover {
+            mover.note_step(duration);
+        }
         self.callers.note_pace(duration);
         if let Some(timing) = &self.callers.timing {
             timing.on_step(&StepTiming {
@@ -181,32 +212,82 @@ impl Driver {
         Ok(())
     }
 
+    /// Moves experts while there is nothing to compute.
+    fn move_experts(&mut self) -> Result<(), String> {
+        let orders = self.orders(true);
+        if orders.switch.is_some() || orders.slice.is_some() {
+            (0..self.ranks.len()).for_each(|rank| self.ranks.send(rank, None, &orders));
+            self.prepare();
+        }
+        self.wait_for(Awaited::Slices)
+    }
+
+    /// What the ranks do for a migration with the next work.
+    fn orders(&mut self, idle: bool) -> Orders {
+        let Some(mover) = &mut self.mover else { return Orders::default() };
+        let orders = mover.orders(idle);
+        if !idle {
+            let plan = Arc::get_mut(&mut self.plan).expect("the plan is not handed out yet");
+            plan.placement_version = mover.version();
+        }
+        orders
+    }
+
+    fn prepare(&mut self) {
+        if let Some(mover) = &mut self.mover {
+            mover.prepare();
+        }
+    }
+
     /// Waits for every rank and puts their results together.
     fn collect(&mut self) -> Result<(), String> {
         self.results.iter_mut().for_each(SubResults::clear);
         self.reports.resize_with(self.ranks.len(), RankReport::default);
-        let mut silent: Vec<usize> = (0..self.ranks.len()).collect();
-        let allowance = self.watchdog.allowance(self.plan.rows());
-        let mut left = allowance;
-        while !silent.is_empty() {
-            let Some((rank, answer)) = self.answer(&mut left)? else {
-                let rows = self.plan.rows();
-                return Err(format!(
-                    "ranks {silent:?} have not answered: a step of {rows} rows took more than {:.1} s",
-                    allowance.as_secs_f64()
-                ));
-            };
-            silent.retain(|&other| other != rank);
-            let mut report = answer.map_err(|failure| self.cause(rank, failure))?;
-            let results = &mut self.results[self.ranks.dp_rank(rank)];
-            results.rows.append(&mut report.rows);
-            results.routing.extend(report.routing.take());
-            self.reports[rank] = report;
-        }
+        self.wait_for(Awaited::Step)?;
         for (results, sub) in self.results.iter_mut().zip(&self.plan.sub_plans) {
             results.settle(sub)?;
         }
         Ok(())
+    }
+
+    /// Waits until all ranks have answered. Those that answer a step may have to answer the slice before it first.
+    fn wait_for(&mut self, awaited: Awaited) -> Result<(), String> {
+        let mut computing = vec![awaited == Awaited::Step; self.ranks.len()];
+        let rows = if awaited == Awaited::Step { self.plan.rows() } else { 1 };
+        let allowance = self.watchdog.allowance(rows);
+        let mut left = allowance;
+        loop {
+            let silent: Vec<usize> = match awaited {
+                Awaited::Step => (0..computing.len()).filter(|&rank| computing[rank]).collect(),
+                Awaited::Slices => self.mover.iter().flat_map(Mover::silent).collect(),
+            };
+            if silent.is_empty() {
+                return Ok(());
+            }
+            let Some((rank, answer)) = self.answer(&mut left)? else {
+                let what = match awaited {
+                    Awaited::Step => format!("a step of {rows} rows"),
+                    Awaited::Slices => "moving expert weights".to_owned(),
+                };
+                let seconds = allowance.as_secs_f64();
+                return Err(format!(
+                    "ranks {silent:?} have not answered: {what} took more than {seconds:.1} s"
+                ));
+            };
+            match answer {
+                RankAnswer::Step(mut report) => {
+                    let results = &mut self.results[self.ranks.dp_rank(rank)];
+                    results.rows.append(&mut report.rows);
+                    results.routing.extend(report.routing.take());
+                    self.reports[rank] = report;
+                    computing[rank] = false;
+                }
+                RankAnswer::Slice(answer) => {
+                    self.mover.as_mut().expect("slices come from there").note_answer(rank, answer);
+                }
+                RankAnswer::Failed(failure) => return Err(self.cause(rank, failure)),
+            }
+        }
     }
 
     /// The next answer; `None` when none comes in the time `left`, which becomes less by the waiting.
@@ -230,8 +311,8 @@ impl Driver {
         while found.1.from_peer {
             let left = until.saturating_duration_since(Instant::now());
             match self.ranks.answers().recv_timeout(left) {
-                Ok((rank, Err(failure))) => found = (rank, failure),
-                Ok((_, Ok(_))) => {}
+                Ok((rank, RankAnswer::Failed(failure))) => found = (rank, failure),
+                Ok(_) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }

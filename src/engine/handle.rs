@@ -5,19 +5,22 @@
 //! wants to give up on a reader drops the stream.
 
 use super::RequestId;
+use super::migration::{Experts, MigrationProgress};
+use super::mover::{MigrationOrder, MigrationReport, UnderWay};
 use super::options::{EngineOptions, SchedulingPolicy};
 use super::queue::Queue;
 use super::rebalance::{RebalanceStatus, Record};
 use super::request::{Event, FinishReason, Finished, Request, Sampling};
 use super::stats::EngineStats;
 use crate::error::{CONTEXT_PHRASE, Error, Result};
+use router_sim::placement::Placement;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc as sync_mpsc};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// What the engine thread is told.
 pub(super) enum Command {
@@ -25,6 +28,8 @@ pub(super) enum Command {
     Submit(Vec<Submission>),
     /// Its caller left.
     Abort(RequestId),
+    /// Let the experts live elsewhere.
+    Move(MigrationOrder),
     /// Finish what is there until then, abort the rest, and end.
     Shutdown(Instant),
 }
@@ -53,6 +58,10 @@ pub(super) struct Shared {
     pub rebalancing: Mutex<Record>,
     /// Why the engine died, once it has.
     pub failure: Mutex<Option<String>>,
+    /// Where the experts live, if the engine knows.
+    experts: Option<Experts>,
+    /// The migration under way.
+    pub under_way: Arc<UnderWay>,
     next_id: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// The engine thread has nothing more to do.
@@ -60,7 +69,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(options: EngineOptions, stats: EngineStats) -> Self {
+    pub(super) fn new(options: EngineOptions, stats: EngineStats, experts: Option<Experts>) -> Self {
         Shared {
             options,
             alive: AtomicBool::new(true),
@@ -70,6 +79,8 @@ impl Shared {
             stats: Mutex::new(stats),
             rebalancing: Mutex::default(),
             failure: Mutex::new(None),
+            experts,
+            under_way: Arc::default(),
             next_id: AtomicU64::new(0),
             thread: Mutex::new(None),
             ended: Default::default(),
@@ -172,7 +183,67 @@ impl EngineHandle {
 
     /// What rebalancing did, does, and why: one short lock, no waiting for the engine.
     pub fn rebalance_status(&self) -> RebalanceStatus {
-        lock(&self.shared.rebalancing).status(Instant::now())
+        let mut status = lock(&self.shared.rebalancing).status(Instant::now());
+        if let Some(experts) = &self.shared.experts {
+            status.placement_version = experts.in_force.placement().version();
+            status.placement_age = experts.in_force.age();
+        }
+        status.migration = self.migration();
+        status
+    }
+
+    /// Where the experts live now; `None` when the engine does not know. The ranks of the next step know the same.
+    pub fn placement(&self) -> Option<Arc<Placement>> {
+        self.shared.experts.as_ref().map(|experts| experts.in_force.placement())
+    }
+
+    /// How long they have lived there; `None` when the engine does not know.
+    pub fn placement_age(&self) -> Option<Duration> {
+        self.shared.experts.as_ref().map(|experts| experts.in_force.age())
+    }
+
+    /// The migration under way, if there is one.
+    pub fn migration(&self) -> Option<MigrationProgress> {
+        *lock(&self.shared.under_way)
+    }
+
+    /// Lets the experts live where `target` says, while requests go on: weights move between steps, and each of the
+    /// valid placements on the way comes into force on all ranks at once. Returns at once; the receiver hears how it ended, and
+    /// fails when the engine does. The version number of `target` does not matter: versions in force count up.
+    ///
+    /// # Errors
+    /// * [`Error::Config`] when experts cannot move in this engine.
+    /// * [`Error::Routing`] when `target` is for other ranks, slots, layers or experts.
+    /// * [`Error::Conflict`] while another migration is under way.
+    /// * [`Error::Stopped`] when the engine has failed or is shutting down.
+    pub fn move_to(&self, target: Placement) -> Result<oneshot::Receiver<MigrationReport>> {
+        let fixed = |why: &str| Error::config("placement", why);
+        let experts = self.shared.experts.as_ref();
+        let experts = experts.ok_or_else(|| fixed("this engine does not know where its experts live"))?;
+        if experts.staging_slots == 0 {
+            return Err(fixed("experts stay where they are: there is no staging place (--staging-slots 0)"));
+        }
+        check_shape(&experts.in_force.placement(), &target)?;
+        if !self.shared.open.load(Ordering::Acquire) {
+            return Err(self.shared.stopped());
+        }
+        {
+            let mut under_way = lock(&self.shared.under_way);
+            if let Some(MigrationProgress { arrived, arrivals, .. }) = *under_way {
+                return Err(Error::Conflict(format!(
+                    "another migration is under way: {arrived} of {arrivals} experts have arrived; try again when it has ended"
+                )));
+            }
+            *under_way = Some(MigrationProgress::default());
+        }
+        let (caller, report) = oneshot::channel();
+        let gains = vec![1.0; target.layers()];
+        let order = MigrationOrder { target, gains, caller: Some(caller) };
+        self.commands.send(Command::Move(order)).map_err(|_| {
+            *lock(&self.shared.under_way) = None;
+            self.shared.stopped()
+        })?;
+        Ok(report)
     }
 
     /// What the engine runs with.
@@ -286,6 +357,27 @@ impl tokio_stream::Stream for RequestStream {
 impl Drop for RequestStream {
     fn drop(&mut self) {
         self.abort();
+    }
+}
+
+/// Refuses a placement for another engine.
+fn check_shape(current: &Placement, target: &Placement) -> Result<()> {
+    let numbers = [
+        ("expert-parallel ranks", current.ranks(), target.ranks()),
+        ("slots per rank", current.slots_per_rank(), target.slots_per_rank()),
+        ("experts", current.experts(), target.experts()),
+        ("MoE layers", current.layers(), target.layers()),
+    ];
+    let refuse = |why: String| Err(Error::Routing(router_sim::Error::Placement(why)));
+    if let Some((what, have, given)) = numbers.into_iter().find(|(_, have, given)| have != given) {
+        return refuse(format!("the placement has {given} {what}, but the engine runs with {have}"));
+    }
+    let layers = current.layer_ids().iter().zip(target.layer_ids());
+    match layers.enumerate().find(|(_, (have, given))| have != given) {
+        Some((at, (have, given))) => refuse(format!(
+            "MoE layer {at} of the placement is layer {given}, but that of the model is layer {have}"
+        )),
+        None => Ok(()),
     }
 }
 

@@ -20,8 +20,12 @@ pub mod scheduler;
 mod sequence;
 mod queue;
 mod watchdog;
+// where the experts live, changed while serving
 pub mod rebalance;
+pub mod migration;
+mod pace;
 // threads
+mod mover;
 mod driver;
 pub mod rank;
 pub mod recorder;
@@ -29,6 +33,8 @@ pub mod recorder;
 pub mod scripted;
 
 pub use handle::{EngineHandle, RequestStream};
+pub use migration::{Experts, MigrationProgress};
+pub use mover::MigrationReport;
 pub use options::{EngineOptions, SchedulingPolicy};
 pub use rank::{RankSetup, StepObserver};
 pub use rebalance::RebalanceStatus;
@@ -40,13 +46,16 @@ use std::sync::Arc;
 /// Names a request inside one engine; counts up in the order of submission.
 pub type RequestId = u64;
 
-/// Who watches an engine at work. The defaults watch nothing.
+/// What an engine works with besides its ranks: who watches it, and where its experts live. By default nobody watches, and
+/// nobody asks for experts.
 #[derive(Clone, Default)]
 pub struct Hooks {
     /// Told about every step on every rank, from that rank's thread.
     pub steps: Option<Arc<dyn StepObserver>>,
     /// Told about durations, from the engine thread.
     pub timing: Option<Arc<dyn TimingObserver>>,
+    /// The experts, whose place [`EngineHandle::placement`] tells and [`EngineHandle::move_to`] changes.
+    pub experts: Option<Experts>,
 }
 
 /// Starts engines; see [`Engine::start`].

@@ -13,6 +13,8 @@ use std::sync::Arc;
 pub struct StepPlan {
     /// Counts steps from 0.
     pub step: u64,
+    /// Version of the placement that the step runs with; 0 where nobody says.
+    pub placement_version: u64,
     /// An observer wants to see the expert choices of all rows.
     pub observe_routing: bool,
     /// One per DP rank; one without rows keeps an idle rank in the collectives.
@@ -118,6 +120,7 @@ impl StepPlan {
     /// Empties every sub-plan, keeping its memory, and makes their number `dp_ranks`.
     pub fn clear(&mut self, step: u64, dp_ranks: usize) {
         self.step = step;
+        self.placement_version = 0;
         self.observe_routing = false;
         self.sub_plans.resize_with(dp_ranks, SubPlan::default);
         self.sub_plans.iter_mut().for_each(SubPlan::clear);

@@ -1,6 +1,7 @@
 //! One rank: an OS thread that runs the model on every plan and samples the logit rows it owns.
 
 use super::Hooks;
+use super::mover::{Orders, SliceAnswer};
 use super::options::EngineOptions;
 use super::plan::{RowResult, StepPlan};
 use super::sampler::Sampler;
@@ -8,6 +9,7 @@ use crate::backend::{Backend, DType};
 use crate::error::{Error, Result};
 use crate::metrics::{self, RankMeter};
 use crate::model::{Model, Routing, StepOutput};
+use crate::moe::migrate::{Slice, Switch};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -98,13 +100,21 @@ pub(super) struct RankFailure {
     pub from_peer: bool,
 }
 
-/// A rank's answer to one plan.
-pub(super) type RankAnswer = std::result::Result<RankReport, RankFailure>;
+/// What a rank answers.
+pub(super) enum RankAnswer {
+    /// To a plan.
+    Step(RankReport),
+    /// To a slice of expert weights.
+    Slice(SliceAnswer),
+    /// It can no longer go on.
+    Failed(RankFailure),
+}
 
-/// One step for one rank.
+/// What one rank does next, in this order.
 struct Work {
-    plan: Arc<StepPlan>,
-    report: RankReport,
+    switch: Option<Arc<Switch>>,
+    step: Option<(Arc<StepPlan>, RankReport)>,
+    slice: Option<Arc<Slice>>,
 }
 
 /// The rank threads as the engine thread sees them.
@@ -154,9 +164,10 @@ impl Ranks {
     }
 
     /// Gives one rank its work. A rank that has died answers by its failure, not here.
-    pub fn send(&self, rank: usize, plan: Arc<StepPlan>, report: RankReport) {
-        // The channel has room: a rank gets new work only after its answer.
-        let _ = self.work[rank].send(Work { plan, report });
+    pub fn send(&self, rank: usize, step: Option<(Arc<StepPlan>, RankReport)>, orders: &Orders) {
+        let Orders { switch, slice } = orders;
+        // The channel has room: a rank gets new work only after it has answered the last step.
+        let _ = self.work[rank].send(Work { switch: switch.clone(), step, slice: slice.clone() });
     }
 
     /// Answers in the order they come.
@@ -187,17 +198,10 @@ struct Rank {
 impl Rank {
     fn run(mut self, work: Receiver<Work>, answers: Sender<(usize, RankAnswer)>) {
         let index = self.index;
-        for Work { plan, mut report } in work {
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.step(&plan, &mut report)));
-            // The engine thread writes the next plan into the same memory as soon as it has all answers.
-            drop(plan);
+        for work in work {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.work(work, &answers)));
             let failure = match outcome {
-                Ok(Ok(())) => {
-                    if answers.send((index, Ok(report))).is_err() {
-                        return;
-                    }
-                    continue;
-                }
+                Ok(Ok(())) => continue,
                 Ok(Err(error)) => {
                     RankFailure { from_peer: matches!(error, Error::Peer { .. }), why: error.to_string() }
                 }
@@ -205,9 +209,42 @@ impl Rank {
             };
             // The model goes first: with it goes this rank's end of the communicator, which frees the others.
             drop(self);
-            let _ = answers.send((index, Err(failure)));
+            let _ = answers.send((index, RankAnswer::Failed(failure)));
             return;
         }
+    }
+
+    fn work(&mut self, work: Work, answers: &Sender<(usize, RankAnswer)>) -> Result<()> {
+        let Work { switch, step, slice } = work;
+        if let Some(switch) = switch {
+            self.setup.model.switch(&switch);
+        }
+        // An engine thread that no longer listens gives no more work either.
+        if let Some((plan, mut report)) = step {
+            self.step(&plan, &mut report)?;
+            // The engine thread writes the next plan into the same memory as soon as it has all answers.
+            drop(plan);
+            let _ = answers.send((self.index, RankAnswer::Step(report)));
+        }
+        if let Some(slice) = slice {
+            let answer = self.transfer(&slice)?;
+            drop(slice);
+            let _ = answers.send((self.index, RankAnswer::Slice(answer)));
+        }
+        Ok(())
+    }
+
+    /// Moves expert weights. A failure that leaves the ranks in step ends the migration, not the rank.
+    fn transfer(&mut self, slice: &Slice) -> Result<SliceAnswer> {
+        let started = Instant::now();
+        let RankSetup { model, meter, .. } = &mut self.setup;
+        meter.beat();
+        let outcome = match model.transfer(slice) {
+            Err(gone @ Error::Peer { .. }) => return Err(gone),
+            other => other.map_err(|error| error.to_string()),
+        };
+        meter.rest();
+        Ok(SliceAnswer { outcome, took: started.elapsed() })
     }
 
     fn step(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {

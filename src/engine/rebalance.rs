@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+pub use super::migration::MigrationProgress;
 pub use router_sim::rebalance::Mode;
 
 /// What rebalancing did, does, and why. Counters start at zero with the engine and never fall.
@@ -39,19 +40,6 @@ pub struct RebalanceStatus {
     /// Since the load was last looked at, or since the start: what tells that the rebalancer lives. `None` when the mode
     /// is off.
     pub since_look: Option<Duration>,
-}
-
-/// How far a migration is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MigrationProgress {
-    /// Experts that have arrived.
-    pub arrived: u64,
-    /// Experts that travel in all.
-    pub arrivals: u64,
-    /// Bytes that have travelled, over all ranks.
-    pub bytes: u64,
-    /// Bytes that travel in all.
-    pub total_bytes: u64,
 }
 
 /// One decision. Balancedness is the mean over layers, 1 is perfect; imbalance ratios are max / mean - 1, 0 is perfect.

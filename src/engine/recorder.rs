@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use router_sim::load::Phase;
 use router_sim::placement::Placement;
+use router_sim::split::Split;
 use router_sim::trace::{
     Degrees, Piece, RowInfo, StepInfo, TraceCounters, TraceHeader, TraceWriter, WeightFormat,
 };
@@ -20,7 +21,6 @@ use crate::spec::ModelSpec;
 /// A [`StepObserver`] that writes a routing trace.
 pub struct Recorder {
     began: Instant,
-    placement_version: u64,
     counters: Arc<TraceCounters>,
     /// Ranks take turns for the microseconds it takes to pack their rows; `None` once finished.
     writer: Mutex<Option<Open>>,
@@ -44,6 +44,7 @@ impl Recorder {
         spec: &ModelSpec,
         degrees: world::Degrees,
         placement: &Placement,
+        split: Split,
     ) -> Result<Recorder> {
         let header = TraceHeader {
             spec_digest: spec_digest(spec),
@@ -56,7 +57,7 @@ impl Recorder {
                 pipeline: 1,
             },
             node_of_rank: vec![0; degrees.world()],
-            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), "even".to_owned())]
+            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), split.to_string())]
                 .into(),
             cost: Default::default(),
             weights: WeightFormat::None,
@@ -65,7 +66,6 @@ impl Recorder {
         let writer = TraceWriter::create(path, header).map_err(Error::Routing)?;
         Ok(Recorder {
             began: Instant::now(),
-            placement_version: placement.version(),
             counters: writer.counters(),
             writer: Mutex::new(Some(Open { writer, rows: Vec::new(), info: None })),
         })
@@ -101,7 +101,7 @@ impl StepObserver for Recorder {
             step: plan.step,
             start_us: end_us.saturating_sub(duration_us),
             duration_us,
-            placement_version: self.placement_version,
+            placement_version: plan.placement_version,
             rows: plan.rows() as u64,
         });
         *latest = Some(info);

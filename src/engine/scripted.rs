@@ -4,12 +4,17 @@
 //! remembers what was written where. So a continuation is a pure function of its sequence, any mix-up of blocks,
 //! positions or forms changes it, and most are caught on the spot by an assertion.
 
+use super::migration::Experts;
 use super::options::EngineOptions;
 use super::rank::RankSetup;
 use crate::backend::{Backend, DType, SeqSpan};
 use crate::error::{Error, Result};
 use crate::metrics::{RankMeter, Work, WorkClock};
 use crate::model::{Batch, FormRules, Model, Routing, StepOutput};
+use crate::moe::in_force::InForce;
+use crate::moe::migrate::{Checksums, Slice, Switch, WHOLE};
+use router_sim::load::LoadWindow;
+use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +59,10 @@ pub enum Fault {
     HangAt(u64),
     /// Rows of this token have a NaN among their logits.
     NanAfter(u32),
+    /// The slice of expert weights with this number, from 0, arrives damaged.
+    DamageAt(u64),
+    /// The slice of expert weights with this number cannot be copied.
+    LoseAt(u64),
 }
 
 impl Script {
@@ -199,16 +208,32 @@ pub struct ScriptedModel {
     clock: WorkClock,
     step: u64,
     histories: Vec<u64>,
+    experts: ScriptedExperts,
+    /// Slices so far.
+    slices: u64,
     /// Logits of the owned rows; `[owned logit rows, vocab]`.
     logits: Vec<f32>,
 }
 
 impl ScriptedModel {
-    /// A fresh model; `backend` only carries the logits, `meter` learns of its steps.
-    pub fn new(script: Script, backend: Arc<dyn Backend>, meter: Arc<RankMeter>) -> Self {
-        let cache = ScriptedCache::new(script.clone());
-        let clock = WorkClock::new(meter);
-        ScriptedModel { script, cache, backend, clock, step: 0, histories: Vec::new(), logits: Vec::new() }
+    /// A fresh model of rank `rank`; `backend` only carries the logits, `meter` learns of its steps.
+    pub fn new(
+        script: Script,
+        backend: Arc<dyn Backend>,
+        meter: Arc<RankMeter>,
+        (rank, placement): (usize, &Placement),
+    ) -> Self {
+        ScriptedModel {
+            cache: ScriptedCache::new(script.clone()),
+            script,
+            backend,
+            clock: WorkClock::new(meter),
+            step: 0,
+            histories: Vec::new(),
+            experts: ScriptedExperts::new(rank, placement),
+            slices: 0,
+            logits: Vec::new(),
+        }
     }
 
     /// The rows of a batch of `rows` that this rank owns: shares of consecutive rows, the first ones larger.
@@ -274,9 +299,105 @@ impl Model for ScriptedModel {
         self.clock.lap(Work::Dense, Duration::ZERO);
         Ok(())
     }
+
+    fn transfer(&mut self, slice: &Slice) -> Result<Checksums> {
+        let number = self.slices;
+        self.slices += 1;
+        if self.script.fault == Fault::LoseAt(number) {
+            let why = format!("the scripted model loses slice {number}");
+            return Err(Error::Device { device: format!("rank {}", self.experts.rank), why });
+        }
+        let mut sums = self.experts.transfer(slice);
+        if self.script.fault == Fault::DamageAt(number) {
+            sums.received = sums.received.map(|sum| !sum);
+        }
+        Ok(sums)
+    }
+
+    fn switch(&mut self, switch: &Switch) {
+        self.experts.switch(switch);
+    }
 }
 
-/// Ranks that run `script`: `dp_size` groups of `tp_size` ranks each, for [`super::Engine::start`].
+/// The fake weights of a rank: each slot remembers whose they are, and what should not happen is caught by an assertion.
+struct ScriptedExperts {
+    rank: usize,
+    /// `[layers][slots]`
+    held: Vec<Vec<i32>>,
+    /// By staging place: the expert, and how much of it is there, in parts of [`WHOLE`].
+    staged: Vec<(i32, u32)>,
+}
+
+impl ScriptedExperts {
+    fn new(rank: usize, placement: &Placement) -> Self {
+        let held = (0..placement.layers()).map(|l| placement.layer(l).slots_of_rank(rank).to_vec()).collect();
+        ScriptedExperts { rank, held, staged: Vec::new() }
+    }
+
+    fn transfer(&mut self, slice: &Slice) -> Checksums {
+        let mut sums = Checksums::default();
+        for leg in slice.legs.iter() {
+            let sum = (mix(leg.expert as u64) ^ mix(u64::from(slice.span.end))) as u32;
+            if leg.from == self.rank {
+                assert_eq!(self.held[leg.layer][leg.slot], leg.expert as i32, "{leg:?}");
+                assert!(sums.sent.replace(sum).is_none(), "two legs leave rank {} in {slice:?}", self.rank);
+            }
+            if leg.to == self.rank {
+                self.staged.resize(self.staged.len().max(leg.place + 1), (0, 0));
+                let (expert, there) = &mut self.staged[leg.place];
+                if slice.span.start == 0 {
+                    (*expert, *there) = (leg.expert as i32, 0);
+                }
+                // After a gap nothing is worth anything: the switch will not find it whole.
+                let follows = (*expert, *there) == (leg.expert as i32, slice.span.start);
+                *there = if follows { slice.span.end } else { u32::MAX };
+                assert!(sums.received.replace(sum).is_none(), "two legs reach rank {}", self.rank);
+            }
+        }
+        sums
+    }
+
+    /// A multiset: a rank may deal what it holds to its slots as it likes.
+    fn switch(&mut self, switch: &Switch) {
+        for (layer, held) in self.held.iter_mut().enumerate() {
+            let wanted = switch.placement.layer(layer).slots_of_rank(self.rank);
+            let landed = switch.landed.iter().filter(|l| (l.layer, l.rank) == (layer, self.rank));
+            for landed in landed {
+                let (expert, there) = self.staged[landed.place];
+                assert_eq!((expert, there), (wanted[landed.slot], WHOLE), "{landed:?}");
+                held.push(expert);
+            }
+            for expert in wanted.iter().filter(|&&expert| expert >= 0) {
+                let at = held.iter().position(|other| other == expert);
+                held.swap_remove(at.unwrap_or_else(|| panic!("rank {} is to hold {wanted:?}", self.rank)));
+            }
+            held.clear();
+            held.extend_from_slice(wanted);
+        }
+    }
+}
+
+/// Where the scripted experts live on `ranks` ranks at the start, with so many redundant slots, movable through so many
+/// staging places.
+pub fn experts(ranks: usize, redundant: usize, staging_slots: usize) -> Experts {
+    let placement = linear(ranks, redundant);
+    Experts {
+        in_force: Arc::new(InForce::new(Arc::new(placement))),
+        staging_slots,
+        expert_tp: 1,
+        ranks_per_node: ranks,
+        expert_bytes: 1 << 20,
+        bandwidth: None,
+    }
+}
+
+fn linear(ranks: usize, redundant: usize) -> Placement {
+    let layers: Vec<usize> = (0..LAYERS).collect();
+    let placed = Linear.place(&LoadWindow::new(&layers, EXPERTS), &ClusterShape { ranks, redundant });
+    placed.expect("a few experts fit anywhere")
+}
+
+/// [`setups_with`] where nobody asks for experts.
 ///
 /// # Errors
 /// When the backend has no room for the logits.
@@ -287,12 +408,32 @@ pub fn setups(
     max_logit_rows: usize,
     backend: &Arc<dyn Backend>,
 ) -> Result<Vec<RankSetup>> {
+    setups_with(script, (tp_size, dp_size), max_logit_rows, backend, &linear(tp_size * dp_size, 0))
+}
+
+/// Ranks that run `script`: `dp_size` groups of `tp_size` ranks each, for [`super::Engine::start`]. Each holds the experts
+/// that `placement` gives it.
+///
+/// # Errors
+/// When the backend has no room for the logits.
+pub fn setups_with(
+    script: &Script,
+    (tp_size, dp_size): (usize, usize),
+    max_logit_rows: usize,
+    backend: &Arc<dyn Backend>,
+    placement: &Placement,
+) -> Result<Vec<RankSetup>> {
     let setup = |rank: usize| {
         let script = Script { owner: (rank % tp_size, tp_size), ..script.clone() };
         let logits = backend.alloc(DType::F32, max_logit_rows, script.vocab_size)?;
         let meter = Arc::new(RankMeter::default());
         Ok(RankSetup {
-            model: Box::new(ScriptedModel::new(script, Arc::clone(backend), Arc::clone(&meter))),
+            model: Box::new(ScriptedModel::new(
+                script,
+                Arc::clone(backend),
+                Arc::clone(&meter),
+                (rank, placement),
+            )),
             backend: Arc::clone(backend),
             output: StepOutput { logit_rows: Vec::new(), logits, routing: Routing::default() },
             dp_rank: rank / tp_size,

@@ -15,6 +15,10 @@ pub struct Footprint {
     pub weights: u64,
     /// The part of the weights that expert slots beyond one per expert hold, on the average rank.
     pub redundant: u64,
+    /// The part of the weights that staging places hold, where experts may move.
+    pub staging: u64,
+    /// One rank's share of one expert.
+    pub expert: u64,
     /// Activations, logits and buffers. Rows in flight between ranks are counted for balanced load; a rank that
     /// receives more grows its buffers.
     pub working: u64,
@@ -45,6 +49,8 @@ impl Footprint {
         Footprint {
             weights: share.weights(spec) as u64,
             redundant: share.redundant(spec) as u64,
+            staging: share.staging(spec) as u64,
+            expert: share.slot(spec) as u64,
             working: share.working(spec) as u64,
             kv_block: (block * spec.layers.len()) as u64,
         }
@@ -67,13 +73,17 @@ impl Share<'_> {
             .iter()
             .map(|layer| 2 * norms + self.attention(spec) + self.feed_forward(spec, layer.ffn))
             .sum();
-        ends + norms + layers + RopeTable::bytes(&spec.rope, self.sizes.max_model_len)
+        ends + norms + layers + self.staging(spec) + RopeTable::bytes(&spec.rope, self.sizes.max_model_len)
     }
 
     fn redundant(&self, spec: &ModelSpec) -> usize {
         let ranks = self.degrees.expert_parallel();
         let extra = (self.slots * ranks).saturating_sub(spec.moe.experts);
         spec.moe_layers().len() * extra * self.slot(spec) / ranks
+    }
+
+    fn staging(&self, spec: &ModelSpec) -> usize {
+        self.sizes.staging_slots * self.slot(spec)
     }
 
     /// One expert slot: a rank's share of one expert.
@@ -169,7 +179,14 @@ mod tests {
     #[test]
     fn weights_are_the_parameters_and_little_more() {
         let spec = families::resolve(include_bytes!("../../models/demo-mixtral/config.json")).unwrap().spec;
-        let sizes = Sizes { max_model_len: 64, block_size: 16, kv_blocks: 0, max_rows: 8, max_logit_rows: 4 };
+        let sizes = Sizes {
+            max_model_len: 64,
+            block_size: 16,
+            kv_blocks: 0,
+            max_rows: 8,
+            max_logit_rows: 4,
+            staging_slots: 0,
+        };
         let share = Share {
             backend: &ReferenceBackend,
             degrees: Degrees::SOLO,
@@ -190,6 +207,9 @@ mod tests {
         assert_eq!((whole.redundant, part.redundant), (0, 0));
         let extra = Footprint::of(&spec, Share { slots: spec.moe.experts + 2, ..share });
         assert_eq!(extra.redundant, extra.weights - whole.weights);
+        let moving = Footprint::of(&spec, Share { sizes: Sizes { staging_slots: 3, ..sizes }, ..share });
+        assert_eq!((whole.staging, moving.staging), (0, 3 * whole.expert));
+        assert_eq!(moving.weights, whole.weights + moving.staging);
 
         let mixed = Footprint::of(&spec, Share { precision: Precision::MIXED, ..share });
         let narrow = Footprint::of(&spec, Share { precision: Precision::BF16, ..share });

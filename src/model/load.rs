@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use router_sim::placement::Placement;
+use router_sim::split::Split;
 
 use crate::backend::{Backend, DType, HostData, HostMatrix, KvCache, KvShape, Matrix, Tensor};
 use crate::error::Result;
@@ -20,6 +21,7 @@ use crate::model::transformer::{DecoderLayer, FeedForward, HostScratch, Scratch,
 use crate::model::{Routing, StepOutput};
 use crate::moe::layer::{MoeLayer, MoeScratch, Shared};
 use crate::moe::load::LoadCounters;
+use crate::moe::migrate::{ExpertShape, Staging};
 use crate::moe::router::Router;
 use crate::spec::{self, Activation, ModelSpec};
 use crate::weights::names::Role;
@@ -38,6 +40,19 @@ pub struct Sizes {
     pub max_rows: usize,
     /// Most logit rows in one step of a data-parallel rank.
     pub max_logit_rows: usize,
+    /// Experts whose weights may be on their way to a rank at once; 0 where experts stay where they are.
+    pub staging_slots: usize,
+}
+
+/// Where the experts live and how their rows are shared out.
+#[derive(Clone)]
+pub struct Experts {
+    /// At the start.
+    pub placement: Arc<Placement>,
+    /// Among the replicas of an expert; the same on all ranks.
+    pub split: Split,
+    /// Where this rank's router counts.
+    pub counters: Arc<LoadCounters>,
 }
 
 /// Loads the share of `rank` and makes its cache and working space.
@@ -48,18 +63,18 @@ pub fn load(
     reader: WeightReader<'_>,
     spec: &ModelSpec,
     rank: Rank,
-    placement: Arc<Placement>,
-    counters: Arc<LoadCounters>,
+    experts: Experts,
     sizes: Sizes,
 ) -> Result<(Transformer, StepOutput)> {
     let loader = Loader { reader, spec, rank: &rank, backend: rank.backend.as_ref() };
     let mut layers = Vec::with_capacity(spec.layers.len());
     let mut moe_index = 0;
     for index in 0..spec.layers.len() {
-        layers.push(loader.layer(index, moe_index, &placement, sizes)?);
+        layers.push(loader.layer(index, moe_index, &experts.placement, sizes)?);
         moe_index += usize::from(spec.layers[index].ffn == spec::FeedForward::Moe);
     }
-    let transformer = Transformer {
+    let staging = Staging::new(loader.backend, sizes.staging_slots, loader.expert_shape())?;
+    let mut transformer = Transformer {
         embedding: loader.embedding()?,
         layers,
         final_norm: loader.norm(Role::FinalNorm, 0)?,
@@ -67,11 +82,13 @@ pub fn load(
         rope: RopeTable::new(loader.backend, &spec.rope, sizes.max_model_len)?,
         residual_scale: spec.residual_scale,
         top_k: spec.moe.top_k,
-        placement,
-        load: counters,
-        scratch: loader.scratch(sizes)?,
+        scratch: loader.scratch(sizes, experts.split)?,
+        placement: experts.placement,
+        staging,
+        load: experts.counters,
         rank,
     };
+    transformer.staging.reserve_wire(&mut transformer.rank)?;
     let backend = transformer.rank.backend.as_ref();
     let logits = backend.alloc(DType::F32, sizes.max_logit_rows, spec.vocab_size)?;
     Ok((transformer, StepOutput { logit_rows: Vec::new(), logits, routing: Routing::default() }))
@@ -118,7 +135,9 @@ impl Loader<'_> {
                 let slice = shard::even(intermediate, rank, tp);
                 FeedForward::Dense(self.mlp(MlpKind::Dense, index, slice, Activation::SiluMul)?)
             }
-            spec::FeedForward::Moe => FeedForward::Moe(Box::new(self.moe(index, moe_index, placement)?)),
+            spec::FeedForward::Moe => {
+                FeedForward::Moe(Box::new(self.moe(index, moe_index, placement, sizes)?))
+            }
         };
         Ok(DecoderLayer {
             input_norm: self.norm(Role::InputNorm, index)?,
@@ -229,16 +248,17 @@ impl Loader<'_> {
         MlaShape { heads, q_lora: q_lora_rank, latent: kv_lora_rank, nope_dim, rope_dim, v_dim }
     }
 
-    fn moe(&self, layer: usize, index: usize, placement: &Placement) -> Result<MoeLayer> {
+    fn moe(&self, layer: usize, index: usize, placement: &Placement, sizes: Sizes) -> Result<MoeLayer> {
         let moe = &self.spec.moe;
         let expert_rank = self.rank.world.rank() / self.rank.expert_tp;
-        let part = self.rank.world.rank() % self.rank.expert_tp;
-        let slice = shard::even(moe.intermediate, part, self.rank.expert_tp);
+        let slice = self.expert_slice();
         let slot = |&expert: &i32| match usize::try_from(expert) {
             Ok(expert) => {
                 let host = self.reader.mlp(MlpKind::Expert(expert), layer, slice.clone())?;
                 self.backend.pack_mlp(&host, self.rank.precision.weights).map(Some)
             }
+            // Weights may move there: it has the memory for them.
+            Err(_) if sizes.staging_slots > 0 => self.expert_shape().alloc(self.backend).map(Some),
             Err(_) => Ok(None),
         };
         let slots = placement.layer(index).slots_of_rank(expert_rank);
@@ -257,6 +277,21 @@ impl Loader<'_> {
             activation: moe.activation,
             shared: moe.shared.map(|shared| self.shared(layer, shared)).transpose()?,
         })
+    }
+
+    /// The part of an expert's width that this rank holds.
+    fn expert_slice(&self) -> std::ops::Range<usize> {
+        let part = self.rank.world.rank() % self.rank.expert_tp;
+        shard::even(self.spec.moe.intermediate, part, self.rank.expert_tp)
+    }
+
+    fn expert_shape(&self) -> ExpertShape {
+        ExpertShape {
+            hidden: self.spec.hidden_size,
+            intermediate: self.expert_slice().len(),
+            bias: self.spec.moe.expert_bias,
+            dtype: self.rank.precision.weights,
+        }
     }
 
     fn shared(&self, layer: usize, shared: spec::SharedExpert) -> Result<Shared> {
@@ -366,7 +401,7 @@ impl Loader<'_> {
         upload_row(self.backend, values)
     }
 
-    fn scratch(&self, sizes: Sizes) -> Result<Scratch> {
+    fn scratch(&self, sizes: Sizes, split: Split) -> Result<Scratch> {
         let (hidden, dtype, rows) = (self.spec.hidden_size, self.rank.precision.activations, sizes.max_rows);
         let owned = rows.div_ceil(self.rank.tp.size());
         let (rank, tp) = self.tp();
@@ -394,7 +429,7 @@ impl Loader<'_> {
             output: exact(owned)?,
             chosen: exact(owned.min(sizes.max_logit_rows))?,
             attention,
-            moe: MoeScratch::new(self.backend, dtype, owned, hidden, &self.spec.moe)?,
+            moe: MoeScratch::new(self.backend, dtype, owned, hidden, &self.spec.moe, split)?,
             host: HostScratch::default(),
         })
     }

@@ -9,6 +9,7 @@ pub mod world;
 
 use crate::backend::{AttentionBatch, Tensor};
 use crate::error::Result;
+use crate::moe::migrate::{Checksums, Slice, Switch};
 use crate::spec::{Attention, ModelSpec, RopeScaling};
 
 /// One data-parallel rank's share of a step. Every rank of that tensor-parallel group gets the same batch; an idle
@@ -110,4 +111,15 @@ pub trait Model: Send {
     /// # Errors
     /// When a peer or the device failed; the step is lost and the rank cannot go on.
     fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> Result<()>;
+
+    /// Moves a piece of expert weights between ranks, into staging places: nothing that a step reads changes. Collective, as
+    /// [`Model::forward`], and called between two steps.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`] when another rank is gone, which ends this one too. After any other error the migration is to be
+    /// given up and the model goes on as before.
+    fn transfer(&mut self, slice: &Slice) -> Result<Checksums>;
+
+    /// From the next step on experts live where `switch` says. All its weights have arrived and been checked, on all ranks.
+    fn switch(&mut self, switch: &Switch);
 }

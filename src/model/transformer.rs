@@ -21,6 +21,7 @@ use crate::metrics::Work;
 use crate::model::{Batch, Model, Routing, StepOutput};
 use crate::moe::layer::{MoeLayer, MoeRows, MoeScratch};
 use crate::moe::load::{LoadCounters, Phase};
+use crate::moe::migrate::{Checksums, Slice, Staging, Switch};
 
 /// A model on one rank: its share of the weights, its KV cache and its working space.
 pub struct Transformer {
@@ -34,6 +35,7 @@ pub struct Transformer {
     pub(super) top_k: usize,
     /// Switched between steps by whoever moves experts.
     pub(super) placement: Arc<Placement>,
+    pub(super) staging: Staging,
     pub(super) load: Arc<LoadCounters>,
     pub(super) scratch: Scratch,
 }
@@ -122,6 +124,38 @@ impl Model for Transformer {
         self.logits(batch.logit_rows, owned, out)?;
         self.rank.lap(Work::Dense);
         Ok(())
+    }
+
+    fn transfer(&mut self, slice: &Slice) -> Result<Checksums> {
+        let Transformer { rank, layers, staging, .. } = self;
+        let slots_of = |index| {
+            let mut layers = layers.iter().filter_map(DecoderLayer::moe);
+            &layers.find(|moe| moe.index == index).expect("a MoE layer of this model").slots[..]
+        };
+        staging.transfer(rank, slots_of, slice)
+    }
+
+    fn switch(&mut self, switch: &Switch) {
+        let rank = self.rank.world.rank() / self.rank.expert_tp;
+        for layer in &mut self.layers {
+            let FeedForward::Moe(moe) = &mut layer.ffn else { continue };
+            let (old, new) = (self.placement.layer(moe.index), switch.placement.layer(moe.index));
+            if old.slots() != new.slots() {
+                let landed = switch.landed.iter().copied();
+                let landed = landed.filter(|l| l.layer == moe.index && l.rank == rank);
+                self.staging.switch(&mut moe.slots, (rank, old, new), landed);
+            }
+        }
+        self.placement = Arc::clone(&switch.placement);
+    }
+}
+
+impl DecoderLayer {
+    fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            FeedForward::Dense(_) => None,
+            FeedForward::Moe(moe) => Some(moe),
+        }
     }
 }
 

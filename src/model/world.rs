@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread;
 
 use router_sim::placement::Placement;
+use router_sim::split::Split;
 
 use crate::backend::{Backend, Precision};
 use crate::comm::Communicator;
@@ -13,7 +14,7 @@ use crate::error::Result;
 use crate::layers::Rank;
 use crate::metrics::{RankMeter, WorkClock};
 use crate::model::StepOutput;
-use crate::model::load::{Sizes, load};
+use crate::model::load::{Experts, Sizes, load};
 use crate::model::transformer::Transformer;
 use crate::moe::load::LoadCounters;
 use crate::spec::ModelSpec;
@@ -68,6 +69,8 @@ pub struct WorldOptions {
     pub precision: Precision,
     /// Where experts live, on `degrees.expert_parallel()` ranks.
     pub placement: Arc<Placement>,
+    /// How the rows of an expert are shared out among its replicas.
+    pub split: Split,
     /// Sizes of what is not weights.
     pub sizes: Sizes,
     /// Where each rank's router counts; one per rank.
@@ -133,8 +136,8 @@ fn load_rank(
         precision: options.precision,
         clock: WorkClock::new(Arc::clone(&counters.meter)),
     };
-    let placement = Arc::clone(&options.placement);
     let meter = Arc::clone(&counters.meter);
-    let (model, output) = load(reader, spec, rank, placement, counters, options.sizes)?;
+    let experts = Experts { placement: Arc::clone(&options.placement), split: options.split, counters };
+    let (model, output) = load(reader, spec, rank, experts, options.sizes)?;
     Ok(LoadedRank { model, output, backend, dp_rank, meter })
 }

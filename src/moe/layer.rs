@@ -1,7 +1,7 @@
 //! One MoE layer: composes router, dispatch, experts and combine.
 
 use router_sim::placement::Placement;
-use router_sim::split::SplitPlan;
+use router_sim::split::{Split, SplitPlan};
 
 use crate::backend::{Backend, CombineArgs, DType, ExpertsArgs, Mlp, View, ViewMut};
 use crate::error::Result;
@@ -54,13 +54,20 @@ pub struct MoeScratch {
 
 impl MoeScratch {
     /// Buffers for up to `rows` owned rows; those of received rows grow with the load they meet.
-    pub fn new(backend: &dyn Backend, dtype: DType, rows: usize, hidden: usize, moe: &Moe) -> Result<Self> {
+    pub fn new(
+        backend: &dyn Backend,
+        dtype: DType,
+        rows: usize,
+        hidden: usize,
+        moe: &Moe,
+        split: Split,
+    ) -> Result<Self> {
         let wire = |rows| RowBuffer::new(backend, dtype, rows, hidden);
         Ok(MoeScratch {
             routed: Routed::new(backend, rows, moe.experts, moe.top_k)?,
             counts: Vec::new(),
             world_counts: Vec::new(),
-            split: SplitPlan::default(),
+            split: SplitPlan::new(split),
             dispatch: Dispatch::default(),
             send: wire(rows * moe.top_k)?,
             arrived: wire(rows * moe.top_k)?,

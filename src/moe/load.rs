@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use router_sim::placement::Placement;
 
+use super::in_force::InForce;
 use crate::metrics::{LoadSnapshot, LoadSource, RankMeter};
 pub use router_sim::load::Phase;
 
@@ -104,7 +105,7 @@ fn add_all(counters: &[AtomicU64], totals: &mut [u64]) {
 /// The counters of all ranks: what the metrics page is filled from.
 pub struct WorldLoad {
     /// Where the experts live.
-    pub placement: Arc<Placement>,
+    pub in_force: Arc<InForce>,
     /// One per rank of the world; at least one.
     pub counters: Vec<Arc<LoadCounters>>,
 }
@@ -112,7 +113,7 @@ pub struct WorldLoad {
 impl LoadSource for WorldLoad {
     fn snapshot(&self) -> LoadSnapshot {
         let LoadCounters { experts, ranks, .. } = *self.counters[0];
-        let sum = LoadSnapshot::zeros(self.placement.layer_ids().to_vec(), experts, ranks);
+        let sum = LoadSnapshot::zeros(self.placement().layer_ids().to_vec(), experts, ranks);
         let mut sum = sum.with_sources(self.counters.len());
         for (source, counters) in self.counters.iter().enumerate() {
             add_all(&counters.by_expert, &mut sum.by_expert);
@@ -134,7 +135,7 @@ impl LoadSource for WorldLoad {
     /// Ranks that share an expert compute the same rows, so the ratio is that of the expert-parallel ranks.
     fn step_imbalance(&self) -> f64 {
         let (mut max, mut all) = (0, 0);
-        for layer in 0..self.placement.layers() {
+        for layer in 0..self.counters[0].layers {
             let rows = self.counters.iter().map(|rank| rank.computed[layer].load(Ordering::Relaxed));
             max += rows.clone().max().unwrap_or(0);
             all += rows.sum::<u64>();
@@ -143,7 +144,7 @@ impl LoadSource for WorldLoad {
     }
 
     fn placement(&self) -> Arc<Placement> {
-        Arc::clone(&self.placement)
+        self.in_force.placement()
     }
 }
 
@@ -158,7 +159,7 @@ mod tests {
         let shape = ClusterShape { ranks: 2, redundant: 0 };
         let placement = Arc::new(Linear.place(&LoadWindow::new(&[0, 1], 4), &shape).unwrap());
         let counters: Vec<_> = (0..2).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
-        let world = WorldLoad { placement, counters };
+        let world = WorldLoad { in_force: Arc::new(InForce::new(placement)), counters };
         assert_eq!(world.step_imbalance(), 0.0, "no rows are balanced");
         // The busy rank is another in each layer, so an average over layers would hide it.
         for (layer, rows) in [(0, [6, 2]), (1, [2, 6])] {
@@ -179,7 +180,7 @@ mod tests {
         counters[2].count(Phase::Decode, 1, 0, 0);
         counters[2].count(Phase::Decode, 1, 2, 1);
         counters[0].count(Phase::Prefill, 1, 1, 0);
-        let world = WorldLoad { placement, counters };
+        let world = WorldLoad { in_force: Arc::new(InForce::new(placement)), counters };
         let load = world.snapshot();
         assert_eq!((load.sources, load.by_rank.clone()), (3, world.by_rank()));
         assert_eq!(load.sent_by(Phase::Decode, 2), [1, 2]);

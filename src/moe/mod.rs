@@ -1,8 +1,11 @@
 //! The MoE layer: router -> dispatch -> experts -> combine, on the rows a rank owns.
 //!
-//! [`layer`] composes the steps, [`dispatch`] is the index arithmetic between them (pure), [`load`] counts.
+//! [`layer`] composes the steps, [`dispatch`] is the index arithmetic between them (pure), [`load`] counts, [`migrate`] moves
+//! weights between ranks, and [`in_force`] tells where they are.
 
 pub mod dispatch;
+pub mod in_force;
 pub mod layer;
 pub mod load;
+pub mod migrate;
 pub mod router;

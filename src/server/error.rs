@@ -134,6 +134,7 @@ impl From<Error> for ApiError {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "RateLimitError", message);
                 ApiError { retry_after_s: Some(retry_after_s), ..error }
             }
+            Error::Conflict(message) => Self::new(StatusCode::CONFLICT, "ConflictError", message),
             Error::Stopped(why) => {
                 tracing::warn!("refused a request: the engine has stopped: {why}");
                 Self::unavailable("The engine has stopped.")

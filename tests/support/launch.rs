@@ -8,7 +8,7 @@ use moeyard::config::RawOptions;
 use moeyard::config::flags::DtypeChoice;
 use moeyard::config::size::ByteSize;
 use moeyard::engine::request::{Event, FinishReason, Finished, Request, TokenEvent};
-use moeyard::engine::{EngineStats, RequestStream};
+use moeyard::engine::{EngineHandle, EngineStats, RequestStream};
 
 use super::model_dir;
 
@@ -46,6 +46,10 @@ impl Launch {
     pub fn run(&self, requests: Vec<Request>) -> Vec<Answer> {
         let streams: Vec<_> = requests.into_iter().map(|request| self.submit(request)).collect();
         streams.into_iter().map(Answer::of).collect()
+    }
+
+    pub fn engine(&self) -> &EngineHandle {
+        &self.launched.engine
     }
 
     pub fn stats(&self) -> EngineStats {

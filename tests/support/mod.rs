@@ -14,12 +14,15 @@ use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
 use moeyard::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
 use moeyard::model::{Batch, Model, Routing};
+use moeyard::moe::in_force::InForce;
 use moeyard::moe::load::{LoadCounters, WorldLoad};
 use moeyard::weights::{Checkpoint, WeightReader, validate};
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
+use router_sim::split::Split;
 
 pub mod fixtures;
+pub mod placements;
 
 pub use fixtures::model_dir;
 
@@ -35,6 +38,8 @@ pub struct Setup {
     pub placement: Option<Placement>,
     pub backend: Arc<dyn Fn() -> Arc<dyn Backend>>,
     pub max_model_len: usize,
+    pub split: Split,
+    pub staging_slots: usize,
 }
 
 impl Setup {
@@ -47,6 +52,8 @@ impl Setup {
             placement: None,
             backend: cpu(1),
             max_model_len: 256,
+            split: Split::Exact,
+            staging_slots: 0,
         }
     }
 
@@ -115,7 +122,9 @@ impl World {
                 kv_blocks: blocks,
                 max_rows: 2048,
                 max_logit_rows: 512,
+                staging_slots: setup.staging_slots,
             },
+            split: setup.split,
         };
         let backends = (0..setup.degrees.world()).map(|_| (setup.backend)()).collect();
         let reader = WeightReader::new(&checkpoint, &family.spec, &family.names, precision.weights);
@@ -225,7 +234,11 @@ impl World {
 
     /// What all ranks counted.
     pub fn load_snapshot(&self) -> LoadSnapshot {
-        WorldLoad { placement: Arc::clone(&self.placement), counters: self.counters.clone() }.snapshot()
+        WorldLoad { in_force: self.in_force(), counters: self.counters.clone() }.snapshot()
+    }
+
+    pub fn in_force(&self) -> Arc<InForce> {
+        Arc::new(InForce::new(Arc::clone(&self.placement)))
     }
 
     pub fn placement(&self) -> Arc<Placement> {
