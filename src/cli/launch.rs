@@ -119,8 +119,10 @@ impl Prepared {
 
     /// What the metrics page is filled from.
     pub fn metric_sources(&self) -> Sources {
+        let spec = &self.model.family.spec;
         Sources {
             load: Some(Arc::new(self.load())),
+            row_bytes: spec.hidden_size * precision(spec, &self.options).activations.bytes(),
             trace: self.recorder.as_ref().map(|recorder| recorder.counters()),
             ranks: self.counters.iter().map(|counters| Arc::clone(&counters.meter)).collect(),
             dropped_log_lines: log::dropped_lines(),

@@ -5,7 +5,7 @@
 //! wants to give up on a reader drops the stream.
 
 use super::RequestId;
-use super::migration::{Experts, MigrationProgress};
+use super::migration::{Experts, MigrationProgress, MoveCost};
 use super::mover::{MigrationOrder, MigrationReport, UnderWay};
 use super::options::{EngineOptions, SchedulingPolicy};
 use super::queue::Queue;
@@ -217,33 +217,53 @@ impl EngineHandle {
     /// * [`Error::Conflict`] while another migration is under way.
     /// * [`Error::Stopped`] when the engine has failed or is shutting down.
     pub fn move_to(&self, target: Placement) -> Result<oneshot::Receiver<MigrationReport>> {
-        let fixed = |why: &str| Error::config("placement", why);
-        let experts = self.shared.experts.as_ref();
-        let experts = experts.ok_or_else(|| fixed("this engine does not know where its experts live"))?;
-        if experts.staging_slots == 0 {
-            return Err(fixed("experts stay where they are: there is no staging place (--staging-slots 0)"));
-        }
-        check_shape(&experts.in_force.placement(), &target)?;
+        check_shape(&self.movable()?.in_force.placement(), &target)?;
         if !self.shared.open.load(Ordering::Acquire) {
             return Err(self.shared.stopped());
         }
         {
             let mut under_way = lock(&self.shared.under_way);
-            if let Some(MigrationProgress { arrived, arrivals, .. }) = *under_way {
-                return Err(Error::Conflict(format!(
-                    "another migration is under way: {arrived} of {arrivals} experts have arrived; try again when it has ended"
-                )));
-            }
+            check_idle(*under_way)?;
             *under_way = Some(MigrationProgress::default());
         }
         let (caller, report) = oneshot::channel();
-        let gains = vec![1.0; target.layers()];
+        let gains = gains(&target);
         let order = MigrationOrder { target, gains, caller: Some(caller) };
         self.commands.send(Command::Move(order)).map_err(|_| {
             *lock(&self.shared.under_way) = None;
             self.shared.stopped()
         })?;
         Ok(report)
+    }
+
+    /// What [`Self::move_to`] the same target would take. Plans the whole way: milliseconds for large models.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Routing`], as there.
+    pub fn move_cost(&self, target: &Placement) -> Result<MoveCost> {
+        let experts = self.movable()?;
+        check_shape(&experts.in_force.placement(), target)?;
+        Ok(experts.cost(target, &gains(target)))
+    }
+
+    /// Whether [`Self::move_to`] could begin now, whatever its target.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Conflict`], as there.
+    pub fn can_move(&self) -> Result<()> {
+        self.movable()?;
+        check_idle(self.migration())
+    }
+
+    /// The experts, if they can move at all.
+    fn movable(&self) -> Result<&Experts> {
+        let fixed = |why: &str| Error::config("placement", why);
+        let experts = self.shared.experts.as_ref();
+        let experts = experts.ok_or_else(|| fixed("this engine does not know where its experts live"))?;
+        if experts.staging_slots == 0 {
+            return Err(fixed("experts stay where they are: there is no staging place (--staging-slots 0)"));
+        }
+        Ok(experts)
     }
 
     /// What the engine runs with.
@@ -358,6 +378,21 @@ impl Drop for RequestStream {
     fn drop(&mut self) {
         self.abort();
     }
+}
+
+/// Refuses a second migration.
+fn check_idle(under_way: Option<MigrationProgress>) -> Result<()> {
+    match under_way {
+        None => Ok(()),
+        Some(MigrationProgress { arrived, arrivals, .. }) => Err(Error::Conflict(format!(
+            "another migration is under way: {arrived} of {arrivals} experts have arrived; try again when it has ended"
+        ))),
+    }
+}
+
+/// Who asks for a placement wants all of it: no layer goes first for what it wins.
+fn gains(target: &Placement) -> Vec<f64> {
+    vec![1.0; target.layers()]
 }
 
 /// Refuses a placement for another engine.

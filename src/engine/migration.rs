@@ -42,6 +42,35 @@ pub struct MigrationProgress {
     pub total_bytes: u64,
 }
 
+/// What a migration would take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MoveCost {
+    /// Experts that would arrive somewhere.
+    pub arrivals: u64,
+    /// Bytes that would arrive, over all ranks.
+    pub bytes: u64,
+    /// Placements on the way, the last one included: versions that it would count up.
+    pub rounds: u64,
+}
+
+impl Experts {
+    /// What the way from what is in force to `target` would take.
+    pub(super) fn cost(&self, target: &Placement, gains: &[f64]) -> MoveCost {
+        let rounds = rounds(&self.in_force.placement(), target, gains, self.limits());
+        let arrivals = rounds.arrivals_left() as u64;
+        MoveCost { arrivals, bytes: self.bytes_of(arrivals), rounds: rounds.count() as u64 }
+    }
+
+    fn limits(&self) -> RoundLimits {
+        RoundLimits { staging_per_rank: self.staging_slots, ranks_per_node: self.ranks_per_node }
+    }
+
+    /// Bytes of so many experts, all shares.
+    fn bytes_of(&self, arrivals: u64) -> u64 {
+        arrivals * self.expert_bytes * self.expert_tp as u64
+    }
+}
+
 /// A migration under way.
 pub(super) struct Migration {
     rounds: Rounds,
@@ -69,12 +98,10 @@ impl Migration {
     /// The way from what is in force to `target`; `None` when there is nothing to do. `gains` orders the layers, as
     /// `router_sim::placement::rounds` says.
     pub fn new(experts: &Experts, target: &Placement, gains: &[f64]) -> Option<Migration> {
-        let limits =
-            RoundLimits { staging_per_rank: experts.staging_slots, ranks_per_node: experts.ranks_per_node };
-        let mut rounds = rounds(&experts.in_force.placement(), target, gains, limits);
+        let mut rounds = rounds(&experts.in_force.placement(), target, gains, experts.limits());
         let arrivals = rounds.arrivals_left() as u64;
         let current = RoundPlan::new(rounds.next()?);
-        let total_bytes = arrivals * experts.expert_bytes * experts.expert_tp as u64;
+        let total_bytes = experts.bytes_of(arrivals);
         let progress = MigrationProgress { arrivals, total_bytes, ..MigrationProgress::default() };
         Some(Migration {
             rounds,
@@ -258,6 +285,7 @@ mod tests {
     fn rounds_end_in_switches_when_everything_has_arrived() {
         for staging_slots in 1..=3 {
             let experts = experts(staging_slots);
+            let cost = experts.cost(&target(), &[1.0, 2.0]);
             let mut migration = Migration::new(&experts, &target(), &[1.0, 2.0]).unwrap();
             let (mut version, mut slices) = (0, 0);
             while !migration.is_done() {
@@ -288,6 +316,8 @@ mod tests {
             }
             let progress = migration.progress();
             assert_eq!((migration.switched(), progress.arrived), (version, progress.arrivals));
+            let MoveCost { arrivals, bytes, rounds } = cost;
+            assert_eq!((arrivals, bytes, rounds), (progress.arrivals, progress.total_bytes, version));
             assert_eq!(
                 (progress.bytes, progress.total_bytes),
                 (progress.total_bytes, progress.arrivals * 2000)
@@ -320,5 +350,6 @@ mod tests {
     fn nothing_to_do_is_no_migration() {
         let experts = experts(1);
         assert!(Migration::new(&experts, &experts.in_force.placement(), &[0.0, 0.0]).is_none());
+        assert_eq!(experts.cost(&experts.in_force.placement(), &[0.0, 0.0]), MoveCost::default());
     }
 }

@@ -33,7 +33,7 @@ pub mod recorder;
 pub mod scripted;
 
 pub use handle::{EngineHandle, RequestStream};
-pub use migration::{Experts, MigrationProgress};
+pub use migration::{Experts, MigrationProgress, MoveCost};
 pub use mover::MigrationReport;
 pub use options::{EngineOptions, SchedulingPolicy};
 pub use rank::{RankSetup, StepObserver};

@@ -1,12 +1,13 @@
 //! Who may ask: API keys before every route but the health ones, and the guard of admin routes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::header::AUTHORIZATION;
+use http::header::{AUTHORIZATION, HOST, ORIGIN};
+use http::uri::Authority;
 use http::{HeaderMap, Method, StatusCode};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
@@ -95,7 +96,13 @@ fn check(keys: &ApiKeys, request: &Request) -> Result<(), ApiError> {
     }
     let local =
         request.extensions().get::<Peer>().is_some_and(|peer| peer.0.ip().to_canonical().is_loopback());
-    if is_admin(request.method(), path) && !local {
+    let admin = is_admin(request.method(), path);
+    if admin && is_foreign(request.headers()) {
+        return Err(ApiError::forbidden(
+            "A server without an API key takes this request from its own page on this machine only, not from that of another origin.",
+        ));
+    }
+    if admin && !local {
         return Err(ApiError::forbidden(
             "A server without an API key takes this request from the loopback interface only.",
         ));
@@ -109,6 +116,20 @@ fn is_admin(method: &Method, path: &str) -> bool {
         |prefix| path.strip_prefix(prefix).is_some_and(|rest: &str| rest.is_empty() || rest.starts_with('/'));
     let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     !reads && ADMIN_PREFIXES.into_iter().any(below)
+}
+
+/// Whether a browser asks for the page of somebody else: it runs on this machine, but not for its operator. A name that
+/// only resolves to this machine could be anyone's, so it is not enough.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(ORIGIN) else { return false };
+    let Some(authority) = origin.to_str().ok().and_then(|origin| origin.strip_prefix("http://")) else {
+        return true;
+    };
+    let same = headers.get(HOST).is_some_and(|host| host.as_bytes() == authority.as_bytes());
+    let host = authority.parse::<Authority>().ok();
+    let host = host.as_ref().map_or("", |authority| authority.host().trim_matches(['[', ']']));
+    let local = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    !(same && local)
 }
 
 /// The key of `Authorization: Bearer KEY`. Of several such headers none counts: who sent which is unknown.
@@ -180,6 +201,22 @@ mod tests {
         ] {
             let outcome = check(&none, &request(method, path, peer, &[])).map_err(|e| e.status.as_u16());
             assert_eq!(outcome, if allowed { Ok(()) } else { Err(403) }, "{method} {path} from {peer}");
+        }
+        for (host, origin, allowed) in [
+            ("127.0.0.1:8000", "http://127.0.0.1:8000", true),
+            ("localhost:8000", "http://localhost:8000", true),
+            ("[::1]:8000", "http://[::1]:8000", true),
+            ("127.0.0.1:8000", "http://127.0.0.1:8001", false),
+            ("127.0.0.1:8000", "https://evil.example", false),
+            ("127.0.0.1:8000", "null", false),
+            // A name that somebody else lets resolve to this machine.
+            ("evil.example:8000", "http://evil.example:8000", false),
+        ] {
+            let mut request = request("POST", "/v1/experts/rebalance", "127.0.0.1:9", &[]);
+            request.headers_mut().insert(HOST, host.parse().unwrap());
+            request.headers_mut().insert(ORIGIN, origin.parse().unwrap());
+            let outcome = check(&none, &request).map_err(|e| e.status.as_u16());
+            assert_eq!(outcome, if allowed { Ok(()) } else { Err(403) }, "{origin} at {host}");
         }
         let keyed = ApiKeys::new(["k"]);
         assert!(check(&keyed, &request("PUT", "/v1/experts/placement", "10.0.0.7:9", &["Bearer k"])).is_ok());

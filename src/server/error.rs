@@ -81,6 +81,11 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message)
     }
 
+    /// 409: not as this server is now.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "ConflictError", message)
+    }
+
     /// 413: the body is longer than `limit` bytes.
     pub fn body_too_large(limit: usize) -> Self {
         let message = format!("The request body is larger than the limit of {limit} bytes.");
@@ -134,7 +139,7 @@ impl From<Error> for ApiError {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "RateLimitError", message);
                 ApiError { retry_after_s: Some(retry_after_s), ..error }
             }
-            Error::Conflict(message) => Self::new(StatusCode::CONFLICT, "ConflictError", message),
+            Error::Conflict(message) => Self::conflict(message),
             Error::Stopped(why) => {
                 tracing::warn!("refused a request: the engine has stopped: {why}");
                 Self::unavailable("The engine has stopped.")

@@ -67,6 +67,8 @@ pub struct RankMemory {
 pub struct Sources {
     /// Tells the expert load.
     pub load: Option<Arc<dyn LoadSource>>,
+    /// Bytes of one token on its way to an expert, and as many on its way home; 0 where they are not known.
+    pub row_bytes: usize,
     /// What becomes of the routing trace.
     pub trace: Option<Arc<TraceCounters>>,
     /// What each rank's time goes into, in rank order.
@@ -136,8 +138,8 @@ const EXPECTED_RESPONSES: &[(&str, &[u16])] = &[
     ("/metrics", &[200]),
     ("/v1/experts", &[200, 304, 400]),
     ("/v1/experts/balance", &[200, 304]),
-    ("/v1/experts/placement", &[200, 304]),
-    ("/v1/experts/rebalance", &[200, 304]),
+    ("/v1/experts/placement", &[200, 202, 304, 400, 409]),
+    ("/v1/experts/rebalance", &[200, 202, 304, 400, 409]),
     ("/experts", &[200, 304, 401]),
     ("other", &[404]),
 ];
@@ -275,6 +277,11 @@ impl Metrics {
     /// Counts a response on `route`, a route's pattern or "other".
     pub(super) fn count_response(&self, route: &str, status: StatusCode) {
         self.registry.counter(&family::HTTP_RESPONSES_TOTAL, &[route, status.as_str()]).increment(1);
+    }
+
+    /// See [`Sources::row_bytes`].
+    pub(super) fn row_bytes(&self) -> usize {
+        self.sources.row_bytes
     }
 
     /// Who tells the expert load, where anybody does.

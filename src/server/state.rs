@@ -14,7 +14,6 @@ use super::shutdown::{Shutdown, Stage};
 use super::structured::Compiler;
 use crate::engine::EngineHandle;
 use crate::error::CONTEXT_PHRASE;
-use crate::metrics::LoadSource;
 use crate::tokenizer::Tokenizer;
 
 /// Texts up to this many bytes in all are tokenised where they arrive: a thread change would cost more.
@@ -71,7 +70,8 @@ impl AppState {
             (0..setup.tokenizer.vocab_size()).map(|id| setup.tokenizer.token_bytes(id as u32).len()).max();
         let max_model_len = setup.engine.options().max_model_len;
         let created = unix_seconds();
-        let experts = |source: &Arc<dyn LoadSource>| ExpertLoad::new(Arc::clone(source), created as f64);
+        let row_bytes = setup.metrics.row_bytes();
+        let experts = |source: &_| ExpertLoad::new(Arc::clone(source), row_bytes, created as f64);
         AppState {
             hopeless_bytes: max_model_len
                 .saturating_mul(longest_token.unwrap_or(1).max(1))

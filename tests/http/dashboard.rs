@@ -97,7 +97,7 @@ fn the_answers_have_what_the_script_reads() {
     assert!(load.get("owner_ranks").is_none() && load.get("replicas").is_none(), "{load}");
     for (answer, object, fields) in [
         (&load, "load", &["window_seconds", "placement_version", "layer_ids", "experts", "ranks"][..]),
-        (&load, "load", &["expert_tokens", "rank_tokens", "sent_tokens"]),
+        (&load, "load", &["expert_tokens", "rank_tokens", "sent_tokens", "row_bytes"]),
         (&get("/v1/experts/placement"), "placement", &["ranks", "slots_per_rank", "physical_to_logical_map"]),
         (
             &get("/v1/experts/balance"),

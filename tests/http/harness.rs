@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
-use moeyard::engine::scripted::{Fault, Script, setups};
-use moeyard::engine::{Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RankSetup, SchedulingPolicy};
+use moeyard::engine::scripted::{Fault, Script, setups, setups_with};
+use moeyard::engine::{
+    Engine, EngineHandle, EngineOptions, EngineStats, Experts, Hooks, RankSetup, SchedulingPolicy,
+};
 use moeyard::metrics::LoadSource;
 use moeyard::model::FormRules;
 use moeyard::server::{
@@ -31,6 +33,8 @@ pub struct Config {
     pub pause: Duration,
     pub fault: Fault,
     pub load: Option<Arc<dyn LoadSource>>,
+    /// Experts on as many ranks as they live on, each with sequences of its own.
+    pub experts: Option<Experts>,
     /// Instead of the demo checkpoint's; an empty one is none.
     pub chat_template: Option<&'static str>,
 }
@@ -60,6 +64,7 @@ impl Default for Config {
             pause: Duration::ZERO,
             fault: Fault::None,
             load: None,
+            experts: None,
             chat_template: None,
         }
     }
@@ -85,14 +90,15 @@ impl Server {
         let mut script = Script::of(&config.engine);
         script.pause = config.pause;
         script.fault = config.fault;
-        let ranks = ranks(&script, &config.engine);
+        let ranks = ranks(&script, &config.engine, config.experts.as_ref());
         let sources = Sources {
             load: config.load,
             ranks: ranks.iter().map(|rank| Arc::clone(&rank.meter)).collect(),
             ..Sources::default()
         };
         let metrics = Arc::new(Metrics::new(&info(), sources, SeriesOptions::default()).expect("metrics"));
-        let hooks = Hooks { timing: Some(Arc::clone(&metrics) as _), ..Hooks::default() };
+        let hooks =
+            Hooks { timing: Some(Arc::clone(&metrics) as _), experts: config.experts, ..Hooks::default() };
         let engine = Engine::start(ranks, config.engine, hooks).expect("engine");
         let shutdown = Shutdown::default();
         let state = AppState::new(Setup {
@@ -190,9 +196,15 @@ fn spawn(state: AppState) -> (SocketAddr, JoinHandle<moeyard::Result<()>>) {
     (address, serving)
 }
 
-fn ranks(script: &Script, options: &EngineOptions) -> Vec<RankSetup> {
+fn ranks(script: &Script, options: &EngineOptions, experts: Option<&Experts>) -> Vec<RankSetup> {
     let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
-    setups(script, 1, 1, options.max_logit_rows, &backend).expect("ranks")
+    match experts.map(|experts| experts.in_force.placement()) {
+        None => setups(script, 1, 1, options.max_logit_rows, &backend),
+        Some(placement) => {
+            setups_with(script, (1, placement.ranks()), options.max_logit_rows, &backend, &placement)
+        }
+    }
+    .expect("ranks")
 }
 
 fn tokenizer(chat_template: Option<&str>) -> Tokenizer {

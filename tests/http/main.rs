@@ -6,6 +6,7 @@ mod harness;
 mod auth;
 mod chat;
 mod completions;
+mod control;
 mod dashboard;
 mod disconnects;
 mod errors;

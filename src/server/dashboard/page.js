@@ -6,6 +6,7 @@ const heat = new Heat(() => render());
 const balance = new BalanceChart();
 const ranks = new Ranks();
 const traffic = new Traffic();
+const actions = new Actions(api);
 
 const PERIOD_MS = 1000;
 /** After a failure the server is asked less often. */
@@ -59,11 +60,13 @@ function render() {
   heat.byNumber = order === "id";
   heat.caption = order === "load" ? "most tokens first" : "by the rank of the first copy";
   heat.show(world, order);
+  $("all-layers").hidden = layer === null;
   balance.show(past, phase);
   ranks.show(world, layer);
   traffic.show(world);
   showReplicas(world, layer, (cell) => heat.choose(cell));
   showRebalancer(state);
+  actions.show(world);
   showTiles(world, state);
 }
 
@@ -115,6 +118,7 @@ $("unlock").addEventListener("submit", (event) => {
 
 for (const name of ["phase", "window"]) $(name).addEventListener("change", poll);
 $("order").addEventListener("change", render);
+$("all-layers").addEventListener("click", () => heat.choose(null));
 document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : poll()));
 matchMedia("(prefers-color-scheme:dark)").addEventListener("change", () => {
   ink.read();

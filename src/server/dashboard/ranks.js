@@ -19,7 +19,7 @@ class Ranks {
   show(world, layer) {
     this.load = world.rankLoad(layer);
     this.mean = sum(this.load) / this.load.length;
-    const where = layer === null ? "All layers together; choose one in the map to see it alone." : `Layer ${world.layerIds[layer]} alone; Escape in the map shows all again.`;
+    const where = layer === null ? "All layers together; choose one in the map to see it alone." : `Layer ${world.layerIds[layer]} alone.`;
     fill($("ranks-lead"), `Tokens that each rank's experts computed, the line is the mean. ${where}`);
     this.surface.paint();
     this.#read();

@@ -41,3 +41,41 @@ function opening({ mode, policy, window_steps: steps }) {
   const when = mode === "auto" ? "Acts when the gain is expected to outweigh the move" : `Looks every ${mode.replace("every=", "")} steps`;
   return `${when}; policy ${policy}, on the load of ${many(steps, "step")}.`;
 }
+
+/** Asks what a rebalance would bring, and then for it. Experts of one rank have nowhere to go, so nobody asks for them. */
+class Actions {
+  constructor(api) {
+    this.api = api;
+    $("ask").addEventListener("click", () => this.#send(true));
+    $("act").addEventListener("click", () => this.#send(false));
+  }
+
+  show(world) {
+    $("actions").hidden = world.ranks === 1;
+  }
+
+  async #send(dry) {
+    for (const id of ["ask", "act"]) $(id).disabled = true;
+    $("act").hidden = true;
+    try {
+      const change = await this.api.post("v1/experts/rebalance", { dry_run: dry });
+      $("act").hidden = !dry || change.moves === 0;
+      this.#say(sentence(change));
+    } catch (error) {
+      this.#say(error instanceof Refused ? error.message : "the server does not answer", "bad");
+    }
+    for (const id of ["ask", "act"]) $(id).disabled = false;
+  }
+
+  #say(words, kind = "") {
+    $("proposal").className = kind;
+    fill($("proposal"), words);
+  }
+}
+
+function sentence({ started, moves, bytes: size, gain_ratio: gain, reason }) {
+  const said = reason[0].toUpperCase() + reason.slice(1);
+  if (moves === 0) return `${said}.`;
+  const saved = gain === null ? "" : `; the busiest ranks compute ${percent(Math.max(0, gain))} less`;
+  return started ? `${many(moves, "expert")} are on their way, ${bytes(size)}${saved}.` : `${said}: ${bytes(size)}${saved}.`;
+}

@@ -78,6 +78,8 @@ class Traffic {
     const at = this.#pointed ?? largest(flat);
     const [source, rank] = [Math.floor(at / world.ranks), at % world.ranks];
     const lead = this.#pointed === null ? "Most: from" : "From";
-    say($("traffic-reading"), `${lead} rank *${source}* to rank *${rank}*: ${count(flat[at])} tokens, *${percent(flat[at] / this.total)}* of all`);
+    const stays = world.sent.length === world.ranks && source === rank;
+    const size = stays ? ", which stay" : world.rowBytes > 0 ? `, ${bytes(flat[at] * world.rowBytes)} each way` : "";
+    say($("traffic-reading"), `${lead} rank *${source}* to rank *${rank}*: ${count(flat[at])} tokens, *${percent(flat[at] / this.total)}* of all${size}`);
   }
 }

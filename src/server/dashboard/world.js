@@ -15,6 +15,7 @@ class World {
     this.tokens = load.expert_tokens[phase];
     this.rankTokens = load.rank_tokens[phase];
     this.sent = load.sent_tokens[phase];
+    this.rowBytes = load.row_bytes;
     this.layerTotals = this.tokens.map(sum);
     this.total = sum(this.layerTotals);
     this.owners = placement === null ? null : ownersOf(placement, this.experts);

@@ -28,6 +28,8 @@ pub(super) struct Balance {
     migrating: bool,
     /// It has its mark.
     marked: bool,
+    /// Step of the decision that a mark tells of.
+    foretold: Option<u64>,
     /// Oldest first; seconds without tokens are left out.
     points: VecDeque<Point>,
     /// Number of the first of them, counted since the start.
@@ -97,6 +99,7 @@ impl Balance {
             version,
             migrating: false,
             marked: false,
+            foretold: None,
             points: VecDeque::new(),
             first: 0,
             marks: VecDeque::new(),
@@ -132,18 +135,21 @@ impl Balance {
     fn mark(&mut self, unix_s: f64, version: u64, rebalancing: &RebalanceStatus) {
         let changed = std::mem::replace(&mut self.version, version) != version;
         let goes_on = std::mem::replace(&mut self.migrating, rebalancing.migration.is_some());
-        let by_itself = rebalancing.last.as_ref().filter(|last| last.applied);
         if changed {
-            if goes_on && self.marked {
-                // Its last version stands for all of them.
-                self.marks.pop_back();
-            }
-            let predicted = by_itself.map(|last| round(last.balance_after));
+            // Of a migration that goes on, the last version stands for all.
+            let earlier = if goes_on && self.marked { self.marks.pop_back() } else { None };
+            let applied = rebalancing.last.as_ref().filter(|last| last.applied);
+            let news = applied.filter(|last| self.foretold.replace(last.step) != Some(last.step));
+            let predicted = match earlier {
+                Some(mark) => mark.predicted,
+                None => news.map(|last| round(last.balance_after)),
+            };
             let mark = Mark { unix_seconds: unix_s, placement_version: version, predicted, achieved: None };
             self.marks.push_back(mark);
         }
         self.marked = self.migrating && (changed || (goes_on && self.marked));
-        if let Some(mark) = self.marks.back_mut().filter(|mark| mark.placement_version == version) {
+        let latest = self.marks.back_mut().filter(|mark| mark.placement_version == version);
+        if let Some(mark) = latest.filter(|mark| mark.predicted.is_some()) {
             mark.achieved = rebalancing.achieved.map(round);
         }
     }
@@ -248,7 +254,7 @@ mod tests {
             moves: 2,
             bytes: 2,
         };
-        let progress = MigrationProgress { arrived: 0, arrivals: 2, bytes: 0, total_bytes: 2 };
+        let progress = MigrationProgress { arrivals: 2, total_bytes: 2, ..MigrationProgress::default() };
         let moving =
             RebalanceStatus { last: Some(last), migration: Some(progress), ..RebalanceStatus::default() };
         let moved = RebalanceStatus { migration: None, achieved: Some(0.88), ..moving.clone() };
@@ -259,8 +265,13 @@ mod tests {
         let one =
             json!([{"unix_seconds": 1004.0, "placement_version": 3, "predicted": 0.91, "achieved": 0.88}]);
         assert_eq!(told(&balance, 0)["marks"], one);
-        balance.tick(at(5), counts(), 4, &RebalanceStatus::default());
-        assert_eq!(told(&balance, 0)["marks"].as_array().unwrap().len(), 2, "the next change is another");
+        // The next change is another, and nobody foretold it.
+        balance.tick(at(5), counts(), 4, &moved);
+        let marks = told(&balance, 0)["marks"].clone();
+        assert_eq!(marks[0], one[0]);
+        let second =
+            json!({"unix_seconds": 1005.0, "placement_version": 4, "predicted": null, "achieved": null});
+        assert_eq!(marks[1], second);
     }
 
     #[test]

@@ -7,6 +7,8 @@ mod answer;
 mod report;
 mod balance;
 mod status;
+mod forecast;
+pub(super) mod control;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +29,8 @@ use crate::metrics::{LoadSnapshot, LoadSource};
 
 /// The longest window.
 const MAX_WINDOW_S: u64 = 300;
+/// Where a request names none.
+const DEFAULT_WINDOW_S: u64 = 60;
 /// Snapshots of the past are this far apart; so is the shortest window.
 const SPACING_S: u64 = 5;
 /// An answer is given again for this long.
@@ -99,6 +103,8 @@ fn since(query: &str) -> Result<u64, ApiError> {
 /// The expert load of the last minutes.
 pub(super) struct ExpertLoad {
     source: Arc<dyn LoadSource>,
+    /// Of one token on its way to an expert; 0 where it is not known.
+    row_bytes: usize,
     /// A std lock: held while an answer is made, never across an await.
     past: Mutex<Past>,
     /// As `past`.
@@ -114,12 +120,12 @@ struct Past {
 
 impl ExpertLoad {
     /// Begins now, at `unix_s` by the system's clock.
-    pub(super) fn new(source: Arc<dyn LoadSource>, unix_s: f64) -> Self {
+    pub(super) fn new(source: Arc<dyn LoadSource>, row_bytes: usize, unix_s: f64) -> Self {
         let (now, load) = (Instant::now(), source.snapshot());
         let version = source.placement().version();
         let balance = Balance::new(now, unix_s, load.ranks, load.by_rank.clone(), version);
         let past = Past { snapshots: [(now, load)].into(), answers: VecDeque::new() };
-        ExpertLoad { source, past: Mutex::new(past), balance: Mutex::new(balance) }
+        ExpertLoad { source, row_bytes, past: Mutex::new(past), balance: Mutex::new(balance) }
     }
 
     /// Notes the balance of the last second, and takes a snapshot when one is due; called about once a second.
@@ -140,6 +146,13 @@ impl ExpertLoad {
         }
     }
 
+    /// Load of the latest `window_s` seconds.
+    fn recent(&self, window_s: u64, now: Instant) -> LoadSnapshot {
+        let past = locked(&self.past);
+        let (_, then) = past.before(window_s, now);
+        self.source.snapshot().since(then)
+    }
+
     /// The answer as of `now`, or one that is still fresh.
     fn answer(&self, asked: Asked, now: Instant) -> Arc<Answer> {
         let mut past = locked(&self.past);
@@ -147,21 +160,28 @@ impl ExpertLoad {
         if let Some((.., answer)) = past.answers.iter().find(|(_, known, _)| *known == asked) {
             return Arc::clone(answer);
         }
-        let window = Duration::from_secs(asked.window_s);
-        // The latest snapshot that is old enough; a server that has not run for so long has its first.
-        let old_enough =
-            past.snapshots.iter().rev().find(|(taken, _)| now.saturating_duration_since(*taken) >= window);
-        let (began, then) =
-            old_enough.unwrap_or_else(|| past.snapshots.front().expect("there is always one"));
+        let (began, then) = past.before(asked.window_s, now);
         let report = Report {
             seconds: now.saturating_duration_since(*began).as_secs_f64(),
             load: self.source.snapshot().since(then),
+            row_bytes: self.row_bytes,
             placement: self.source.placement(),
         };
         let answer = Arc::new(report.answer(asked));
         past.answers.truncate(MAX_ANSWERS - 1);
         past.answers.push_front((now, asked, Arc::clone(&answer)));
         answer
+    }
+}
+
+impl Past {
+    /// The latest snapshot that is old enough for a window; a server that has not run for so long has its first.
+    fn before(&self, window_s: u64, now: Instant) -> &(Instant, LoadSnapshot) {
+        let window = Duration::from_secs(window_s);
+        let old_enough =
+            |(taken, _): &&(Instant, LoadSnapshot)| now.saturating_duration_since(*taken) >= window;
+        let found = self.snapshots.iter().rev().find(old_enough);
+        found.unwrap_or_else(|| self.snapshots.front().expect("there is always one"))
     }
 }
 
@@ -202,7 +222,7 @@ mod tests {
     }
 
     fn experts() -> ExpertLoad {
-        ExpertLoad::new(Arc::new(Growing(Mutex::new(LoadSnapshot::zeros(vec![1, 4], 3, 2)))), 0.0)
+        ExpertLoad::new(Arc::new(Growing(Mutex::new(LoadSnapshot::zeros(vec![1, 4], 3, 2)))), 0, 0.0)
     }
 
     fn counted(experts: &ExpertLoad, window_s: u64, now: Instant) -> (f64, u64) {
@@ -252,7 +272,7 @@ mod tests {
             let mut load = still.clone();
             load.by_expert[0] = tokens;
             let placement = Growing(Mutex::new(still.clone())).placement();
-            Report { seconds, load, placement }.answer(Asked::default())
+            Report { seconds, load, row_bytes: 128, placement }.answer(Asked::default())
         };
         assert_eq!(report(5.0, 7).etag, report(5.25, 7).etag);
         assert_ne!(report(5.0, 7).etag, report(5.0, 8).etag);

@@ -1,11 +1,8 @@
 //! What a client wants to know of the expert load: the query of `GET /v1/experts`.
 
 use super::super::error::ApiError;
-use super::{MAX_WINDOW_S, SPACING_S};
+use super::{DEFAULT_WINDOW_S, MAX_WINDOW_S, SPACING_S};
 use crate::metrics::Phase;
-
-/// Where a request names no window.
-const DEFAULT_WINDOW_S: u64 = 60;
 
 /// See each field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

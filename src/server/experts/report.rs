@@ -16,6 +16,8 @@ pub(super) struct Report {
     /// Length of the window.
     pub seconds: f64,
     pub load: LoadSnapshot,
+    /// Of one token on its way to an expert; 0 where it is not known.
+    pub row_bytes: usize,
     /// In force at the end of the window.
     pub placement: Arc<Placement>,
 }
@@ -33,6 +35,8 @@ struct Body<'a> {
     rank_tokens: ByPhase<'a>,
     /// `[source][rank]`
     sent_tokens: ByPhase<'a>,
+    /// Of one sent token, each way.
+    row_bytes: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     owner_ranks: Option<Vec<Vec<Vec<usize>>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,6 +104,7 @@ impl Report {
             expert_tokens: ByPhase::of(asked.phases, layers.len(), |phase, l| load.experts_of(phase, l)),
             rank_tokens: ByPhase::of(asked.phases, layers.len(), |phase, l| load.ranks_of(phase, l)),
             sent_tokens: ByPhase::of(asked.phases, load.sources, |phase, source| load.sent_by(phase, source)),
+            row_bytes: self.row_bytes,
             owner_ranks: asked.owners.then(|| {
                 layers.clone().map(|l| experts.clone().map(|e| self.owners(l, e)).collect()).collect()
             }),

@@ -20,6 +20,8 @@ use super::{chat_types, error, types};
     requests::ChatBody,
     requests::TokenizeBody,
     requests::DetokenizeBody,
+    requests::RebalanceBody,
+    requests::PlacementBody,
     types::Completion,
     chat_types::ChatCompletion,
     types::ModelList,
@@ -222,9 +224,17 @@ fn paths() -> Value {
         "/v1/experts/balance": {"get": operation("Balance of the ranks, second by second", None, object(), &[
             json!({"name": "since", "in": "query", "schema": {"type": "integer", "minimum": 0}}),
         ])},
-        "/v1/experts/rebalance": {"get": operation("What the rebalancer did, does, and why", None, object(), &[])},
+        "/v1/experts/rebalance": {
+            "get": operation("What the rebalancer did, does, and why", None, object(), &[]),
+            "post": moving(operation("Move experts to where the recent load would have them", Some("RebalanceBody"), object(), &[])),
+        },
         "/experts": {"get": operation("Expert load to look at", None, text("text/html"), &[])},
-        "/v1/experts/placement": {"get": operation("Where experts live", None, object(), &[])},
+        "/v1/experts/placement": {
+            "get": operation("Where experts live", None, object(), &[]),
+            "put": moving(operation("Move experts to where a placement file says", Some("PlacementBody"), object(), &[
+                json!({"name": "dry_run", "in": "query", "schema": {"type": "boolean"}}),
+            ])),
+        },
         "/health": {"get": operation("Whether the engine runs", None, nothing(), &[])},
         "/livez": {"get": operation("Whether the process answers", None, nothing(), &[])},
         "/readyz": {"get": operation("Whether requests are taken", None, nothing(), &[])},
@@ -262,6 +272,14 @@ fn operation(summary: &str, body: Option<&str>, answer: Value, parameters: &[Val
         let content = json!({"application/json": {"schema": reference(name)}});
         operation["requestBody"] = json!({"required": true, "content": content});
     }
+    operation
+}
+
+/// Answers of what moves experts: begun, or not now.
+fn moving(mut operation: Value) -> Value {
+    operation["responses"]["202"] = operation["responses"]["200"].clone();
+    operation["responses"]["202"]["description"] = json!("Experts have begun to move");
+    operation["responses"]["409"] = operation["responses"]["400"].clone();
     operation
 }
 

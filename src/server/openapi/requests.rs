@@ -411,3 +411,33 @@ pub struct DetokenizeBody {
     /// Token ids.
     tokens: Vec<TokenId>,
 }
+
+/// Body of `/v1/experts/rebalance`.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RebalanceBody {
+    /// Say what would be done, and do nothing.
+    dry_run: Option<bool>,
+    /// Experts of a layer that may move, at most; all that help when absent.
+    #[schema(minimum = 1)]
+    max_transfers: Option<i64>,
+}
+
+/// A placement file: all of its fields, or SGLang's, the map alone.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlacementBody {
+    /// Of the format: 1.
+    #[schema(minimum = 1, maximum = 1)]
+    version: Option<i64>,
+    /// Expert-parallel ranks.
+    #[schema(minimum = 1)]
+    ranks: Option<i64>,
+    /// Slots of a rank in each layer.
+    #[schema(minimum = 1)]
+    slots_per_rank: Option<i64>,
+    /// Absolute indices of the MoE layers, ascending.
+    layer_ids: Option<Vec<i64>>,
+    /// The expert of each slot, rank-major, for each MoE layer; -1 is an empty slot.
+    physical_to_logical_map: Vec<Vec<i64>>,
+}
