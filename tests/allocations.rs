@@ -11,6 +11,8 @@ use moeyard::engine::request::{Request, Sampling};
 use moeyard::engine::sampler::Sampler;
 use moeyard::model::world::{Degrees, LoadedRank};
 use moeyard::model::{Batch, Model};
+use moeyard::moe::migrate::{Landed, Leg, Slice, Switch, WHOLE};
+use router_sim::placement::Placement;
 use support::{BLOCK, Setup, World, model_dir};
 
 thread_local! {
@@ -115,6 +117,78 @@ fn check(model: &str, dtype: DType, degrees: Degrees) {
     for (rank, steps) in counts.iter().enumerate() {
         for (i, (count, first)) in steps.iter().enumerate() {
             assert_eq!(*count, 0, "{model} {dtype:?} {degrees:?}: rank {rank}, step {i}, first at\n{first}");
+        }
+    }
+}
+
+/// The experts in the first slots of two ranks change places in every MoE layer, one layer after the other: `here` is where
+/// they live before.
+fn exchange(here: &Placement) -> Vec<(Vec<Slice>, Switch)> {
+    let mut maps: Vec<Vec<i32>> =
+        (0..here.layers()).map(|layer| here.layer(layer).slots().to_vec()).collect();
+    let (per_rank, experts) = (here.slots_per_rank(), here.experts());
+    let of_layer = |layer: usize| {
+        let leg = |from: usize, to: usize| Leg {
+            layer,
+            expert: maps[layer][from * per_rank] as usize,
+            from,
+            slot: 0,
+            to,
+            place: 0,
+        };
+        let legs: std::sync::Arc<[Leg]> = [leg(0, 1), leg(1, 0)].into();
+        let spans = [0..WHOLE / 3, WHOLE / 3..WHOLE - 5, WHOLE - 5..WHOLE];
+        let slices = spans.map(|span| Slice { legs: legs.clone(), span }).to_vec();
+        maps[layer].swap(0, per_rank);
+        let placement =
+            Placement::new(2, per_rank, experts, here.layer_ids().to_vec(), maps.clone()).unwrap();
+        let landed = |rank| Landed { layer, rank, place: 0, slot: 0 };
+        (slices, Switch { placement: placement.into(), landed: vec![landed(0), landed(1)] })
+    };
+    (0..here.layers()).map(of_layer).collect()
+}
+
+fn check_migration(model: &str, dtype: DType, degrees: Degrees) {
+    let setup = Setup { degrees, max_model_len: 64, staging_slots: 1, redundant: 3, ..Setup::solo(dtype) };
+    let mut world = World::load(&model_dir(model), &setup);
+    let moves = exchange(&world.placement());
+    let table: Vec<u32> = (0..(SEQUENCES * BLOCKS_PER_SEQUENCE) as u32).collect();
+    let counts = world.on_ranks(|_, rank| {
+        step(rank, &table, 0, PROMPT)();
+        let mut measured = Vec::new();
+        for (i, (slices, switch)) in moves.iter().enumerate() {
+            let position = PROMPT + i;
+            for slice in slices {
+                step(rank, &table, position, 1)();
+                measured.push(allocations(|| _ = rank.model.transfer(slice).unwrap()));
+            }
+            measured.push(allocations(|| rank.model.switch(switch)));
+            step(rank, &table, position, 1)();
+            measured.push(allocations(step(rank, &table, position, 1)));
+        }
+        measured
+    });
+    for (rank, measured) in counts.iter().enumerate() {
+        for (i, (count, first)) in measured.iter().enumerate() {
+            let what = ["slice", "slice", "slice", "switch", "step"][i % 5];
+            // The first steps may grow buffers.
+            assert!(
+                *count == 0 || (i == 4 && what == "step"),
+                "{model} {dtype:?}: rank {rank}, {what} {i}, first at\n{first}"
+            );
+        }
+    }
+}
+
+#[test]
+fn moving_experts_allocates_nothing() {
+    let expert_parallel = Degrees { data_parallel: 2, ..Degrees::SOLO };
+    let split_inside = Degrees { data_parallel: 4, expert_tp: 2, ..Degrees::SOLO };
+    for (model, dtype) in
+        [("demo-mixtral", DType::Bf16), ("demo-deepseek", DType::F32), ("gpt_oss", DType::F32)]
+    {
+        for degrees in [expert_parallel, split_inside] {
+            check_migration(model, dtype, degrees);
         }
     }
 }

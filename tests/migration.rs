@@ -10,7 +10,7 @@ use moeyard::Error;
 use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::config::RawOptions;
-use moeyard::config::flags::DtypeChoice;
+use moeyard::config::flags::{DtypeChoice, SplitChoice};
 use moeyard::engine::request::{Event, FinishReason, Request, Sampling};
 use moeyard::engine::scripted::{EXPERTS, Fault, LAYERS, Script, experts, setups_with};
 use moeyard::engine::{
@@ -74,13 +74,14 @@ fn still(model: &str, raw: &RawOptions, requests: &[Request]) -> Vec<Vec<TokenBi
 
 /// Runs the requests again and again while experts move all the time, until at least `switches` placements have come
 /// into force under load. All answers must be `expected`.
+/// Returns the steps that it took.
 fn check_moving(
     model: &str,
     raw: &RawOptions,
     requests: &[Request],
     expected: &[Vec<TokenBits>],
     switches: u64,
-) {
+) -> u64 {
     let engine = Launch::of(model, raw.clone());
     let what = format!("{model} {raw:?}");
     let mut numbers = Numbers(switches ^ 77);
@@ -107,8 +108,10 @@ fn check_moving(
         enough.store(true, Ordering::Relaxed);
         traffic.join().unwrap();
     });
-    assert_eq!(engine.stats().outcomes.error, 0);
+    let stats = engine.stats();
+    assert_eq!(stats.outcomes.error, 0);
     engine.finish();
+    stats.steps
 }
 
 #[test]
@@ -138,6 +141,57 @@ fn answers_keep_their_bits_whatever_the_parallel_degrees() {
             let plain = still(model, &raw, &requests);
             check_moving(model, &raw, &requests, &plain, 30);
         }
+    }
+}
+
+#[test]
+fn answers_keep_their_bits_in_every_weight_format() {
+    for model in
+        ["mixtral_awq", "mixtral_gptq", "deepseek_v3_fp8", "gpt_oss", "demo-mixtral", "demo-deepseek"]
+    {
+        let raw = RawOptions { max_model_len: Some(96), ..options(DtypeChoice::Bf16) };
+        let requests = requests(2, 500);
+        let plain = still(model, &raw, &requests);
+        let raw = RawOptions { expert_parallel_size: Some(2), redundant_experts: Some(3), ..raw };
+        check_moving(model, &raw, &requests, &plain, 12);
+    }
+}
+
+/// Models, degrees, spare slots, splits, staging places, prefix caching, traffic and placements drawn at random; something
+/// moves at every step.
+#[test]
+fn thousands_of_steps_keep_their_bits_whatever_moves() {
+    let splits = [
+        SplitChoice::Exact,
+        SplitChoice::Even,
+        SplitChoice::Waterfill,
+        SplitChoice::Nearest,
+        SplitChoice::Activated,
+    ];
+    let (mut steps, mut numbers) = (0, Numbers(2026));
+    for seed in 0.. {
+        if steps > 3000 {
+            break;
+        }
+        let model = ["mixtral", "deepseek_v3", "qwen2_moe"][seed % 3];
+        let mut pick = |n| numbers.below(n);
+        let plain = RawOptions {
+            prefill_chunk_size: Some(8 + pick(30)),
+            no_prefix_caching: Some(pick(4) == 0),
+            ..options(DtypeChoice::F32)
+        };
+        let ep = 2 + pick(3);
+        let raw = RawOptions {
+            expert_parallel_size: Some(ep),
+            redundant_experts: Some(pick(2 * ep + 1)),
+            split: Some(splits[seed % splits.len()]),
+            staging_slots: Some(1 + pick(3)),
+            max_num_seqs: Some(1 + pick(4)),
+            ..plain.clone()
+        };
+        let requests = requests(pick(1 << 20) as u64, 500);
+        let expected = still(model, &plain, &requests);
+        steps += check_moving(model, &raw, &requests, &expected, 60);
     }
 }
 

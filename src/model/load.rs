@@ -73,7 +73,8 @@ pub fn load(
         layers.push(loader.layer(index, moe_index, &experts.placement, sizes)?);
         moe_index += usize::from(spec.layers[index].ffn == spec::FeedForward::Moe);
     }
-    let staging = Staging::new(loader.backend, sizes.staging_slots, loader.expert_shape())?;
+    let slots = experts.placement.slots_per_rank();
+    let staging = Staging::new(loader.backend, sizes.staging_slots, loader.expert_shape(), slots)?;
     let mut transformer = Transformer {
         embedding: loader.embedding()?,
         layers,

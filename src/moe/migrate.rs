@@ -98,17 +98,17 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// `places` places for experts of this shape.
+    /// `places` places for experts of this shape, on a rank with so many slots per layer.
     ///
     /// # Errors
     /// [`Error::Memory`] when the device is full.
-    pub fn new(backend: &dyn Backend, places: usize, shape: ExpertShape) -> Result<Staging> {
+    pub fn new(backend: &dyn Backend, places: usize, shape: ExpertShape, slots: usize) -> Result<Staging> {
         Ok(Staging {
             places: (0..places).map(|_| shape.alloc(backend)).collect::<Result<_>>()?,
             sent: crc32fast::Hasher::new(),
             received: crc32fast::Hasher::new(),
             bytes: vec![0; if places == 0 { 0 } else { CHECK_BYTES }],
-            held: Vec::new(),
+            held: Vec::with_capacity(slots),
         })
     }
 
@@ -315,3 +315,6 @@ fn checksum(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

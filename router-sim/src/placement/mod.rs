@@ -268,6 +268,11 @@ impl<'a> LayerPlacement<'a> {
         slot / self.slots_per_rank
     }
 
+    /// Some expert has more than one slot.
+    pub fn is_replicated(&self) -> bool {
+        self.replicas.slots.len() > self.experts()
+    }
+
     /// The slots of an expert, ascending; never empty.
     pub fn replicas(&self, expert: usize) -> &'a [u32] {
         &self.replicas.slots[self.replicas.starts[expert] as usize..self.replicas.starts[expert + 1] as usize]

@@ -46,6 +46,12 @@ impl SplitPlan {
         self.quotas.clear();
         self.quotas.resize(counts.len() / experts * self.slots, 0);
         match self.split {
+            // Nothing to choose, which most layers of most placements come to.
+            _ if !layer.is_replicated() => {
+                for (counts, quotas) in counts.chunks(experts).zip(self.quotas.chunks_mut(self.slots)) {
+                    fill_single_copies(layer, counts, quotas);
+                }
+            }
             Split::Random { seed } => by_source::random(seed, layer, counts, &mut self.quotas),
             Split::Nearest { ranks_per_node } => {
                 by_source::nearest(ranks_per_node, layer, counts, &mut self.quotas)
