@@ -97,7 +97,7 @@ struct Gate {
 
 impl Gate {
     fn hooks(self: &Arc<Self>) -> Hooks {
-        Hooks { steps: Some(Arc::clone(self) as Arc<dyn StepObserver>), timing: None, experts: None }
+        Hooks { steps: Some(Arc::clone(self) as Arc<dyn StepObserver>), ..Hooks::default() }
     }
 
     fn open(&self) {
@@ -530,7 +530,7 @@ impl TimingObserver for Tally {
 #[test]
 fn observers_see_every_row_and_every_request() {
     let tally = Arc::new(Tally::default());
-    let hooks = Hooks { steps: Some(tally.clone()), timing: Some(tally.clone()), experts: None };
+    let hooks = Hooks { steps: Some(tally.clone()), timing: Some(tally.clone()), ..Hooks::default() };
     let options = EngineOptions { prefix_caching: false, ..options() };
     let engine = start(&options, (2, 2), hooks);
     let streams: Vec<_> = (0..6).map(|i| engine.submit(request(prompt(i, 10), 5)).unwrap()).collect();

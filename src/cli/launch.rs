@@ -1,5 +1,6 @@
 //! From an opened checkpoint and options to a running engine: what `serve`, `generate` and `verify` have in common.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
@@ -13,8 +14,12 @@ use super::{log, progress};
 use crate::backend::{Backend, Precision};
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
-use crate::engine::recorder::Recorder;
-use crate::engine::{Engine, EngineHandle, EngineOptions, Experts, Hooks, RankSetup, TimingObserver};
+use crate::engine::rebalance::Mode;
+use crate::engine::recorder::{Recorder, ServingSettings};
+use crate::engine::{
+    Engine, EngineHandle, EngineOptions, Experts, Hooks, RankSetup, RebalanceOptions, RebalanceSources,
+    TimingObserver,
+};
 use crate::error::Result;
 use crate::model::FormRules;
 use crate::model::footprint::{Footprint, Share};
@@ -56,6 +61,7 @@ pub struct Launched {
     /// Takes requests.
     pub engine: EngineHandle,
     recorder: Option<Arc<Recorder>>,
+    save_placement: Option<PathBuf>,
 }
 
 /// What a command needs beyond the defaults.
@@ -104,7 +110,12 @@ impl Prepared {
                 spec,
                 degrees(&options),
                 &placement,
-                options.experts.split,
+                ServingSettings {
+                    split: options.experts.split,
+                    rebalance: rebalance(&options, &placement),
+                    staging_slots: options.experts.staging_slots,
+                    expert_bytes: footprint.expert * options.parallel.expert_tp as u64,
+                },
             )?)),
             None => None,
         };
@@ -148,9 +159,15 @@ impl Prepared {
             })
             .collect();
         let recorder = self.recorder.clone();
-        let hooks = Hooks { steps: recorder.clone().map(|r| r as _), timing, experts: Some(self.experts()) };
+        let hooks = Hooks {
+            steps: recorder.clone().map(|r| r as _),
+            timing,
+            experts: Some(self.experts()),
+            rebalancing: self.rebalancing(),
+        };
         let engine = Engine::start(setups, self.engine_options(sizes, needs), hooks)?;
-        Ok(Launched { engine, recorder })
+        let save_placement = self.options.experts.save_placement.clone();
+        Ok(Launched { engine, recorder, save_placement })
     }
 
     fn experts(&self) -> Experts {
@@ -164,6 +181,18 @@ impl Prepared {
             expert_bytes: self.footprint.expert,
             bandwidth: experts.move_bandwidth.map(|size| size.0),
         }
+    }
+
+    /// What decides where experts move, where they can.
+    fn rebalancing(&self) -> Option<RebalanceSources> {
+        (self.options.experts.staging_slots > 0).then(|| RebalanceSources {
+            options: rebalance(&self.options, &self.placement),
+            split: self.options.experts.split,
+            top_k: self.model.family.spec.moe.top_k,
+            load: Arc::new(self.load()),
+            meters: self.counters.iter().map(|counters| Arc::clone(&counters.meter)).collect(),
+            recorder: self.recorder.clone(),
+        })
     }
 
     fn load_ranks(&self, sizes: Sizes) -> Result<Vec<LoadedRank>> {
@@ -220,6 +249,23 @@ impl Launched {
         {
             tracing::warn!("the routing trace is incomplete: {error}");
         }
+        if let (Some(path), Some(placement)) = (self.save_placement, self.engine.placement())
+            && let Err(error) = placement.write(&path)
+        {
+            tracing::warn!("the placement is not saved: {error}");
+        }
+    }
+}
+
+/// Experts move by themselves where the user has paid for spare slots, unless told otherwise: without any, balance can
+/// only be bought by swaps, and few of them pay.
+fn rebalance(options: &Options, placement: &Placement) -> RebalanceOptions {
+    let experts = &options.experts;
+    let spare = placement.slots() > placement.experts();
+    RebalanceOptions {
+        mode: experts.rebalance.unwrap_or(if spare { Mode::Auto } else { Mode::Off }),
+        policy: experts.rebalance_policy,
+        window_steps: experts.rebalance_window,
     }
 }
 

@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_refused_with_the_known_ones() {
-        for key in ["api_key", "rebalance", "rebalance-policy", "save-placement", "tensor_parallel_size"] {
+        for key in ["api_key", "eplb-window", "save-load", "tensor_parallel_size"] {
             let error = refused(&format!("port = 1\n{key} = \"x\"\n"));
             assert!(error.starts_with("yard.toml:2: "), "{error}");
             assert!(error.contains(&format!("unknown field `{key}`")), "{error}");

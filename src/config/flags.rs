@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use router_sim::rebalance::Mode;
 use serde::Deserialize;
 
 use super::secret::{self, Secret};
@@ -105,6 +106,19 @@ pub struct RawOptions {
     /// steps' time allows]
     #[arg(long, value_name = "SIZE", help_heading = "Experts")]
     pub rebalance_bandwidth: Option<ByteSize>,
+    /// When experts move by themselves: off, auto (when that is expected to pay), every=STEPS [default: auto where experts
+    /// have spare slots on several ranks, else off]
+    #[arg(long, value_name = "off|auto|every=STEPS", help_heading = "Experts")]
+    pub rebalance: Option<Mode>,
+    /// Who plans where they move [default: moeyard]
+    #[arg(long, value_enum, help_heading = "Experts")]
+    pub rebalance_policy: Option<RebalancePolicyChoice>,
+    /// Steps of load that are planned on [default: 256]
+    #[arg(long, value_name = "STEPS", help_heading = "Experts")]
+    pub rebalance_window: Option<u64>,
+    /// Write the placement in force to this file at the end, for --placement at the next start
+    #[arg(long, value_name = "FILE", help_heading = "Experts")]
+    pub save_placement: Option<PathBuf>,
     /// Placement file (JSON) to start with
     #[arg(long, value_name = "FILE", help_heading = "Experts")]
     pub placement: Option<PathBuf>,
@@ -196,6 +210,17 @@ pub enum SplitChoice {
     Activated,
 }
 
+/// `--rebalance-policy`: the policies of router-sim that look at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum RebalancePolicyChoice {
+    /// moeyard's own: few transfers, several parts of the window, prefill and decode apart.
+    Moeyard,
+    /// DeepSeek's balancer, over all ranks at once, from scratch each time.
+    Eplb,
+}
+
 /// `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -241,6 +266,10 @@ impl RawOptions {
             split: self.split.or(file.split),
             staging_slots: self.staging_slots.or(file.staging_slots),
             rebalance_bandwidth: self.rebalance_bandwidth.or(file.rebalance_bandwidth),
+            rebalance: self.rebalance.or(file.rebalance),
+            rebalance_policy: self.rebalance_policy.or(file.rebalance_policy),
+            rebalance_window: self.rebalance_window.or(file.rebalance_window),
+            save_placement: self.save_placement.or(file.save_placement),
             placement: self.placement.or(file.placement),
             record_routing: self.record_routing.or(file.record_routing),
             check_weights: self.check_weights.or(file.check_weights),
@@ -300,7 +329,7 @@ mod tests {
 
     #[test]
     fn flags_of_other_versions_are_unknown() {
-        for flag in ["--rebalance", "--rebalance-policy x", "--save-placement x"] {
+        for flag in ["--rebalance-groups 2", "--eplb-window 9", "--save-load x"] {
             let line = format!("moeyard {flag}");
             let error = Line::try_parse_from(line.split_whitespace()).err().expect(flag).to_string();
             assert!(error.contains("unexpected argument"), "{error}");

@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use router_sim::placement::PolicyName;
+use router_sim::rebalance::Mode;
 use router_sim::split::Split;
 
 use super::flags::{
-    DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions, SplitChoice,
+    DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions,
+    RebalancePolicyChoice, SplitChoice,
 };
 use super::parallel::Parallel;
 use super::secret::Secret;
@@ -123,6 +126,14 @@ pub struct ExpertOptions {
     pub staging_slots: usize,
     /// Bytes per second that a rank may send of expert weights; `None` takes a share of the steps' time.
     pub move_bandwidth: Option<ByteSize>,
+    /// When experts move by themselves; `None` leaves it to the placement.
+    pub rebalance: Option<Mode>,
+    /// Who plans where they move.
+    pub rebalance_policy: PolicyName,
+    /// Steps of load that are planned on.
+    pub rebalance_window: u64,
+    /// Where to keep the placement at the end.
+    pub save_placement: Option<PathBuf>,
     /// Placement file to start with.
     pub placement: Option<PathBuf>,
     /// Routing trace to write.
@@ -137,6 +148,7 @@ const MAX_BLOCK_SIZE: usize = 1024;
 const MAX_QUEUED_REQUESTS: usize = 1 << 20;
 const MAX_QUEUED_TOKENS: usize = 1 << 30;
 const MAX_STAGING_SLOTS: usize = 64;
+const MAX_WINDOW_STEPS: u64 = 1 << 20;
 /// Slower than this, a placement is out of date before it is in force.
 const MIN_MOVE_BANDWIDTH: u64 = 1 << 20;
 const MAX_STEP_SECONDS: u64 = 24 * 60 * 60;
@@ -300,9 +312,34 @@ fn experts(raw: &RawOptions, parallel: &Parallel, spec: &ModelSpec) -> Result<Ex
         },
         staging_slots,
         move_bandwidth: raw.rebalance_bandwidth,
+        rebalance: rebalance(raw, parallel.ep, staging_slots)?,
+        rebalance_policy: match raw.rebalance_policy.unwrap_or(RebalancePolicyChoice::Moeyard) {
+            RebalancePolicyChoice::Moeyard => PolicyName::BEST,
+            RebalancePolicyChoice::Eplb => PolicyName::Eplb,
+        },
+        rebalance_window: within("rebalance-window", raw.rebalance_window, 256, 1, MAX_WINDOW_STEPS)?,
+        save_placement: raw.save_placement.clone(),
         placement: raw.placement.clone(),
         record_routing: raw.record_routing.clone(),
     })
+}
+
+/// When experts move by themselves, where they can move.
+fn rebalance(raw: &RawOptions, ranks: usize, staging_slots: usize) -> Result<Option<Mode>> {
+    let asked = [
+        ("rebalance", raw.rebalance.is_some_and(|mode| mode != Mode::Off)),
+        ("rebalance-policy", raw.rebalance_policy.is_some()),
+        ("rebalance-window", raw.rebalance_window.is_some()),
+    ];
+    let why = match (ranks, staging_slots) {
+        (1, _) => "a single expert-parallel rank has nowhere to move experts to",
+        (_, 0) => "no expert moves: there is no staging place (staging-slots)",
+        _ => return Ok(raw.rebalance),
+    };
+    match asked.into_iter().find(|(_, asked)| *asked) {
+        Some((key, _)) => Err(Error::config(key, why)),
+        None => Ok(Some(Mode::Off)),
+    }
 }
 
 /// The value given, or the default; refused outside `min..=max`.
@@ -374,6 +411,10 @@ mod tests {
                 split: Split::Exact,
                 staging_slots: 0,
                 move_bandwidth: None,
+                rebalance: Some(Mode::Off),
+                rebalance_policy: PolicyName::BEST,
+                rebalance_window: 256,
+                save_placement: None,
                 placement: None,
                 record_routing: None,
             },
@@ -409,6 +450,32 @@ mod tests {
     fn there_is_at_least_one_thread_per_rank() {
         let raw = RawOptions { expert_parallel_size: Some(8), ..RawOptions::default() };
         assert_eq!(Options::resolve(raw, &spec(), 2).unwrap().model.threads, 1);
+    }
+
+    #[test]
+    fn experts_move_where_they_can() {
+        let given = RawOptions::default;
+        let two = || RawOptions { expert_parallel_size: Some(2), ..given() };
+        let rebalance = |raw| resolve(raw).unwrap().experts.rebalance;
+        assert_eq!(rebalance(two()), None);
+        assert_eq!(rebalance(RawOptions { rebalance: Some(Mode::Off), ..given() }), Some(Mode::Off));
+        let fixed = RawOptions { staging_slots: Some(0), ..two() };
+        assert_eq!(rebalance(fixed.clone()), Some(Mode::Off));
+        let nowhere = "a single expert-parallel rank has nowhere to move experts to";
+        let no_place = "no expert moves: there is no staging place (staging-slots)";
+        let auto = Some(Mode::Auto);
+        for (raw, key, why) in [
+            (RawOptions { rebalance: auto, ..given() }, "rebalance", nowhere),
+            (RawOptions { rebalance_window: Some(9), ..given() }, "rebalance-window", nowhere),
+            (RawOptions { rebalance: auto, ..fixed }, "rebalance", no_place),
+            (
+                RawOptions { rebalance_window: Some(0), ..two() },
+                "rebalance-window",
+                "expected 1 to 1048576, found 0",
+            ),
+        ] {
+            assert_eq!(refusal(raw), format!("{key}: {why}"));
+        }
     }
 
     #[test]

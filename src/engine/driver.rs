@@ -5,6 +5,7 @@ use super::mover::{Mover, Orders};
 use super::options::EngineOptions;
 use super::plan::{Phase, StepPlan, SubResults};
 use super::rank::{RankAnswer, RankFailure, RankReport, RankSetup, Ranks, StepObserver, dp_size, panic_text};
+use super::rebalance::Balancer;
 use super::request::{Event, FinishReason, Finished, Request};
 use super::scheduler::{Scheduler, Update};
 use super::stats::{RequestTiming, StepTiming, TimingObserver};
@@ -45,6 +46,10 @@ pub(super) fn start(setups: Vec<RankSetup>, options: EngineOptions, hooks: Hooks
 /// The body of the engine thread. Whatever happens inside, every request gets its end and the handle learns of it.
 fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Command>, hooks: Hooks) {
     let mover = hooks.experts.map(|experts| Mover::new(experts, ranks.len(), Arc::clone(&shared.under_way)));
+    let balancer = hooks
+        .rebalancing
+        .zip(mover.as_ref())
+        .map(|(sources, mover)| Balancer::new(sources, Arc::clone(&shared.rebalancing), &mover.placement()));
     let callers =
         Callers { live: HashMap::new(), shared: Arc::clone(&shared), timing: hooks.timing, admitted: 0 };
     let mut driver = Driver {
@@ -57,6 +62,7 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         observer: hooks.steps,
         watchdog: Watchdog::new(shared.options.step_timeout),
         mover,
+        balancer,
         ranks,
         commands,
         callers,
@@ -107,6 +113,8 @@ struct Driver {
     watchdog: Watchdog,
     /// Where the engine knows its experts.
     mover: Option<Mover>,
+    /// Where they are to move by themselves, or on request.
+    balancer: Option<Balancer>,
 }
 
 /// What the engine thread waits for.
@@ -173,7 +181,11 @@ impl Driver {
             }
             Command::Abort(id) => self.scheduler.abort(id),
             Command::Move(order) => {
-                self.mover.as_mut().expect("only an engine that knows its experts takes it").begin(order);
+                let mover = self.mover.as_mut().expect("only an engine that knows its experts takes it");
+                if let Some(balancer) = &mut self.balancer {
+                    balancer.note_order(&order.target, mover);
+                }
+                mover.begin(order);
             }
             Command::Shutdown(deadline) => {
                 self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
@@ -199,6 +211,9 @@ impl Driver {
         self.watchdog.note(rows, duration);
         if let Some(mover) = &mut self.mover {
             mover.note_step(duration);
+            if let Some(balancer) = &mut self.balancer {
+                balancer.after_step(&self.plan, mover);
+            }
         }
         self.callers.note_pace(duration);
         if let Some(timing) = &self.callers.timing {
@@ -226,6 +241,9 @@ impl Driver {
     fn orders(&mut self, idle: bool) -> Orders {
         let Some(mover) = &mut self.mover else { return Orders::default() };
         let orders = mover.orders(idle);
+        if let Some(balancer) = &mut self.balancer {
+            balancer.note_orders(&orders, mover);
+        }
         if !idle {
             let plan = Arc::get_mut(&mut self.plan).expect("the plan is not handed out yet");
             plan.placement_version = mover.version();

@@ -55,7 +55,7 @@ pub(super) struct Shared {
     /// A std lock: held for a copy of plain numbers, never across an await.
     pub stats: Mutex<EngineStats>,
     /// What became of rebalancing. As `stats`.
-    pub rebalancing: Mutex<Record>,
+    pub rebalancing: Arc<Mutex<Record>>,
     /// Why the engine died, once it has.
     pub failure: Mutex<Option<String>>,
     /// Where the experts live, if the engine knows.
@@ -77,7 +77,7 @@ impl Shared {
             queue: Mutex::default(),
             rejected: AtomicU64::new(0),
             stats: Mutex::new(stats),
-            rebalancing: Mutex::default(),
+            rebalancing: Arc::default(),
             failure: Mutex::new(None),
             experts,
             under_way: Arc::default(),

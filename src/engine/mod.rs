@@ -37,7 +37,7 @@ pub use migration::{Experts, MigrationProgress, MoveCost};
 pub use mover::MigrationReport;
 pub use options::{EngineOptions, SchedulingPolicy};
 pub use rank::{RankSetup, StepObserver};
-pub use rebalance::RebalanceStatus;
+pub use rebalance::{RebalanceOptions, RebalanceSources, RebalanceStatus};
 pub use stats::{EngineStats, TimingObserver};
 
 use crate::error::Result;
@@ -56,6 +56,8 @@ pub struct Hooks {
     pub timing: Option<Arc<dyn TimingObserver>>,
     /// The experts, whose place [`EngineHandle::placement`] tells and [`EngineHandle::move_to`] changes.
     pub experts: Option<Experts>,
+    /// What decides where experts move; needs `experts`.
+    pub rebalancing: Option<RebalanceSources>,
 }
 
 /// Starts engines; see [`Engine::start`].

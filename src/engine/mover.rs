@@ -246,8 +246,35 @@ impl Mover {
         self.ended = Some(report);
     }
 
+    /// The placement in force.
+    pub fn placement(&self) -> Arc<Placement> {
+        self.experts.in_force.placement()
+    }
+
+    /// Ranks that share each expert.
+    pub fn expert_tp(&self) -> usize {
+        self.experts.expert_tp
+    }
+
+    /// Bytes of one rank's share of one expert.
+    pub fn expert_bytes(&self) -> u64 {
+        self.experts.expert_bytes
+    }
+
+    /// How fast a rank has copied weights of late.
+    pub fn bytes_per_second(&self) -> f64 {
+        self.pace.rate()
+    }
+
+    /// Takes the right to begin a migration; `false` while somebody else has it.
+    pub fn claim(&self) -> bool {
+        let mut under_way = lock(&self.under_way);
+        let free = under_way.is_none();
+        under_way.get_or_insert_default();
+        free
+    }
+
     /// The end of the latest migration, once.
-    #[expect(dead_code, reason = "the rebalancer asks")]
     pub fn take_ended(&mut self) -> Option<MigrationReport> {
         self.ended.take()
     }

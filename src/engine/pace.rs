@@ -45,6 +45,11 @@ impl Pace {
         self.rate += (rate - self.rate) / 8.0;
     }
 
+    /// Bytes per second of slices of late.
+    pub fn rate(&self) -> f64 {
+        self.rate
+    }
+
     /// How long from `now` until the next slice; time counts from any fixed moment.
     pub fn pause(&self, now: Duration) -> Duration {
         self.due.saturating_sub(now)

@@ -7,13 +7,16 @@ use std::time::{Duration, Instant};
 
 use router_sim::load::Phase;
 use router_sim::placement::Placement;
+use router_sim::rebalance::Rebalancing;
+use router_sim::simulate::header;
 use router_sim::split::Split;
 use router_sim::trace::{
-    Degrees, Piece, RowInfo, StepInfo, TraceCounters, TraceHeader, TraceWriter, WeightFormat,
+    Degrees, Event, Piece, RowInfo, StepInfo, TraceCounters, TraceHeader, TraceWriter, WeightFormat,
 };
 
 use super::plan::{StepPlan, SubPlan};
 use super::rank::StepObserver;
+use super::rebalance::RebalanceOptions;
 use crate::error::{Error, Result};
 use crate::model::{StepOutput, world};
 use crate::spec::ModelSpec;
@@ -24,6 +27,19 @@ pub struct Recorder {
     counters: Arc<TraceCounters>,
     /// Ranks take turns for the microseconds it takes to pack their rows; `None` once finished.
     writer: Mutex<Option<Open>>,
+}
+
+/// How the recorded run serves: what a replay sets likewise.
+#[derive(Debug, Clone, Copy)]
+pub struct ServingSettings {
+    /// How rows are shared out among replicas.
+    pub split: Split,
+    /// When and how experts move.
+    pub rebalance: RebalanceOptions,
+    /// Experts on their way to a rank at once.
+    pub staging_slots: usize,
+    /// Weights of one expert.
+    pub expert_bytes: u64,
 }
 
 struct Open {
@@ -44,8 +60,14 @@ impl Recorder {
         spec: &ModelSpec,
         degrees: world::Degrees,
         placement: &Placement,
-        split: Split,
+        serving: ServingSettings,
     ) -> Result<Recorder> {
+        let ServingSettings { split, rebalance, staging_slots, expert_bytes } = serving;
+        let mut policy =
+            Rebalancing::to_header(rebalance.mode, rebalance.policy, rebalance.settings().as_ref());
+        policy.insert(header::SPLIT.to_owned(), split.to_string());
+        let cost = [(header::STAGING_SLOTS, staging_slots as f64), ("expert_bytes", expert_bytes as f64)];
+
         let header = TraceHeader {
             spec_digest: spec_digest(spec),
             family: spec.family.to_owned(),
@@ -57,9 +79,8 @@ impl Recorder {
                 pipeline: 1,
             },
             node_of_rank: vec![0; degrees.world()],
-            policy: [("rebalance".to_owned(), "off".to_owned()), ("split".to_owned(), split.to_string())]
-                .into(),
-            cost: Default::default(),
+            policy,
+            cost: cost.map(|(name, value)| (name.to_owned(), value)).into(),
             weights: WeightFormat::None,
             placement: placement.clone(),
         };
@@ -69,6 +90,14 @@ impl Recorder {
             counters: writer.counters(),
             writer: Mutex::new(Some(Open { writer, rows: Vec::new(), info: None })),
         })
+    }
+
+    /// Takes down something between two steps.
+    pub fn event(&self, event: &Event) {
+        let mut guard = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Open { writer, .. }) = guard.as_mut() {
+            writer.event(event);
+        }
     }
 
     /// What becomes of the records; stays valid after the trace.

@@ -7,6 +7,7 @@ use moeyard::cli::model::OpenModel;
 use moeyard::config::RawOptions;
 use moeyard::config::flags::DtypeChoice;
 use moeyard::config::size::ByteSize;
+use moeyard::engine::rebalance::Mode;
 use moeyard::engine::request::{Event, FinishReason, Finished, Request, TokenEvent};
 use moeyard::engine::{EngineHandle, EngineStats, RequestStream};
 
@@ -18,7 +19,8 @@ pub struct Launch {
     launched: Launched,
 }
 
-/// Options of a test run: one thread per rank, and a cache that costs no time to clear.
+/// Options of a test run: one thread per rank, a cache that costs no time to clear, and experts that stay unless the test
+/// moves them.
 pub fn options(dtype: DtypeChoice) -> RawOptions {
     RawOptions {
         dtype: Some(dtype),
@@ -26,6 +28,7 @@ pub fn options(dtype: DtypeChoice) -> RawOptions {
         block_size: Some(16),
         max_model_len: Some(256),
         kv_cache_memory: Some(ByteSize(16 << 20)),
+        rebalance: Some(Mode::Off),
         ..RawOptions::default()
     }
 }

@@ -140,7 +140,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let scenario = simulation.scenario();
     let choice = match &served {
         None => choice(&arguments, &simulation)?,
-        Some(served) => served_choice(served, &simulation)?,
+        Some(served) => served_choice(served),
     };
     let mut lines = arguments.layer_steps.is_some().then(|| LAYER_STEPS_HEADER.to_owned());
     let layer_ids = simulation.layer_ids();
@@ -199,16 +199,16 @@ fn choice(arguments: &Arguments, simulation: &Simulation) -> Result<Choice> {
 }
 
 /// What was served; its rebalancing comes with the recorded run.
-fn served_choice(served: &ServedRun, simulation: &Simulation) -> Result<Choice> {
+fn served_choice(served: &ServedRun) -> Choice {
     let placement = served.placement.clone();
-    Ok(Choice {
+    Choice {
         ranks: placement.ranks(),
         redundant: placement.slots() - placement.experts(),
         policy: served.policy().unwrap_or(PolicyName::Linear),
-        split: simulation.split(served.split.name(), placement.ranks())?,
+        split: served.split,
         placement: Some(placement),
         rebalancing: None,
-    })
+    }
 }
 
 /// Says how the replay agrees with the run that was recorded.

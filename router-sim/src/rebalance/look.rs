@@ -11,7 +11,7 @@ use crate::report::figures::{figures, micros, percent};
 use crate::split::Split;
 use crate::trace::Decision;
 
-/// The trigger of decisions that an operator asked for.
+/// The trigger of a [`Decision`] that an operator made, not a look.
 pub const OPERATOR: &str = "operator";
 
 /// Gain over the horizon must be this many times the cost of moving.
@@ -21,8 +21,6 @@ const MARGIN: f64 = 2.0;
 #[derive(Debug, Clone)]
 pub struct Look {
     pub(super) step: u64,
-    /// Asked for by an operator, who has reasons.
-    pub(super) by_operator: bool,
     pub(super) parts: Vec<Part>,
     pub(super) settings: Rebalancing,
     pub(super) policy: PolicyName,
@@ -93,6 +91,11 @@ impl Verdict {
 }
 
 impl Look {
+    /// The step before which it was taken.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
     /// What the look leads to. Pure: the same look gives the same verdict, always.
     ///
     /// # Errors
@@ -122,7 +125,6 @@ impl Look {
 
     fn undecided(&self) -> Verdict {
         let trigger = match self.settings.trigger {
-            _ if self.by_operator => OPERATOR,
             Trigger::Interval => "interval",
             Trigger::Balance { .. } => "balancedness",
             Trigger::Payoff => "auto",
@@ -162,9 +164,6 @@ impl Look {
 
     /// Why there is to be no plan now.
     fn waits(&self, verdict: &mut Verdict) -> Option<String> {
-        if self.by_operator {
-            return None;
-        }
         if let Some((failures, until)) =
             self.patience.backs_off_until().filter(|(_, until)| self.step < *until)
         {
@@ -206,7 +205,7 @@ impl Look {
             phase_shares: phase_shares(&window.load, self.inputs.row_us),
         };
         let planned = plan(self.policy, &windows, &self.cluster, Some(&self.placement), options)?;
-        let pays = self.settings.trigger == Trigger::Payoff && !self.by_operator;
+        let pays = self.settings.trigger == Trigger::Payoff;
         let evidence = if pays { self.lasting(&planned, forecaster)? } else { Some(window.clone()) };
         let Some(evidence) = evidence else {
             verdict.reason = "no plan serves the newest steps better".to_owned();

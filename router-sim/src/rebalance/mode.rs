@@ -3,10 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::Deserialize;
+
 use crate::{Error, Result};
 
 /// When a run rebalances.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub enum Mode {
     /// Never by itself.
     #[default]
@@ -24,6 +27,14 @@ impl fmt::Display for Mode {
             Mode::Auto => f.write_str("auto"),
             Mode::Every(steps) => write!(f, "every={steps}"),
         }
+    }
+}
+
+impl TryFrom<String> for Mode {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
     }
 }
 

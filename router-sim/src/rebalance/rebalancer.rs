@@ -3,7 +3,7 @@
 use super::look::{Look, Promise, Verdict};
 use super::patience::Patience;
 use super::window::Window;
-use super::{Inputs, Rebalancing, Trigger};
+use super::{Inputs, Rebalancing};
 use crate::load::LoadWindow;
 use crate::placement::{ClusterShape, Placement, PolicyName};
 use crate::split::Split;
@@ -47,6 +47,7 @@ enum State {
     Idle,
     /// A look has been taken and not been decided.
     Deciding {
+        step: u64,
         placement: Placement,
     },
     /// Experts are on their way.
@@ -89,6 +90,16 @@ impl Rebalancer {
         !matches!(self.state, State::Idle)
     }
 
+    /// The verdict of a look taken before `step` is waited for.
+    pub fn awaits(&self, step: u64) -> bool {
+        matches!(self.state, State::Deciding { step: asked, .. } if asked == step)
+    }
+
+    /// MoE layers.
+    pub fn layers(&self) -> usize {
+        self.window.layers()
+    }
+
     /// The part of the window that is under way has all its steps.
     pub fn part_is_full(&self) -> bool {
         self.window.is_full()
@@ -122,31 +133,9 @@ impl Rebalancer {
             self.window.end_part(step, counts);
         }
         self.since_look = 0;
-        self.state = State::Deciding { placement: placement.clone() };
-        self.snapshot(step, counts, inputs, placement)
-    }
-
-    /// What an operator's look would lead to, patience and costs aside; changes nothing. `max_transfers` replaces the limit
-    /// of the settings.
-    pub fn propose(
-        &self,
-        step: u64,
-        counts: &LoadWindow,
-        inputs: Inputs,
-        placement: &Placement,
-        max_transfers: Option<usize>,
-    ) -> Look {
-        let mut look = self.snapshot(step, counts, inputs, placement);
-        look.by_operator = true;
-        look.settings.trigger = Trigger::Interval;
-        look.settings.max_transfers = max_transfers.or(look.settings.max_transfers);
-        look
-    }
-
-    fn snapshot(&self, step: u64, counts: &LoadWindow, inputs: Inputs, placement: &Placement) -> Look {
+        self.state = State::Deciding { step, placement: placement.clone() };
         Look {
             step,
-            by_operator: false,
             parts: self.window.parts(step, counts),
             settings: self.settings,
             policy: self.policy,
@@ -165,7 +154,7 @@ impl Rebalancer {
     /// # Panics
     /// When no look waits.
     pub fn decided(&mut self, verdict: &Verdict) {
-        let State::Deciding { placement } = std::mem::replace(&mut self.state, State::Idle) else {
+        let State::Deciding { placement, .. } = std::mem::replace(&mut self.state, State::Idle) else {
             panic!("a verdict on step {} without a look", verdict.step);
         };
         (self.armed, self.patience) = (verdict.armed, verdict.patience);

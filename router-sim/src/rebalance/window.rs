@@ -35,6 +35,11 @@ impl Window {
         Window { parts: VecDeque::new(), limit, part_steps, open_steps: 0, seen }
     }
 
+    /// MoE layers.
+    pub fn layers(&self) -> usize {
+        self.seen.layers()
+    }
+
     /// A step has run; true when its part is full.
     pub fn count_step(&mut self) -> bool {
         self.open_steps += 1;

@@ -34,7 +34,7 @@ pub struct ServedRun {
     rebalancing: Option<(PolicyName, Rebalancing)>,
     limits: RoundLimits,
     decisions: BTreeMap<u64, Decision>,
-    /// All other events, in the order they were written, each with the step of the decision before it.
+    /// All other events, orders of operators among them, as they were written, each with the step of the decision before.
     others: VecDeque<(Option<u64>, Event)>,
     steps_lost: u64,
 }
@@ -49,10 +49,7 @@ impl ServedRun {
         let header = reader.header();
         let mut run = ServedRun {
             placement: header.placement.clone(),
-            split: match header.policy.get(header::SPLIT) {
-                None => Split::default(),
-                Some(name) => name.parse()?,
-            },
+            split: split(header)?,
             world: header.world(),
             rebalancing: Rebalancing::from_header(&header.policy)?,
             limits: limits(header)?,
@@ -69,7 +66,7 @@ impl ServedRun {
             match record {
                 Record::Step(_) => {}
                 Record::Gap(gap) => run.steps_lost += gap.steps,
-                Record::Event(Event::Decision(decision)) => {
+                Record::Event(Event::Decision(decision)) if decision.trigger != OPERATOR => {
                     latest = Some(decision.step);
                     run.decisions.insert(decision.step, *decision);
                 }
@@ -87,17 +84,33 @@ impl ServedRun {
     }
 }
 
+fn split(header: &TraceHeader) -> Result<Split> {
+    Ok(match header.policy.get(header::SPLIT) {
+        None => Split::default(),
+        Some(name) => match name.parse()? {
+            Split::Nearest { .. } => Split::Nearest { ranks_per_node: ranks_per_node(header) },
+            other => other,
+        },
+    })
+}
+
+/// Consecutive ranks that share the first rank's node.
+fn ranks_per_node(header: &TraceHeader) -> usize {
+    let first = header.node_of_rank.first();
+    header.node_of_rank.iter().take_while(|node| Some(*node) == first).count().max(1)
+}
+
 fn limits(header: &TraceHeader) -> Result<RoundLimits> {
     let staging = header.cost.get(header::STAGING_SLOTS).copied().unwrap_or(1.0);
+    // An engine whose experts stay has none.
+    let staging = staging.max(1.0);
     if !(1.0..=65536.0).contains(&staging) || staging.fract() != 0.0 {
         return Err(Error::Impossible(format!(
             "the trace's header entry {} is {staging}, not a whole number within 1..=65536",
             header::STAGING_SLOTS
         )));
     }
-    let first = header.node_of_rank.first();
-    let ranks_per_node = header.node_of_rank.iter().take_while(|node| Some(*node) == first).count();
-    Ok(RoundLimits { staging_per_rank: staging as usize, ranks_per_node: ranks_per_node.max(1) })
+    Ok(RoundLimits { staging_per_rank: staging as usize, ranks_per_node: ranks_per_node(header) })
 }
 
 /// How well a replay agreed with the run that was recorded.
@@ -129,8 +142,8 @@ pub(super) struct Follower {
     due: Due,
     /// The rounds that the replay expects.
     expected: Option<Rounds>,
-    /// Where an operator's migration leads.
-    ordered: Option<Placement>,
+    /// An operator's migration is under way.
+    ordered: bool,
     pub agreement: Agreement,
     pub log: Vec<Rebalance>,
 }
@@ -155,7 +168,7 @@ impl Follower {
             counts,
             due: Due::Nothing,
             expected: None,
-            ordered: None,
+            ordered: false,
             agreement,
             log: Vec::new(),
         }
@@ -212,14 +225,6 @@ impl Follower {
     /// Makes a decision again.
     fn decide(&mut self, decision: &Decision, placement: &Placement) -> Result<()> {
         let step = decision.step;
-        if decision.trigger == OPERATOR {
-            self.agreement.operators += 1;
-            self.ordered.clone_from(&decision.chosen);
-            if let (Some(rebalancer), Some(_)) = (&mut self.rebalancer, &self.ordered) {
-                rebalancer.interrupted();
-            }
-            return Ok(());
-        }
         self.agreement.decisions += 1;
         let Some(rebalancer) = self.rebalancer.as_mut().filter(|rebalancer| !rebalancer.is_busy()) else {
             self.differ(format!("step {step}: the run decided where the replay has nothing to decide"));
@@ -260,26 +265,35 @@ impl Follower {
                 Event::Switch(switch) => self.switch(switch.step, switch.placement, placement),
                 Event::Failure(failure) => {
                     self.agreement.failures += 1;
-                    (self.expected, self.ordered) = (None, None);
+                    (self.expected, self.ordered) = (None, false);
                     if let Some(rebalancer) = &mut self.rebalancer {
                         rebalancer.failed(failure.step);
                     }
                 }
-                Event::Moves(_) | Event::Decision(_) => {}
+                // An operator's: all others are among the decisions.
+                Event::Decision(_) => {
+                    self.agreement.operators += 1;
+                    self.ordered = true;
+                    if let Some(rebalancer) = &mut self.rebalancer {
+                        rebalancer.interrupted();
+                    }
+                }
+                Event::Moves(moves) => {
+                    if let Some(rebalancer) = &mut self.rebalancer
+                        && self.ordered
+                    {
+                        rebalancer.overruled(moves.step);
+                    }
+                    self.ordered = false;
+                }
             }
         }
     }
 
     fn switch(&mut self, step: u64, to: Placement, placement: &mut Placement) {
         self.agreement.switches += 1;
-        if let Some(target) = self.ordered.take() {
-            if same_map(&target, &to) {
-                if let Some(rebalancer) = &mut self.rebalancer {
-                    rebalancer.overruled(step);
-                }
-            } else {
-                self.ordered = Some(target);
-            }
+        if self.ordered {
+            // Its rounds are its own.
         } else if let Some(expected) = &mut self.expected {
             let round = expected.next().map(|round| round.placement);
             if expected.layers_left() == 0 {
@@ -299,10 +313,6 @@ impl Follower {
         }
         *placement = to;
     }
-}
-
-fn same_map(a: &Placement, b: &Placement) -> bool {
-    (0..a.layers()).all(|layer| a.layer(layer).slots() == b.layer(layer).slots())
 }
 
 /// The first thing in which a decision that was made again is not the one that was recorded.

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-pub use super::migration::MigrationProgress;
-pub use router_sim::rebalance::Mode;
+use router_sim::rebalance::{Mode, Verdict};
+
+use crate::engine::migration::MigrationProgress;
+use crate::engine::mover::MigrationReport;
 
 /// What rebalancing did, does, and why. Counters start at zero with the engine and never fall.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -73,19 +75,62 @@ pub struct LastDecision {
 
 /// What the engine thread notes down.
 #[derive(Debug, Default)]
-pub(super) struct Record {
+pub(in crate::engine) struct Record {
     status: RebalanceStatus,
-    placed: Option<Instant>,
     decided: Option<Instant>,
     looked: Option<Instant>,
 }
 
 impl Record {
+    /// The engine has a rebalancer; `mode` may be off.
+    pub fn begin(&mut self, mode: Mode, policy: &'static str, window_steps: u64) {
+        self.status.mode = mode;
+        if mode != Mode::Off {
+            (self.status.policy, self.status.window_steps) = (policy, window_steps);
+            self.looked = Some(Instant::now());
+        }
+    }
+
+    /// A look at the load was decided; `applied` when its migration begins.
+    pub fn decided(&mut self, verdict: &Verdict, applied: bool) {
+        let now = Instant::now();
+        (self.decided, self.looked) = (Some(now), Some(now));
+        self.status.skipped += u64::from(!applied);
+        let forecast = verdict.forecast;
+        self.status.achieved = forecast.achieved.or(self.status.achieved);
+        self.status.last = Some(LastDecision {
+            step: verdict.step,
+            age: Duration::ZERO,
+            trigger: verdict.trigger.clone(),
+            reason: verdict.reason.clone(),
+            applied,
+            balance_before: forecast.balance_before,
+            balance_after: forecast.balance_after,
+            balance_bound: forecast.balance_bound,
+            sampling_floor: forecast.sampling_floor,
+            gain_us_per_step: forecast.gain_us_per_step,
+            moves: forecast.moves,
+            bytes: forecast.bytes as u64,
+        });
+    }
+
+    /// A migration has ended, whoever wanted it.
+    pub fn ended(&mut self, report: &MigrationReport) {
+        let MigrationReport { outcome, progress, duration, .. } = report;
+        match outcome {
+            Ok(()) => self.status.applied += 1,
+            Err(_) => self.status.failed += 1,
+        }
+        self.status.moved_experts += progress.arrived;
+        self.status.moved_bytes += progress.bytes;
+        self.status.last_duration = Some(*duration);
+        self.status.achieved = None;
+    }
+
     /// The status as of `now`.
     pub fn status(&self, now: Instant) -> RebalanceStatus {
         let since = |then: Option<Instant>| then.map(|then| now.saturating_duration_since(then));
         let mut status = self.status.clone();
-        status.placement_age = since(self.placed).unwrap_or_default();
         status.since_look = since(self.looked);
         if let (Some(last), Some(age)) = (&mut status.last, since(self.decided)) {
             last.age = age;
