@@ -150,15 +150,15 @@ class BalanceChart {
     const near = this.marks.findLast((mark) => Math.abs(mark.unix_seconds - point.time) <= 1);
     say(
       $("balance-reading"),
-      `${ago < 1 ? "Latest second" : `${span(ago)} ago`}: *${figures(balance)}*, the busiest ranks ${signed(1 / balance - 1)} against the mean; ` +
-        `chance alone allows ${figures(floor)}; ${count(point.rows)} expert rows${near ? `; placement ${near.placement_version} came into force${foreseen(near)}` : ""}`,
+      `${ago < 1 ? "Latest second" : `${span(ago)} ago`}: *${balanced(balance)}*, the busiest ranks ${signed(1 / balance - 1)} against the mean; ` +
+        `chance alone allows ${balanced(floor)}; ${count(point.rows)} expert rows${near ? `; placement ${near.placement_version} came into force${foreseen(near)}` : ""}`,
     );
   }
 }
 
 function foreseen({ predicted, achieved }) {
-  const told = predicted === null ? "" : `, predicted ${figures(predicted)}`;
-  return achieved === null ? told : `${told}, achieved ${figures(achieved)}`;
+  const told = predicted === null ? "" : `, predicted ${balanced(predicted)}`;
+  return achieved === null ? told : `${told}, achieved ${balanced(achieved)}`;
 }
 
 function key(kind, words) {

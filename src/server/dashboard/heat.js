@@ -4,7 +4,9 @@ class Heat {
   /** Cell under the pointer, and the chosen one: `{layer, expert}` or `null`. */
   #pointed = null;
   chosen = null;
+  /** `[layer]`: experts from left to right, and what that is called where it is not by number. */
   #order = [];
+  #caption = "";
 
   constructor(chose) {
     this.chose = chose;
@@ -16,6 +18,7 @@ class Heat {
 
   show(world, order) {
     this.world = world;
+    this.#caption = { load: "most tokens first", rank: "by the rank of the first copy" }[order] ?? "";
     this.#order = world.tokens.map((row, layer) => inOrder(world, row, layer, order));
     const bar = world.ranks > 1 ? 64 : 0;
     const rows = world.layers;
@@ -48,13 +51,12 @@ class Heat {
       context.fillRect(width - bar + 10, top + (layer + 0.15) * row, Math.max(1, share * (bar - 10)), row * 0.7);
     });
     const below = top + world.layers * row + 12;
+    if (this.#caption) text(context, this.#caption, left, below, "left");
+    // In another order than by number, a column has no number of its own.
     const every = labelStep(world.experts, cells / 46);
-    for (let expert = 0; expert < world.experts; expert += every) {
-      // In another order than by number, a column has no number of its own.
-      const name = this.byNumber ? expert : expert === 0 ? "" : "";
-      if (name !== "") text(context, name, left + (expert + 0.5) * column, below, "center");
+    for (let expert = 0; expert < world.experts && !this.#caption; expert += every) {
+      text(context, expert, left + (expert + 0.5) * column, below, "center");
     }
-    if (!this.byNumber) text(context, this.caption, left, below, "left");
     if (bar > 0) text(context, "ranks", width - bar + 10, below, "left");
     for (const cell of [this.chosen, this.#pointed]) {
       if (cell === null) continue;
@@ -137,6 +139,7 @@ class Heat {
 
   #read() {
     const { world } = this;
+    if (world.total === 0) return say($("heat-reading"), "No tokens in this window.");
     const cell = this.#pointed ?? this.chosen ?? world.hottest();
     const lead = this.#pointed || this.chosen ? "Layer" : "Hottest: layer";
     const { layer, expert } = cell;

@@ -55,11 +55,8 @@ function render() {
   $("empty").hidden = !quiet;
   $("live").hidden = quiet;
   fill($("subject"), `${many(world.layers, "MoE layer")} of ${many(world.experts, "expert")} on ${many(world.ranks, "rank")}`);
-  if (quiet) return;
-  const order = chosen("order");
-  heat.byNumber = order === "id";
-  heat.caption = order === "load" ? "most tokens first" : "by the rank of the first copy";
-  heat.show(world, order);
+  if (quiet) return showExample();
+  heat.show(world, chosen("order"));
   $("all-layers").hidden = layer === null;
   balance.show(past, phase);
   ranks.show(world, layer);
@@ -68,6 +65,12 @@ function render() {
   showRebalancer(state);
   actions.show(world);
   showTiles(world, state);
+}
+
+function showExample() {
+  const key = api.hasKey ? " -H 'Authorization: Bearer KEY'" : "";
+  const url = new URL("v1/completions", location.href);
+  fill($("example"), `curl ${url}${key} -H 'content-type: application/json' \\\n  -d '{"prompt": "Once upon a time", "max_tokens": 100}'`);
 }
 
 function showTiles(world, state) {
@@ -80,7 +83,7 @@ function showTiles(world, state) {
   const one = world.ranks === 1;
   fill(
     $("tiles"),
-    tile("Balancedness", figures(now), one ? "one rank has everything" : `busiest ranks ${signed(1 / now - 1)} against the mean`),
+    tile("Balancedness", balanced(now), one ? "one rank has everything" : `busiest ranks ${signed(1 / now - 1)} against the mean`),
     tile("Expert rows per second", count(world.total / Math.max(world.seconds, 1e-3)), `${count(world.total)} in ${span(Math.max(1, world.seconds))}`),
     tile("Hottest expert", `${figures(hot.heat)} × mean`, `expert ${hot.expert} of layer ${world.layerIds[hot.layer]}`),
     tile("Most uneven layer", one ? "none" : signed(uneven[worst]), one ? "there is one rank" : `layer ${world.layerIds[worst]}; over all, rank ${busiest} has most`),
@@ -126,8 +129,6 @@ matchMedia("(prefers-color-scheme:dark)").addEventListener("change", () => {
   render();
 });
 
-const completions = new URL("v1/completions", location.href);
-fill($("example"), `curl ${completions} -H 'content-type: application/json' \\\n  -d '{"prompt": "Once upon a time", "max_tokens": 100}'`);
 ink.read();
 paintLegend();
 poll();

@@ -19,11 +19,11 @@ function showRebalancer(state) {
   const facts = [figure("Placement", `version ${state.placement_version}, in force for ${span(age.placement)}`)];
   if (decision) {
     const { before, after, bound } = decision.balancedness;
-    facts.push(figure("Predicted balancedness", `${figures(before)} before, ${figures(after)} after; ${figures(bound)} at best with these slots`));
+    facts.push(figure("Predicted balancedness", `${balanced(before)} before, ${balanced(after)} after; ${balanced(bound)} at best with these slots`));
     if (decision.moves > 0) facts.push(figure("Price", `${many(decision.moves, "expert")}, ${bytes(decision.bytes)}, for ${figures(decision.gain_us_per_step)} µs per step`));
     facts.push(figure("Chance alone costs", `${percent(decision.sampling_floor_ratio)} in a step of this size`));
   }
-  if (state.achieved_balancedness !== null) facts.push(figure("Achieved balancedness", figures(state.achieved_balancedness)));
+  if (state.achieved_balancedness !== null) facts.push(figure("Achieved balancedness", balanced(state.achieved_balancedness)));
   if (applied + skipped + failed > 0 || mode !== "off") facts.push(figure("Since the start", `${applied} applied, ${skipped} skipped, ${failed} failed; ${many(state.moved_experts, "expert")} moved, ${bytes(state.moved_bytes)}`));
   if (age.look !== null) facts.push(figure("Last look at the load", `${span(age.look)} ago`));
   parts.push(element("dl", facts.flat()));

@@ -18,6 +18,11 @@ function figures(n) {
   return String(Number(n.toFixed(n < 10 ? 2 : n < 100 ? 1 : 0)));
 }
 
+/** Balancedness: two decimals, so that columns and changes line up. */
+function balanced(n) {
+  return n.toFixed(2);
+}
+
 function percent(ratio) {
   return `${figures(ratio * 100)} %`;
 }

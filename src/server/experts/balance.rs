@@ -12,6 +12,8 @@ use crate::metrics::Phase;
 
 /// Seconds that are kept, with marks.
 const KEPT: Duration = Duration::from_secs(600);
+/// What came of a placement is judged on the load of so many seconds after it.
+const JUDGED_S: f64 = 60.0;
 /// Marks that are kept, however close.
 const MAX_MARKS: usize = 100;
 
@@ -28,8 +30,10 @@ pub(super) struct Balance {
     migrating: bool,
     /// It has its mark.
     marked: bool,
-    /// Step of the decision that a mark tells of.
-    foretold: Option<u64>,
+    /// Step of the rebalancer's decision that a mark tells of.
+    decided: Option<u64>,
+    /// What an operator's placement of this version is to bring.
+    foretold: Option<(u64, f64)>,
     /// Oldest first; seconds without tokens are left out.
     points: VecDeque<Point>,
     /// Number of the first of them, counted since the start.
@@ -59,10 +63,13 @@ struct View {
 struct Mark {
     unix_seconds: f64,
     placement_version: u64,
-    /// Balancedness, where the rebalancer made the placement.
+    /// Balancedness that was expected, where anybody expected something.
     predicted: Option<f64>,
-    /// Balancedness that it then had, once that is known.
+    /// Balancedness of the load that came since, of the first minute at most.
     achieved: Option<f64>,
+    /// `[phase][layer][rank]`, as it came into force.
+    #[serde(skip)]
+    before: Vec<u64>,
 }
 
 /// What is told.
@@ -99,6 +106,7 @@ impl Balance {
             version,
             migrating: false,
             marked: false,
+            decided: None,
             foretold: None,
             points: VecDeque::new(),
             first: 0,
@@ -113,6 +121,7 @@ impl Balance {
         self.mark(unix_s, version, rebalancing);
         let new: Vec<u64> = by_rank.iter().zip(&self.latest).map(|(n, t)| n.saturating_sub(*t)).collect();
         self.latest = by_rank;
+        self.judge(unix_s);
         let rows = new.iter().sum();
         if rows > 0 {
             let phase = |phase: Phase| &new[phase as usize * new.len() / 2..][..new.len() / 2];
@@ -132,6 +141,11 @@ impl Balance {
         }
     }
 
+    /// An operator's placement will come into force as this version, with this balancedness if all goes well.
+    pub fn foretell(&mut self, version: u64, balancedness: Option<f64>) {
+        self.foretold = balancedness.map(|balancedness| (version, balancedness));
+    }
+
     fn mark(&mut self, unix_s: f64, version: u64, rebalancing: &RebalanceStatus) {
         let changed = std::mem::replace(&mut self.version, version) != version;
         let goes_on = std::mem::replace(&mut self.migrating, rebalancing.migration.is_some());
@@ -139,19 +153,31 @@ impl Balance {
             // Of a migration that goes on, the last version stands for all.
             let earlier = if goes_on && self.marked { self.marks.pop_back() } else { None };
             let applied = rebalancing.last.as_ref().filter(|last| last.applied);
-            let news = applied.filter(|last| self.foretold.replace(last.step) != Some(last.step));
-            let predicted = match earlier {
-                Some(mark) => mark.predicted,
-                None => news.map(|last| round(last.balance_after)),
-            };
-            let mark = Mark { unix_seconds: unix_s, placement_version: version, predicted, achieved: None };
-            self.marks.push_back(mark);
+            let news = applied.filter(|last| self.decided.replace(last.step) != Some(last.step));
+            let asked = self.foretold.filter(|(foretold, _)| *foretold == version).map(|(_, after)| after);
+            let predicted = asked.or(earlier.and_then(|mark| mark.predicted));
+            let predicted = predicted.or(news.map(|last| round(last.balance_after)));
+            self.marks.push_back(Mark {
+                unix_seconds: unix_s,
+                placement_version: version,
+                predicted,
+                achieved: None,
+                before: self.latest.clone(),
+            });
         }
         self.marked = self.migrating && (changed || (goes_on && self.marked));
-        let latest = self.marks.back_mut().filter(|mark| mark.placement_version == version);
-        if let Some(mark) = latest.filter(|mark| mark.predicted.is_some()) {
-            mark.achieved = rebalancing.achieved.map(round);
-        }
+    }
+
+    /// What came of the placement in force so far.
+    fn judge(&mut self, unix_s: f64) {
+        let Some(mark) = self.marks.back_mut().filter(|mark| unix_s - mark.unix_seconds <= JUDGED_S) else {
+            return;
+        };
+        let half = self.latest.len() / 2;
+        let since = |i: usize| self.latest[i].saturating_sub(mark.before[i]);
+        let counts: Vec<u64> = (0..half).map(|i| since(i) + since(half + i)).collect();
+        let balancedness = View::of(&counts, self.ranks).balancedness;
+        mark.achieved = Some(round(balancedness)).filter(|x| x.is_finite());
     }
 
     /// The seconds from number `since` on, as JSON.
@@ -226,7 +252,7 @@ mod tests {
         let expected = json!({"both": [0.6667, 0.625], "prefill": [0.6667, null], "decode": [null, 0.625]});
         assert_eq!(all["balancedness"], expected);
         let mark =
-            json!({"unix_seconds": 1002.0, "placement_version": 1, "predicted": null, "achieved": null});
+            json!({"unix_seconds": 1002.0, "placement_version": 1, "predicted": null, "achieved": 0.625});
         assert_eq!(all["marks"], json!([mark]));
         let floor = all["sampling_floor_ratio"]["both"][0].as_f64().unwrap();
         assert!((floor - sampling_floor(4, 2)).abs() < 1e-4, "{floor}");
@@ -239,7 +265,6 @@ mod tests {
     fn a_migration_of_many_versions_is_one_mark_with_what_was_foreseen_and_what_came() {
         let start = Instant::now();
         let mut balance = balance(start);
-        let counts = || vec![5; 4];
         let last = LastDecision {
             step: 1,
             age: Duration::ZERO,
@@ -254,24 +279,39 @@ mod tests {
             moves: 2,
             bytes: 2,
         };
-        let progress = MigrationProgress { arrivals: 2, total_bytes: 2, ..MigrationProgress::default() };
+        let progress = MigrationProgress { arrived: 0, arrivals: 2, bytes: 0, total_bytes: 2 };
         let moving =
             RebalanceStatus { last: Some(last), migration: Some(progress), ..RebalanceStatus::default() };
-        let moved = RebalanceStatus { migration: None, achieved: Some(0.88), ..moving.clone() };
-        let at = |second| start + Duration::from_secs(second);
-        for (second, version, status) in [(1, 0, &moving), (2, 1, &moving), (3, 2, &moving), (4, 3, &moved)] {
-            balance.tick(at(second), counts(), version, status);
+        let moved = RebalanceStatus { migration: None, ..moving.clone() };
+        let mut second = 0;
+        let mut tick = |balance: &mut Balance, version, status: &RebalanceStatus| {
+            second += 1;
+            let now = start + Duration::from_secs(second);
+            // Four tokens to three, second by second.
+            balance.tick(now, vec![5 + 4 * second, 5 + 3 * second, 5, 5], version, status);
+        };
+        for (version, status) in [(0, &moving), (1, &moving), (2, &moving), (3, &moved)] {
+            tick(&mut balance, version, status);
         }
+        tick(&mut balance, 3, &moved);
         let one =
-            json!([{"unix_seconds": 1004.0, "placement_version": 3, "predicted": 0.91, "achieved": 0.88}]);
-        assert_eq!(told(&balance, 0)["marks"], one);
-        // The next change is another, and nobody foretold it.
-        balance.tick(at(5), counts(), 4, &moved);
+            json!({"unix_seconds": 1004.0, "placement_version": 3, "predicted": 0.91, "achieved": 0.875});
+        assert_eq!(told(&balance, 0)["marks"], json!([one]));
+        // The next changes are others: nobody foretold the first, an operator the second.
+        tick(&mut balance, 4, &moved);
+        balance.foretell(6, Some(0.95));
+        tick(&mut balance, 6, &moved);
         let marks = told(&balance, 0)["marks"].clone();
-        assert_eq!(marks[0], one[0]);
-        let second =
-            json!({"unix_seconds": 1005.0, "placement_version": 4, "predicted": null, "achieved": null});
-        assert_eq!(marks[1], second);
+        assert_eq!((&marks[0], marks.as_array().unwrap().len()), (&one, 3));
+        assert_eq!((&marks[1]["predicted"], &marks[1]["achieved"]), (&Value::Null, &json!(0.875)));
+        assert_eq!((&marks[2]["predicted"], &marks[2]["placement_version"]), (&json!(0.95), &json!(6)));
+        // After a minute the judgement stands.
+        for _ in 0..100 {
+            tick(&mut balance, 6, &moved);
+        }
+        let judged = told(&balance, 0)["marks"][2]["achieved"].clone();
+        tick(&mut balance, 6, &moved);
+        assert_eq!(told(&balance, 0)["marks"][2]["achieved"], judged);
     }
 
     #[test]

@@ -8,16 +8,18 @@ use axum::Json;
 use axum::extract::{RawQuery, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use router_sim::placement::{ClusterShape, Expected, Moeyard, Placement, PlacementPolicy};
+use router_sim::placement::{
+    ClusterShape, Expected, MAX_SLOTS, Moeyard, Placement, PlacementFile, PlacementPolicy,
+};
 use serde::Serialize;
 
 use super::super::body;
-use super::super::error::ApiError;
+use super::super::error::{ApiError, clip};
 use super::super::fields::Fields;
 use super::super::state::AppState;
 use super::forecast::{self, Forecast};
-use super::query::{clip, one_of, pairs};
-use super::{DEFAULT_WINDOW_S, experts};
+use super::query::{one_of, pairs};
+use super::{DEFAULT_WINDOW_S, experts, locked};
 use crate::engine::MoveCost;
 use crate::error::Error;
 
@@ -51,9 +53,10 @@ pub(in crate::server) async fn put_placement(
     request: Request,
 ) -> Result<Response, ApiError> {
     let dry_run = dry_run(query.as_deref().unwrap_or_default())?;
-    let current = movable(&state)?;
     let body = body::read_json(request, &state.options).await?;
-    plan(state, dry_run, "placement_change", move |_| read(&body, &current).map(Ok)).await
+    let file = read(&body)?;
+    let current = movable(&state)?;
+    plan(state, dry_run, "placement_change", move |_| Ok(Ok(fitting(file, &current)?))).await
 }
 
 /// `POST /v1/experts/rebalance` with `{"dry_run": bool, "max_transfers": n}`, both optional.
@@ -61,13 +64,12 @@ pub(in crate::server) async fn rebalance(
     State(state): State<Arc<AppState>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let current = movable(&state)?;
     let body = body::read_json(request, &state.options).await?;
     let mut fields = Fields::parse(if body.is_empty() { b"{}" } else { &body })?;
     let dry_run = fields.boolean("dry_run")?.unwrap_or(false);
-    let most = (current.slots() as i64).max(1);
-    let max_transfers = fields.integer("max_transfers", 1, most)?.map(|n| n as usize);
+    let max_transfers = fields.integer("max_transfers", 1, MAX_SLOTS as i64)?.map(|n| n as usize);
     fields.finish(&[])?;
+    let current = movable(&state)?;
     plan(state, dry_run, "rebalance", move |state| {
         let load = forecast::window(&experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()));
         if (0..load.layers()).all(|layer| load.totals(layer).sum::<u64>() == 0) {
@@ -150,6 +152,8 @@ impl Change {
             state.check_serving()?;
             // How it ends is in the log, in /v1/experts/rebalance and in the metrics.
             drop(state.engine.move_to(target).map_err(refused)?);
+            let (version, foretold) = (current.version() + rounds, self.balancedness.map(|f| f.after));
+            locked(&experts(state)?.balance).foretell(version, foretold);
             self.started = true;
             tracing::info!(
                 version = self.target_version,
@@ -175,13 +179,18 @@ fn movable(state: &AppState) -> Result<Arc<Placement>, ApiError> {
     Ok(placement)
 }
 
-/// The placement that a body says.
-fn read(body: &[u8], current: &Placement) -> Result<Placement, ApiError> {
-    let text =
-        std::str::from_utf8(body).map_err(|at| ApiError::bad_request(format!("The placement: {at}.")))?;
+/// The placement file that a body is.
+fn read(body: &[u8]) -> Result<PlacementFile, ApiError> {
+    let refuse = |why: String| ApiError::bad_request(format!("The placement: {}", clip(&why)));
+    let text = std::str::from_utf8(body).map_err(|error| refuse(error.to_string()))?;
+    serde_json::from_str(text).map_err(|error| refuse(error.to_string()))
+}
+
+/// The placement that a file says, for the world of the one in force.
+fn fitting(file: PlacementFile, current: &Placement) -> Result<Placement, ApiError> {
     let expected =
         Expected { ranks: Some(current.ranks()), experts: current.experts(), layer_ids: current.layer_ids() };
-    Placement::from_json(text, &expected).map_err(|why| refused(Error::Routing(why)))
+    file.check(&expected).map_err(|why| refused(Error::Routing(why)))
 }
 
 /// What an engine says of a target is the client's doing here.

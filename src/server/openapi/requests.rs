@@ -419,7 +419,7 @@ pub struct RebalanceBody {
     /// Say what would be done, and do nothing.
     dry_run: Option<bool>,
     /// Experts of a layer that may move, at most; all that help when absent.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 16777216)]
     max_transfers: Option<i64>,
 }
 
@@ -428,16 +428,13 @@ pub struct RebalanceBody {
 #[serde(deny_unknown_fields)]
 pub struct PlacementBody {
     /// Of the format: 1.
-    #[schema(minimum = 1, maximum = 1)]
-    version: Option<i64>,
+    version: Option<u32>,
     /// Expert-parallel ranks.
-    #[schema(minimum = 1)]
-    ranks: Option<i64>,
+    ranks: Option<u32>,
     /// Slots of a rank in each layer.
-    #[schema(minimum = 1)]
-    slots_per_rank: Option<i64>,
+    slots_per_rank: Option<u32>,
     /// Absolute indices of the MoE layers, ascending.
-    layer_ids: Option<Vec<i64>>,
+    layer_ids: Option<Vec<u32>>,
     /// The expert of each slot, rank-major, for each MoE layer; -1 is an empty slot.
-    physical_to_logical_map: Vec<Vec<i64>>,
+    physical_to_logical_map: Vec<Vec<i32>>,
 }
