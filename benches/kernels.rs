@@ -58,6 +58,10 @@ fn seconds(
     Ok(best.as_secs_f64())
 }
 
+fn best(speeds: &[f64]) -> f64 {
+    speeds.iter().copied().fold(f64::NAN, f64::max)
+}
+
 fn main() -> moeyard::Result<()> {
     // `cargo bench` itself passes `--bench`.
     let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(2);
@@ -68,10 +72,10 @@ fn main() -> moeyard::Result<()> {
         let slots = experts(&backend, dtype)?;
         for rows in (0..10).map(|power| 1 << power) {
             let peak = match dtype {
-                DType::Bf16 => limits::bf16_gflops(&backend),
-                _ => limits::f32_gflops(&backend),
+                DType::Bf16 => best(&limits::bf16_gflops(&backend)),
+                _ => best(&limits::f32_gflops(&backend)),
             };
-            let read = limits::read_gbytes(&backend, READ_BYTES)?;
+            let read = best(&limits::read_gbytes(&backend, READ_BYTES)?);
             let used = (MOST_ROWS / rows).clamp(1, EXPERTS);
             let seconds = seconds(&backend, &slots, dtype, rows, used)?;
             let weights = 3 * HIDDEN * INTERMEDIATE * used;

@@ -1,20 +1,34 @@
-//! What a step cannot do without: the bytes of weights it must read and the arithmetic it must do.
+//! What a step cannot do without: the bytes it must read and the arithmetic it must do.
 
 use moeyard::backend::DType;
-use moeyard::spec::ModelSpec;
+use moeyard::spec::{Attention, ModelSpec};
 
-/// Floating-point operations (a multiplication and an addition are two) per prompt token: all matrices but the head, which
-/// runs for one token of a prompt, and without attention scores, which grow with the context.
-pub fn flops_per_prompt_token(spec: &ModelSpec) -> f64 {
+/// Floating-point operations (a multiplication and an addition are two) of a whole prompt: all matrices but the head for every
+/// token, the head for the last one, and attention over what each token sees, in the form used (MLA: expanded keys and
+/// values; expanding them is among the matrices).
+pub fn flops_of_prompt(spec: &ModelSpec, tokens: usize) -> f64 {
     let all = spec.parameters();
-    2.0 * (spec.active_parameters() - all.embedding - all.head) as f64
+    let head = if spec.tied_embeddings { all.embedding } else { all.head };
+    let matrices = (spec.active_parameters() - all.embedding - all.head) as f64;
+    let per_position = match spec.attention {
+        Attention::Gqa { heads, head_dim, .. } => heads * 2 * head_dim,
+        Attention::Mla { heads, nope_dim, rope_dim, v_dim, .. } => heads * (nope_dim + rope_dim + v_dim),
+    };
+    let seen = |window: Option<usize>| {
+        let window = window.unwrap_or(usize::MAX);
+        (1..=tokens).map(|n| n.min(window)).sum::<usize>()
+    };
+    let pairs: usize = spec.layers.iter().map(|layer| seen(layer.window)).sum();
+    2.0 * (tokens as f64 * matrices + head as f64 + (pairs * per_position) as f64)
 }
 
-/// Bytes of bf16 weights that a step reads which meets `distinct` different experts, summed over the layers: everything but the
-/// embedding, of which a step reads some rows only. The KV cache is not in it.
-pub fn bytes_of_step(spec: &ModelSpec, distinct: usize) -> f64 {
+/// Bytes that a decode step reads which meets `distinct` different experts, summed over the layers, and whose sequences see
+/// `context` tokens together: the bf16 weights of everything but the embedding, of which it reads some rows only, and the cache.
+pub fn bytes_of_step(spec: &ModelSpec, distinct: usize, context: usize) -> f64 {
     let all = spec.parameters();
     let expert = all.experts / (spec.moe_layers().len() * spec.moe.experts) as u64;
-    let always = all.total() - all.embedding - all.experts;
-    (always + distinct as u64 * expert) as f64 * DType::Bf16.bytes() as f64
+    let head = if spec.tied_embeddings { all.embedding } else { 0 };
+    let always = all.total() - all.embedding - all.experts + head;
+    let cache = context as u64 * spec.kv_numbers_per_token(1);
+    (always + distinct as u64 * expert + cache) as f64 * DType::Bf16.bytes() as f64
 }

@@ -1,13 +1,13 @@
 //! A whole model against the limits of the machine, and against llama.cpp where there is one, all in one run:
 //! `cargo bench --bench end_to_end -- --checkpoint FOLDER [--llama-bench PROGRAM --gguf FILE]`.
 //!
-//! Machines are shared and their speed changes by the minute. So everything is measured in turns, round after round, and printed
-//! as the median and the best of all samples. The ratio to the limit compares best with best; a sample is one prompt or one decode
-//! step of ours, and one prompt or one run of [`STEPS`] decode steps of llama.cpp, whose ratio compares medians with medians of the
-//! same lengths.
+//! Machines are shared and their speed changes by the second. So every sample (one prompt, or one run of [`STEPS`] decode steps)
+//! stands between two measurements of its limit, all by the same threads, and gives one ratio to their mean. Printed are medians
+//! over all rounds, of the samples and of the ratios. llama.cpp runs in turn with ours, round by round; its ratio compares medians.
 
 mod demand;
 mod peer;
+mod samples;
 mod workload;
 
 use std::error::Error;
@@ -15,21 +15,17 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use moeyard::backend::Backend;
+use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::cpu::limits;
 
-use peer::{Peer, Speeds};
+use peer::Peer;
+use samples::{Samples, median};
 use workload::{Step, Workload};
 
-/// Tokens of the prompt.
-const PROMPT: usize = 512;
-/// Decode steps of one run, from an empty context on, as llama-bench does it.
+/// Decode steps of one run.
 const STEPS: usize = 16;
-/// Sequences per decode step.
-const BATCHES: [usize; 3] = [1, 8, 16];
-/// Memory that the bandwidth measurement reads.
-const READ_BYTES: usize = 1 << 29;
-/// Repetitions of each test by llama-bench in one round, and ours.
-const REPETITIONS: usize = 2;
+/// Memory that the bandwidth measurement reads: far beyond the caches.
+const READ_BYTES: usize = 1 << 28;
 
 /// Prefill and decode speed of a checkpoint beside the limits of the machine.
 #[derive(Parser)]
@@ -43,6 +39,15 @@ struct Arguments {
     /// Times that everything is measured in turn
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Prompt lengths
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "512,2048")]
+    prompts: Vec<usize>,
+    /// Sequences per decode step
+    #[arg(long, value_name = "SEQUENCES", value_delimiter = ',', default_value = "1,8,16,32")]
+    batches: Vec<usize>,
+    /// Tokens of each sequence before the first decode step
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
+    contexts: Vec<usize>,
     /// llama.cpp's benchmark program
     #[arg(long, value_name = "PROGRAM", requires = "gguf")]
     llama_bench: Option<PathBuf>,
@@ -55,120 +60,139 @@ struct Arguments {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let Arguments { checkpoint, threads, rounds, llama_bench, gguf, .. } = Arguments::parse();
-    let Some(checkpoint) = checkpoint else {
+    let arguments = Arguments::parse();
+    let Some(checkpoint) = &arguments.checkpoint else {
         println!("no --checkpoint FOLDER: nothing to measure (the example make_checkpoint writes one)");
         return Ok(());
     };
-    let peer = llama_bench.zip(gguf).map(|(program, gguf)| Peer { program, gguf, threads });
-    let longest = BATCHES.into_iter().max().unwrap_or(1);
-    let mut workload = Workload::load(&checkpoint, threads, longest, PROMPT)?;
+    let (threads, rounds) = (arguments.threads, arguments.rounds);
+    let peer = arguments.llama_bench.clone().zip(arguments.gguf.clone());
+    let peer = peer.map(|(program, gguf)| Peer { program, gguf, threads });
+    let most = |numbers: &[usize]| numbers.iter().copied().max().unwrap_or(0);
+    let sequences = most(&arguments.batches).max(1);
+    let tokens = most(&arguments.contexts) + STEPS;
+    let prompt = most(&arguments.prompts);
+    let mut workload = Workload::load(checkpoint, threads, sequences, tokens, prompt)?;
     println!("{}: {}", checkpoint.display(), workload.backend.describe());
 
-    let mut samples = Samples::default();
+    let mut tests = tests(&arguments);
+    for test in &mut tests {
+        test.prepare(&mut workload)?;
+    }
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
-        samples.measure(&mut workload, peer.as_ref())?;
+        for test in &mut tests {
+            test.sample(&mut workload, peer.as_ref())?;
+        }
     }
-    samples.print(&mut workload)
+    println!("                              tokens/s   limit  of limit   (quartiles)   llama.cpp   ratio");
+    tests.iter().for_each(Test::print);
+    Ok(())
 }
 
-/// Tokens per second of everything measured, and the limits.
-#[derive(Default)]
-struct Samples {
-    read_gbytes: Vec<f64>,
-    gflops: Vec<f64>,
-    prefill: Vec<f64>,
-    decode: [Decode; BATCHES.len()],
-    peer_prefill: Vec<f64>,
-    peer_decode: Vec<f64>,
+/// What is measured, in the order of the table.
+fn tests(arguments: &Arguments) -> Vec<Test> {
+    let prompts = arguments.prompts.iter().map(|&tokens| What::Prefill { tokens });
+    let decode = arguments.contexts.iter().flat_map(|&context| {
+        arguments.batches.iter().map(move |&sequences| What::Decode { sequences, context })
+    });
+    prompts.chain(decode).map(Test::new).collect()
 }
 
-/// Decode at one batch size.
-#[derive(Default)]
-struct Decode {
-    steps: Vec<f64>,
-    runs: Vec<f64>,
+/// One line of the table.
+#[derive(Clone, Copy)]
+enum What {
+    Prefill { tokens: usize },
+    Decode { sequences: usize, context: usize },
 }
 
-impl Samples {
-    /// One round.
-    fn measure(&mut self, workload: &mut Workload, peer: Option<&Peer>) -> Result<(), Box<dyn Error>> {
-        self.gflops.push(limits::bf16_gflops(&workload.backend));
-        let prompt = Step { sequences: 1, before: 0, rows: PROMPT };
-        for _ in 0..REPETITIONS {
-            self.prefill.push(PROMPT as f64 / workload.seconds(prompt)?);
+/// What was measured for it.
+struct Test {
+    what: What,
+    /// Bytes or operations of a sample, in units of 10^9.
+    demand: f64,
+    own: Samples,
+    peer: Vec<f64>,
+}
+
+impl Test {
+    fn new(what: What) -> Test {
+        Test { what, demand: 0.0, own: Samples::default(), peer: Vec::new() }
+    }
+
+    /// Tokens of a sample.
+    fn tokens(&self) -> usize {
+        match self.what {
+            What::Prefill { tokens } => tokens,
+            What::Decode { sequences, .. } => sequences * STEPS,
         }
-        if let Some(peer) = peer {
-            let Speeds { prefill, decode } = peer.measure(PROMPT, STEPS, REPETITIONS)?;
-            self.peer_prefill.extend(prefill);
-            self.peer_decode.extend(decode);
-        }
-        for (decode, sequences) in self.decode.iter_mut().zip(BATCHES) {
-            self.read_gbytes.push(limits::read_gbytes(&workload.backend, READ_BYTES)?);
-            for _ in 0..REPETITIONS {
-                decode.measure(workload, sequences)?;
+    }
+
+    /// Finds out what a sample demands, and touches its memory.
+    fn prepare(&mut self, workload: &mut Workload) -> moeyard::Result<()> {
+        self.demand = match self.what {
+            What::Prefill { tokens } => {
+                workload.seconds(Step { sequences: 1, before: 0, rows: tokens })?;
+                demand::flops_of_prompt(&workload.spec, tokens)
             }
+            What::Decode { sequences, context } => {
+                let mut bytes = 0.0;
+                for before in context..context + STEPS {
+                    let distinct = workload.distinct_experts(Step { sequences, before, rows: 1 })?;
+                    bytes += demand::bytes_of_step(&workload.spec, distinct, sequences * (before + 1));
+                }
+                bytes
+            }
+        } / 1e9;
+        Ok(())
+    }
+
+    /// One sample between two of its limit, and the peer's.
+    fn sample(&mut self, workload: &mut Workload, peer: Option<&Peer>) -> Result<(), Box<dyn Error>> {
+        let before = self.limit(&workload.backend)?;
+        let seconds = self.seconds(workload)?;
+        let limit = (before + self.limit(&workload.backend)?) / 2.0;
+        let tokens = self.tokens() as f64;
+        self.own.push(tokens / seconds, tokens / (self.demand / limit));
+        let Some(peer) = peer else { return Ok(()) };
+        match self.what {
+            What::Prefill { tokens } => self.peer.extend(peer.prefill(tokens)?),
+            What::Decode { sequences: 1, context: 0 } => self.peer.extend(peer.decode(STEPS)?),
+            What::Decode { .. } => {}
         }
         Ok(())
     }
 
-    fn print(&self, workload: &mut Workload) -> Result<(), Box<dyn Error>> {
-        let (read, gflops) = (best(&self.read_gbytes), best(&self.gflops));
-        println!("read bandwidth {read:.1} GB/s, arithmetic {gflops:.0} GFLOP/s (best)");
-        println!("                 tokens/s    best   limit  of limit   llama.cpp    best   ratio");
-        let limit = gflops * 1e9 / demand::flops_per_prompt_token(&workload.spec);
-        print_line("prefill 512", &self.prefill, limit, &self.prefill, &self.peer_prefill);
-        for (decode, sequences) in self.decode.iter().zip(BATCHES) {
-            let distinct = mean_distinct(workload, sequences)?;
-            let limit = sequences as f64 * read * 1e9 / demand::bytes_of_step(&workload.spec, distinct);
-            let peer = if sequences == 1 { self.peer_decode.as_slice() } else { &[] };
-            print_line(&format!("decode batch {sequences}"), &decode.steps, limit, &decode.runs, peer);
+    /// The speed that bounds this test, in 10^9 operations or bytes a second.
+    fn limit(&self, backend: &CpuBackend) -> moeyard::Result<f64> {
+        Ok(median(&match self.what {
+            What::Prefill { .. } => limits::bf16_gflops(backend),
+            What::Decode { .. } => limits::read_gbytes(backend, READ_BYTES)?,
+        }))
+    }
+
+    fn seconds(&self, workload: &mut Workload) -> moeyard::Result<f64> {
+        match self.what {
+            What::Prefill { tokens } => workload.seconds(Step { sequences: 1, before: 0, rows: tokens }),
+            What::Decode { sequences, context } => (context..context + STEPS)
+                .map(|before| workload.seconds(Step { sequences, before, rows: 1 }))
+                .sum(),
         }
-        Ok(())
     }
-}
 
-impl Decode {
-    /// One run.
-    fn measure(&mut self, workload: &mut Workload, sequences: usize) -> moeyard::Result<()> {
-        let mut total = 0.0;
-        for before in 0..STEPS {
-            let seconds = workload.seconds(Step { sequences, before, rows: 1 })?;
-            self.steps.push(sequences as f64 / seconds);
-            total += seconds;
+    fn print(&self) {
+        let name = match self.what {
+            What::Prefill { tokens } => format!("prefill {tokens}"),
+            What::Decode { sequences, context: 0 } => format!("decode, batch {sequences}"),
+            What::Decode { sequences, context } => format!("decode, batch {sequences} at {context}"),
+        };
+        let [low, middle, high] = self.own.ratio_quartiles().map(|ratio| 100.0 * ratio);
+        let (own, limit) = (self.own.speed(), self.own.limit());
+        print!("{name:28} {own:9.1} {limit:7.1} {middle:7.1} % ({low:5.1} {high:5.1})");
+        if !self.peer.is_empty() {
+            let peer = median(&self.peer);
+            print!(" {peer:13.1} {:7.2}", own / peer);
         }
-        self.runs.push((sequences * STEPS) as f64 / total);
-        Ok(())
+        println!();
     }
-}
-
-/// Different experts met by a decode step, summed over the layers; the mean of one run.
-fn mean_distinct(workload: &mut Workload, sequences: usize) -> moeyard::Result<usize> {
-    let mut total = 0;
-    for before in 0..STEPS {
-        total += workload.distinct_experts(Step { sequences, before, rows: 1 })?;
-    }
-    Ok(total / STEPS)
-}
-
-/// `runs` are samples as long as those of `peer`.
-fn print_line(what: &str, samples: &[f64], limit: f64, runs: &[f64], peer: &[f64]) {
-    let (middle, top) = (median(samples), best(samples));
-    print!("{what:15} {middle:9.1} {top:7.1} {limit:7.1} {:7.0} %", 100.0 * top / limit);
-    if !peer.is_empty() {
-        let ratio = median(runs) / median(peer);
-        print!(" {:11.1} {:7.1} {ratio:7.2}", median(peer), best(peer));
-    }
-    println!();
-}
-
-fn median(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn best(samples: &[f64]) -> f64 {
-    samples.iter().copied().fold(f64::NAN, f64::max)
 }

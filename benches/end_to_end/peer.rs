@@ -16,26 +16,26 @@ pub struct Peer {
 /// The fields of `llama-bench -o json` that are read here.
 #[derive(Deserialize)]
 struct Report {
-    n_prompt: usize,
     samples_ts: Vec<f64>,
 }
 
-/// Tokens per second of each repetition.
-pub struct Speeds {
-    pub prefill: Vec<f64>,
-    pub decode: Vec<f64>,
-}
+/// Repetitions of one run of the program, which loads the model each time.
+const REPETITIONS: usize = 2;
 
 impl Peer {
-    /// Prefill of `prompt` tokens `repetitions` times, then as often `generate` tokens from an empty context.
-    pub fn measure(
-        &self,
-        prompt: usize,
-        generate: usize,
-        repetitions: usize,
-    ) -> Result<Speeds, Box<dyn Error>> {
+    /// Tokens per second of some prefills.
+    pub fn prefill(&self, tokens: usize) -> Result<Vec<f64>, Box<dyn Error>> {
+        self.measure(tokens, 0)
+    }
+
+    /// Tokens per second of some runs that generate from an empty context.
+    pub fn decode(&self, tokens: usize) -> Result<Vec<f64>, Box<dyn Error>> {
+        self.measure(0, tokens)
+    }
+
+    fn measure(&self, prompt: usize, generate: usize) -> Result<Vec<f64>, Box<dyn Error>> {
         let numbers =
-            [("-p", prompt), ("-n", generate), ("-r", repetitions), ("-t", self.threads), ("-ngl", 0)];
+            [("-p", prompt), ("-n", generate), ("-r", REPETITIONS), ("-t", self.threads), ("-ngl", 0)];
         let mut command = Command::new(&self.program);
         command.arg("-m").arg(&self.gguf).args(["-o", "json"]);
         for (flag, number) in numbers {
@@ -46,8 +46,6 @@ impl Peer {
             return Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
         }
         let reports: Vec<Report> = serde_json::from_slice(&output.stdout)?;
-        let (prefill, decode): (Vec<_>, Vec<_>) = reports.into_iter().partition(|report| report.n_prompt > 0);
-        let samples = |reports: Vec<Report>| reports.into_iter().flat_map(|r| r.samples_ts).collect();
-        Ok(Speeds { prefill: samples(prefill), decode: samples(decode) })
+        Ok(reports.into_iter().flat_map(|report| report.samples_ts).collect())
     }
 }

@@ -45,8 +45,14 @@ pub struct Step {
 }
 
 impl Workload {
-    /// Loads a checkpoint in bf16, with room for `sequences` sequences of `tokens` tokens.
-    pub fn load(folder: &Path, threads: usize, sequences: usize, tokens: usize) -> Result<Workload> {
+    /// Loads a checkpoint in bf16, with room for `sequences` sequences of `tokens` tokens, and for a prompt.
+    pub fn load(
+        folder: &Path,
+        threads: usize,
+        sequences: usize,
+        tokens: usize,
+        prompt: usize,
+    ) -> Result<Workload> {
         let OpenModel { checkpoint, family, .. } = OpenModel::open(Some(folder))?;
         let spec = family.spec;
         let backend = Arc::new(CpuBackend::detect(threads)?);
@@ -61,10 +67,10 @@ impl Workload {
             placement,
             split: Split::Exact,
             sizes: Sizes {
-                max_model_len: tokens,
+                max_model_len: tokens.max(prompt),
                 block_size: BLOCK,
-                kv_blocks: sequences * blocks_per_sequence,
-                max_rows: tokens,
+                kv_blocks: (sequences * blocks_per_sequence).max(prompt.div_ceil(BLOCK)),
+                max_rows: prompt.max(sequences),
                 max_logit_rows: sequences,
                 staging_slots: 0,
             },
@@ -109,7 +115,8 @@ impl Workload {
             first_block: (sequence * self.blocks_per_sequence) as u32,
         };
         let spans: Vec<SeqSpan> = (0..sequences).map(span).collect();
-        let block_table: Vec<u32> = (0..(sequences * self.blocks_per_sequence) as u32).collect();
+        let blocks = (sequences * self.blocks_per_sequence).max((before + rows).div_ceil(BLOCK));
+        let block_table: Vec<u32> = (0..blocks as u32).collect();
         let logit_rows: Vec<u32> = spans.iter().map(|span| span.row + span.rows - 1).collect();
         let batch = Batch {
             tokens: &tokens,

@@ -1,32 +1,40 @@
-//! Softmax attention of a tile of query rows over paged keys and values: the core of GQA and of both MLA forms.
+//! Softmax attention of a tile of queries over blocks of keys and values: the core of GQA and of expanded MLA.
 //!
-//! Two passes: all scores of a row, their exact maximum and sum, then the weighted values in ascending position. Each
-//! row touches exactly the positions it sees, in an order that depends on them alone; rows of a tile share loads, never
-//! sums. So a row's bits do not depend on the tile, the chunk, the block size or the batch.
+//! A block's keys are a panel `[key width][tokens]` and its values one of `[tokens][value width]`, as [`super::product`] wants
+//! them, so scores and weighted values are products like any other. Three passes: all scores of a row; their maximum, weights
+//! (in the type of the cache, not yet divided by their sum) and sum; the weighted values in ascending position. Tokens that a row
+//! does not see weigh exactly nothing. So a row's bits do not depend on the tile, the chunk, the block size or the batch.
 
 use std::ops::Range;
 
-use super::simd::{Float, Kernel, MAX_LANES, Simd, exp};
-use super::tiles::{Keys, Strided, accumulate, dots};
+use super::product::{Operand, Panel, Product, Strided, Sums, strip, tallest};
+use super::simd::{Kernel, MAX_LANES, Simd, exp};
 
-/// Most rows of a tile: their scores stay in the second-level cache for a context of some thousand tokens, while keys
-/// and values are read once for all.
-pub(super) const MAX_TILE_ROWS: usize = 16;
+/// Most queries of a tile: each block of keys and values is read once for all.
+const MAX_TILE_ROWS: usize = 64;
+/// Fewest where there is enough work for all threads.
+const MIN_TILE_ROWS: usize = 16;
+/// Scores of a tile that stay in the second-level cache.
+const TILE_SCORES: usize = 1 << 17;
+/// How far ahead of its use a panel is fetched, in elements: one that comes from memory is too short for the hardware to notice.
+const AHEAD: usize = 512;
 
 /// Keys and values of one block's tokens, for the KV head in question.
 pub(super) struct Block<T> {
-    pub(super) keys: Keys<T>,
-    pub(super) values: Strided<T>,
+    /// The two parts of the keys, each `[its width][tokens]`; the second may have no width.
+    pub(super) keys: [*const T; 2],
+    /// `[tokens][value width]`
+    pub(super) values: *const T,
 }
 
 /// Where a sequence's keys and values lie.
 ///
 /// # Safety
-/// A block's pointers must be good for every one of its tokens that a query of the tile sees, and its widths those of the
-/// [`Shape`] it is used with.
+/// A block's pointers must be good for all of its tokens, finite as far as a query of the tile sees them (rounded up to a
+/// whole step of the product), in panels of the widths of the [`Shape`] it is used with.
 pub(super) unsafe trait Context {
     /// What the cache holds.
-    type Element: Float;
+    type Element: Operand<Self::Element>;
     /// Tokens `index * block_size..(index + 1) * block_size`.
     fn block(&self, index: usize) -> Block<Self::Element>;
 }
@@ -47,10 +55,10 @@ pub(super) struct Shape<'a> {
     pub(super) scale: f32,
     /// One more logit for each of the group's heads.
     pub(super) sinks: Option<&'a [f32]>,
-    /// Tokens per block.
+    /// Tokens per block: a multiple of the largest register, as all widths here.
     pub(super) block_size: usize,
-    /// Width of a key: a multiple of the largest register, as all widths here.
-    pub(super) key_width: usize,
+    /// Widths of the two parts of a key.
+    pub(super) key_widths: [usize; 2],
     /// Width of a value.
     pub(super) value_width: usize,
 }
@@ -61,94 +69,116 @@ impl Shape<'_> {
         self.rows * self.group
     }
 
+    /// Elements of a query.
+    pub(super) fn key_width(&self) -> usize {
+        self.key_widths[0] + self.key_widths[1]
+    }
+
     /// The positions that query `i` sees.
     fn seen(&self, i: usize) -> Range<usize> {
         let end = self.position + i / self.group + 1;
         end.saturating_sub(self.window)..end
     }
 
-    /// The positions that any of some queries sees.
+    /// The positions that any of some queries sees, in whole registers.
     fn union(&self, queries: &Range<usize>) -> Range<usize> {
-        self.seen(queries.start).start..self.seen(queries.end - 1).end
+        whole(self.seen(queries.start).start..self.seen(queries.end - 1).end, MAX_LANES)
     }
 
-    /// Elements from one query's scores to the next one's: with room for a whole register behind the last.
+    /// Elements from one query's scores to the next one's: not a power of two, whose rows would compete for places in the cache.
     fn score_stride(&self, queries: &Range<usize>) -> usize {
         self.union(queries).len() + MAX_LANES
     }
 
-    /// Elements of the scratch of one tile.
+    /// f32 of scratch of one tile.
     pub(super) fn scratch(&self, queries: &Range<usize>) -> usize {
-        queries.len() * (self.key_width + self.value_width + self.score_stride(queries))
+        queries.len() * (self.key_width() + self.value_width + self.score_stride(queries))
     }
 }
 
-/// Queries per tile: fewer than the most where there would be too few tiles for the threads.
-pub(super) fn tile_rows(threads: usize, queries: usize) -> usize {
+/// Queries per tile, of a sequence whose last row sees `context` positions: fewer than the most for a long context, or where
+/// there would be too few tiles for the threads.
+pub(super) fn tile_rows(threads: usize, queries: usize, context: usize) -> usize {
     let mut rows = MAX_TILE_ROWS;
-    while rows > 4 && queries.div_ceil(rows) < 4 * threads {
+    while rows > MIN_TILE_ROWS && (rows * context > TILE_SCORES || queries.div_ceil(rows) < 4 * threads) {
         rows /= 2;
     }
     rows
 }
 
 /// A tile's queries and outputs: the scratch of [`Shape::scratch`], divided.
-pub(super) struct TileScratch<'a> {
-    /// `[queries, key_width]`, padded with zeros.
-    pub(super) q: &'a mut [f32],
-    /// `[queries, value_width]`
-    pub(super) out: &'a mut [f32],
+pub(super) struct TileScratch<'a, T> {
+    /// `[queries, key width]`, padded with zeros.
+    pub(super) q: &'a mut [T],
+    /// `[queries, value width]`
+    out: &'a mut [f32],
+    /// `[queries, score stride]`; a row's weights take the place of its scores, from the front.
     scores: &'a mut [f32],
 }
 
-impl<'a> TileScratch<'a> {
-    /// Divides a scratch. What `q` and `out` hold is left over from other uses.
+impl<'a, T: Operand<T>> TileScratch<'a, T> {
+    /// Divides a scratch, whose contents are left over from other uses.
     pub(super) fn new(shape: &Shape<'_>, queries: &Range<usize>, scratch: &'a mut [f32]) -> Self {
-        let (q, rest) = scratch.split_at_mut(queries.len() * shape.key_width);
+        const { assert!(size_of::<T>() <= size_of::<f32>() && align_of::<T>() <= align_of::<f32>()) };
+        let len = queries.len() * shape.key_width();
+        let (q, rest) = scratch.split_at_mut(len);
         let (out, scores) = rest.split_at_mut(queries.len() * shape.value_width);
+        // SAFETY: as many elements of a type that is no larger, of which any bits are a value.
+        let q = unsafe { std::slice::from_raw_parts_mut(q.as_mut_ptr().cast(), len) };
         TileScratch { q, out, scores }
     }
 }
 
-/// Attention of some consecutive queries: from `scratch.q` to `scratch.out`, which it returns.
-pub(super) struct Attend<'a, C> {
+/// Attention of some consecutive queries: from `scratch.q` to the outputs `[queries, value width]`.
+pub(super) struct Attend<'a, C: Context> {
     pub(super) shape: Shape<'a>,
     pub(super) queries: Range<usize>,
     pub(super) context: &'a C,
-    pub(super) scratch: TileScratch<'a>,
+    pub(super) scratch: TileScratch<'a, C::Element>,
 }
+
+/// How scores and weighted values are computed.
+type By<S, C> = <<C as Context>::Element as Operand<<C as Context>::Element>>::Product<S>;
 
 impl<'a, C: Context> Kernel for Attend<'a, C> {
     type Output = &'a [f32];
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) -> &'a [f32] {
+        let (rows, width) = (self.queries.len(), self.shape.value_width);
         self.scores(simd);
-        self.scratch.out.fill(0.0);
-        let stride = self.shape.score_stride(&self.queries);
-        for r in 0..self.queries.len() {
-            // The weights end up divided by their sum, so the values' sum is the result.
-            let own = self.own(r);
-            let row = &mut self.scratch.scores[r * stride..][..stride];
-            let sink = self.shape.sinks.map(|s| s[(self.queries.start + r) % self.shape.group]);
-            softmax(simd, &mut row[own.start..], own.len(), sink);
+        let mut factors = [0.0; MAX_TILE_ROWS];
+        for (r, factor) in factors.iter_mut().enumerate().take(rows) {
+            *factor = self.weights(simd, r);
         }
+        self.scratch.out.fill(0.0);
         self.values(simd);
+        for (out, &factor) in self.scratch.out.chunks_exact_mut(width).zip(&factors) {
+            let factor = simd.splat(factor);
+            for d in (0..width).step_by(S::LANES) {
+                // SAFETY: widths are whole registers.
+                unsafe {
+                    let to = out.as_mut_ptr().add(d);
+                    simd.store(to, simd.mul(simd.load(to), factor));
+                }
+            }
+        }
         self.scratch.out
     }
 }
 
 impl<C: Context> Attend<'_, C> {
-    /// First position that the tile sees: column 0 of the scores.
+    /// Position of column 0 of the scores: that of a whole register.
     #[inline(always)]
     fn first(&self) -> usize {
         self.shape.union(&self.queries).start
     }
 
-    /// The columns of the scores that row `r` of the tile sees.
+    /// The columns of the scores that some rows of the tile see, together.
     #[inline(always)]
-    fn own(&self, r: usize) -> Range<usize> {
-        let (seen, first) = (self.shape.seen(self.queries.start + r), self.first());
-        seen.start - first..seen.end - first
+    fn own(&self, rows: Range<usize>) -> Range<usize> {
+        let first = self.first();
+        let seen = |r| self.shape.seen(self.queries.start + r);
+        seen(rows.start).start - first..seen(rows.end - 1).end - first
     }
 
     /// The blocks that the tile sees: of each its number, and its tokens as columns of the scores.
@@ -161,88 +191,110 @@ impl<C: Context> Attend<'_, C> {
         })
     }
 
-    /// Rows `r..r + n` of the tile, `n` at most 4.
+    /// Rows of the tile, strip by strip.
     #[inline(always)]
-    fn quads(&self) -> impl Iterator<Item = (usize, usize)> + use<C> {
-        let rows = self.queries.len();
-        (0..rows).step_by(4).map(move |r| (r, (rows - r).min(4)))
+    fn strips<S: Simd>(&self) -> impl Iterator<Item = Range<usize>> + use<S, C> {
+        let (rows, height) = (self.queries.len(), const { tallest::<S>() });
+        (0..rows).step_by(height).map(move |r| r..rows.min(r + height))
     }
 
-    /// Scores of all rows. A few of four rows are computed past what a row sees; nobody reads them.
+    /// Elements from one row's scores to the next one's.
+    #[inline(always)]
+    fn stride(&self) -> usize {
+        self.shape.score_stride(&self.queries)
+    }
+
+    /// Scores of all rows, unscaled. Some are computed past what a row sees; nobody reads them.
     #[inline(always)]
     fn scores<S: Simd>(&mut self, simd: S) {
-        let (first, stride) = (self.first(), self.shape.score_stride(&self.queries));
-        let q = Strided { start: self.scratch.q.as_ptr(), stride: self.shape.key_width };
+        let (first, stride) = (self.first(), self.stride());
+        let (width, block_size) = (self.shape.key_width(), self.shape.block_size);
+        let group = const { <By<S, C> as Product<S>>::STEP };
         let out = self.scratch.scores.as_mut_ptr();
         for (b, columns) in self.blocks() {
             let keys = self.context.block(b).keys;
-            for (r, n) in self.quads() {
-                let seen = intersect(self.own(r).start..self.own(r + n - 1).end, &columns);
+            for rows in self.strips::<S>() {
+                let seen = intersect(whole(self.own(rows.clone()), MAX_LANES), &columns);
                 if seen.is_empty() {
                     continue;
                 }
-                // SAFETY: tokens of this block that a query of the tile sees; the scratch was divided for this shape.
-                unsafe {
-                    let keys = keys.skip(first + seen.start - b * self.shape.block_size);
-                    let out = out.add(r * stride + seen.start);
-                    dots(simd, (q.skip(r), n), (keys, seen.len()), self.shape.scale, (out, stride));
+                let token = first + seen.start - b * block_size;
+                let mut before = 0;
+                for (keys, k) in keys.into_iter().zip(self.shape.key_widths).filter(|&(_, k)| k > 0) {
+                    let start = keys.wrapping_add(token * group);
+                    let panel = Panel { start, k, pitch: block_size, ahead: AHEAD };
+                    // SAFETY: tokens of this block; the scratch was divided for this shape, whose parts a query has one after another.
+                    unsafe {
+                        let q = self.scratch.q.as_ptr().add(rows.start * width + before);
+                        let start = out.add(rows.start * stride + seen.start);
+                        let sums = Sums { start, stride, add: before > 0 };
+                        let q = (Strided { start: q, stride: width }, rows.len());
+                        strip::<S, By<S, C>>(simd, q, (panel, seen.len()), sums);
+                    }
+                    before += k;
                 }
             }
         }
     }
 
-    /// Weighted values of all rows, in ascending position. Columns that a few rows all see they share.
+    /// Turns the scores of row `r` into weights `e^(score * scale - maximum)`, zero where the row does not see; returns what
+    /// they have to be multiplied by for their sum to be 1.
+    #[inline(always)]
+    fn weights<S: Simd>(&mut self, simd: S, r: usize) -> f32 {
+        let (stride, own, scale) = (self.stride(), self.own(r..r + 1), simd.splat(self.shape.scale));
+        let sink = self.shape.sinks.map(|sinks| sinks[(self.queries.start + r) % self.shape.group]);
+        let row = &mut self.scratch.scores[r * stride..][..stride];
+        let registers = whole(own.clone(), MAX_LANES);
+        row[registers.start..own.start].fill(f32::NEG_INFINITY);
+        row[own.end..registers.end].fill(f32::NEG_INFINITY);
+        let (from, to) = (row.as_mut_ptr(), row.as_mut_ptr().cast::<C::Element>());
+        let mut max = simd.splat(sink.unwrap_or(f32::NEG_INFINITY));
+        let mut sum = simd.zero();
+        // SAFETY: whole registers inside the row. A weight is no larger than a score, so it is stored over scores that were read.
+        unsafe {
+            for i in registers.clone().step_by(S::LANES) {
+                max = simd.max(simd.mul(simd.load(from.add(i)), scale), max);
+            }
+            let max = simd.splat(simd.max_lane(max));
+            for i in registers.clone().step_by(S::LANES) {
+                let weight = exp(simd, simd.sub(simd.mul(simd.load(from.add(i)), scale), max));
+                sum = simd.add(sum, weight);
+                <C::Element as Operand<C::Element>>::store_weights(simd, to.add(i), weight);
+            }
+            let zero = C::Element::default();
+            std::slice::from_raw_parts_mut(to, registers.start).fill(zero);
+            let end = stride - MAX_LANES;
+            std::slice::from_raw_parts_mut(to.add(registers.end), end - registers.end).fill(zero);
+            let sink = sink.map_or(0.0, |sink| simd.to_array(exp(simd, simd.sub(simd.splat(sink), max)))[0]);
+            1.0 / (simd.sum(sum) + sink)
+        }
+    }
+
+    /// Weighted values of all rows, in ascending position.
     #[inline(always)]
     fn values<S: Simd>(&mut self, simd: S) {
+        let (first, width) = (self.first(), self.shape.value_width);
+        let group = const { <By<S, C> as Product<S>>::STEP };
+        let stride = self.stride() * size_of::<f32>() / size_of::<C::Element>();
+        let weights = self.scratch.scores.as_ptr().cast::<C::Element>();
+        let out = self.scratch.out.as_mut_ptr();
         for (b, columns) in self.blocks() {
             let values = self.context.block(b).values;
-            for (r, n) in self.quads() {
-                for step in 0..2 * n + 1 {
-                    let (rows, seen) = self.share((r, n), step);
-                    self.add(simd, rows, seen, &columns, (b, values));
+            for rows in self.strips::<S>() {
+                let seen = intersect(whole(self.own(rows.clone()), group), &columns);
+                if seen.is_empty() {
+                    continue;
+                }
+                let token = first + seen.start - b * self.shape.block_size;
+                let start = values.wrapping_add(token * width);
+                let panel = Panel { start, k: seen.len(), pitch: width, ahead: AHEAD };
+                // SAFETY: tokens of this block; the scratch was divided for this shape.
+                unsafe {
+                    let start = weights.add(rows.start * stride + seen.start);
+                    let sums = Sums { start: out.add(rows.start * width), stride: width, add: true };
+                    strip::<S, By<S, C>>(simd, (Strided { start, stride }, rows.len()), (panel, width), sums);
                 }
             }
-        }
-    }
-
-    /// One of the `2 * n + 1` shares of rows `r..r + n`: which rows it is for, and the score columns they see. First what each sees
-    /// before the columns that all see, then those, then what each sees after them.
-    #[inline(always)]
-    fn share(&self, (r, n): (usize, usize), step: usize) -> ((usize, usize), Range<usize>) {
-        let start = self.own(r + n - 1).start;
-        let shared = start..self.own(r).end.max(start);
-        if step < n {
-            let own = self.own(r + step);
-            ((r + step, 1), own.start..own.end.min(shared.start))
-        } else if step == n {
-            ((r, n), shared)
-        } else {
-            let own = self.own(r + step - n - 1);
-            ((r + step - n - 1, 1), own.start.max(shared.end)..own.end)
-        }
-    }
-
-    /// Adds the values of those of `seen` that lie in block `b` (the score columns `columns`) to rows `r..r + n`.
-    #[inline(always)]
-    fn add<S: Simd>(
-        &mut self,
-        simd: S,
-        (r, n): (usize, usize),
-        seen: Range<usize>,
-        columns: &Range<usize>,
-        (b, values): (usize, Strided<C::Element>),
-    ) {
-        let seen = intersect(seen, columns);
-        if seen.is_empty() {
-            return;
-        }
-        let (stride, width) = (self.shape.score_stride(&self.queries), self.shape.value_width);
-        // SAFETY: tokens of this block that a query of the tile sees; the scratch was divided for this shape.
-        unsafe {
-            let values = values.skip(self.first() + seen.start - b * self.shape.block_size);
-            let p = Strided { start: self.scratch.scores.as_ptr().add(r * stride + seen.start), stride };
-            let out = self.scratch.out.as_mut_ptr().add(r * width);
-            accumulate(simd, (p, n), (values, seen.len()), (out, width));
         }
     }
 }
@@ -253,33 +305,10 @@ fn intersect(a: Range<usize>, b: &Range<usize>) -> Range<usize> {
     a.start.max(b.start)..a.end.min(b.end)
 }
 
-/// The softmax of the first `len` elements of `x` (and a logit without a place) in place. `x` has room for a whole
-/// register behind them.
+/// A range widened to multiples of a number.
 #[inline(always)]
-fn softmax<S: Simd>(simd: S, x: &mut [f32], len: usize, sink: Option<f32>) {
-    let end = len.next_multiple_of(S::LANES);
-    x[len..end].fill(f32::NEG_INFINITY);
-    let x = &mut x[..end];
-    let start = x.as_mut_ptr();
-    let mut max = simd.splat(sink.unwrap_or(f32::NEG_INFINITY));
-    let mut sum = simd.zero();
-    // SAFETY: whole registers inside `x`.
-    unsafe {
-        for i in (0..end).step_by(S::LANES) {
-            max = simd.max(simd.load(start.add(i)), max);
-        }
-        let max = simd.splat(simd.max_lane(max));
-        for i in (0..end).step_by(S::LANES) {
-            let e = exp(simd, simd.sub(simd.load(start.add(i)), max));
-            simd.store(start.add(i), e);
-            sum = simd.add(sum, e);
-        }
-        let sink = sink.map_or(0.0, |sink| simd.to_array(exp(simd, simd.sub(simd.splat(sink), max)))[0]);
-        let factor = simd.splat(1.0 / (simd.sum(sum) + sink));
-        for i in (0..end).step_by(S::LANES) {
-            simd.store(start.add(i), simd.mul(simd.load(start.add(i)), factor));
-        }
-    }
+fn whole(range: Range<usize>, of: usize) -> Range<usize> {
+    range.start / of * of..range.end.next_multiple_of(of)
 }
 
 #[cfg(test)]

@@ -5,9 +5,8 @@ use super::attention::{Attend, Block, Context, Shape, TileScratch, tile_rows};
 use super::elementwise::{FloatRows, FloatRowsMut};
 use super::kv::{block_table, find_span, padded};
 use super::memory::{Rows, with_local_scratch};
+use super::product::Operand;
 use super::rows::with_float;
-use super::simd::Float;
-use super::tiles::{Keys, Strided};
 use crate::backend::{GqaArgs, SeqSpan, ViewMut, check};
 use crate::error::Result;
 
@@ -16,19 +15,18 @@ struct HeadContext<'a, T> {
     keys: Rows<'a, T>,
     values: Rows<'a, T>,
     table: &'a [u32],
-    block_size: usize,
     kv_heads: usize,
     head: usize,
 }
 
-// SAFETY: `check` saw that the table's blocks are in the pool; each holds `block_size` rows per head.
-unsafe impl<T: Float> Context for HeadContext<'_, T> {
+// SAFETY: `check` saw that the table's blocks are in the pool; each holds a row of both parts per head.
+unsafe impl<T: Operand<T>> Context for HeadContext<'_, T> {
     type Element = T;
     #[inline(always)]
     fn block(&self, index: usize) -> Block<T> {
-        let row = (self.table[index] as usize * self.kv_heads + self.head) * self.block_size;
-        let keys = Keys::single(Strided::from(&self.keys, row, 0), self.keys.cols());
-        Block { keys, values: Strided::from(&self.values, row, 0) }
+        let row = self.table[index] as usize * self.kv_heads + self.head;
+        let keys = self.keys.row(row).as_ptr();
+        Block { keys: [keys, keys], values: self.values.row(row).as_ptr() }
     }
 }
 
@@ -40,23 +38,25 @@ pub(super) fn attention_gqa(backend: &CpuBackend, args: GqaArgs<'_>, out: ViewMu
     Ok(())
 }
 
-fn attend_all<T: Float>(
+fn attend_all<T: Operand<T>>(
     backend: &CpuBackend,
     args: &GqaArgs<'_>,
     (kv_heads, head_dim): (usize, usize),
     out: &FloatRowsMut<'_>,
 ) {
     let group = args.heads / kv_heads;
-    let tile = tile_rows(backend.pool().threads(), args.batch.rows() * args.heads);
+    let longest = args.batch.spans.iter().map(|span| (span.position + span.rows) as usize).max().unwrap_or(0);
+    let tile = tile_rows(backend.pool().threads(), args.batch.rows() * args.heads, longest);
     let tiles = |span: &SeqSpan| (span.rows as usize * group).div_ceil(tile);
-    let tasks = args.batch.spans.iter().map(|span| kv_heads * tiles(span)).sum();
+    let tasks: usize = args.batch.spans.iter().map(|span| kv_heads * tiles(span)).sum();
     let q = FloatRows::new(args.q);
     let sinks = args.sinks.map(|sinks| Rows::<f32>::new(sinks).row(0));
     let [keys, values] = &args.cache.parts[..] else { panic!("a GQA cache has two parts") };
     let (keys, values) = (Rows::<T>::new(keys.view()), Rows::<T>::new(values.view()));
 
     backend.pool().run(tasks, &|task| {
-        let (span, task) = find_span(args.batch.spans, task, |span| kv_heads * tiles(span));
+        // Backwards: later rows see more, and what is long should not start last.
+        let (span, task) = find_span(args.batch.spans, tasks - 1 - task, |span| kv_heads * tiles(span));
         let span = &args.batch.spans[span];
         // Tiles of one KV head follow each other, so that threads share its keys in the cache.
         let (head, first) = (task / tiles(span), task % tiles(span) * tile);
@@ -68,11 +68,11 @@ fn attend_all<T: Float>(
             scale: args.scale,
             sinks: sinks.map(|s| &s[head * group..][..group]),
             block_size: args.cache.block_size,
-            key_width: padded(head_dim),
+            key_widths: [padded(head_dim), 0],
             value_width: padded(head_dim),
         };
         let table = block_table(&args.batch, span);
-        let context = HeadContext { keys, values, table, block_size: shape.block_size, kv_heads, head };
+        let context = HeadContext { keys, values, table, kv_heads, head };
         let queries = first..shape.queries().min(first + tile);
         // Row of the batch, and columns, of a query.
         let place = |i: usize| {
@@ -80,8 +80,8 @@ fn attend_all<T: Float>(
             (span.row as usize + i / group, start..start + head_dim)
         };
         with_local_scratch::<f32, _>(shape.scratch(&queries), |scratch| {
-            let scratch = TileScratch::new(&shape, &queries, scratch);
-            for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
+            let scratch = TileScratch::<T>::new(&shape, &queries, scratch);
+            for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width())) {
                 let (row, columns) = place(i);
                 q.read(backend, row, columns, to);
             }

@@ -1,13 +1,9 @@
 //! Multi-head latent attention, in the form that belongs to each row.
 //!
-//! `kv_b` is kept transposed, one matrix `[latent, nope + v]` per head (both parts padded to whole registers), and
-//! serves every use in place: a latent times it gives key and value (expanded); its rows times a query give the
-//! query against latents, and a mean latent times it gives the output (absorbed).
-//!
-//! Expanded rows: a task is one head of one sequence; it expands the context once into its own scratch, then attends
-//! like GQA. Absorbed rows, of all sequences together, go through three rounds of tasks: queries to latents (by head,
-//! so that a weight is read once for many rows), attention over the cached latents (by sequence, some heads at a
-//! time), latents to outputs.
+//! Expanded rows, sequence by sequence: first the context's latents and rotary keys are turned into columns, block by block,
+//! for all heads; then a task is one head, which expands the context into its own scratch and attends like GQA. Absorbed rows,
+//! of all sequences together, go through three rounds of tasks: queries to latents (by head, so that a weight is read once for
+//! many rows), attention over the cached latents (by sequence, some heads at a time), latents to outputs.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -15,13 +11,14 @@ use std::ops::Range;
 use half::bf16;
 
 use super::CpuBackend;
-use super::attention::{Attend, Block, Context, MAX_TILE_ROWS, Shape, TileScratch, tile_rows};
+use super::attention::{self, Attend, Context};
+use super::attention_latent::{self as absorbed, LatentContext};
 use super::elementwise::{FloatRows, FloatRowsMut, convert_row};
-use super::kv::{block_table, find_span, padded};
+use super::kv::{block_table, find_span, padded, scatter_words};
 use super::memory::{self, Rows, RowsMut, with_local_scratch};
+use super::product::{Operand, Panel, Strided, Sums, product};
 use super::rows::with_float;
 use super::simd::{Float, Kernel, Simd};
-use super::tiles::{Keys, Strided, accumulate, dots};
 use crate::backend::{
     AttentionBatch, DType, HostData, HostMatrix, KvShape, MlaArgs, MlaWeights, SeqSpan, ViewMut, check,
 };
@@ -29,13 +26,33 @@ use crate::error::Result;
 
 /// Rows that go through a head's matrix together.
 const ROWS: usize = 32;
+/// Columns of one panel of a head's matrix: two of the largest registers, so that a panel stays in the first-level cache.
+const COLUMNS: usize = 32;
+/// How far ahead of their use weights are fetched, in elements.
+const AHEAD: usize = 2048;
 
-/// Rows of a head's matrix that stay in the first-level cache while [`ROWS`] rows use them.
-const SLAB: usize = 32;
+/// Parts of [`MlaWeights`]. `W_k` as rows, `[heads * padded nope, padded latent]`, to expand with.
+const KEY_ROWS: usize = 0;
+/// `W_k` as panels over nope, a row of the tensor per head, to absorb queries with.
+const KEY_PANELS: usize = 1;
+/// `W_v` as panels over the latent, a row of the tensor per head, for both forms.
+const VALUE_PANELS: usize = 2;
+
+/// Elements of a matrix of `k` rows in panels of [`COLUMNS`].
+fn panel_elements(k: usize, columns: usize) -> usize {
+    padded(k).saturating_mul(columns.next_multiple_of(COLUMNS))
+}
+
+/// Place of element (k, column) in panels of [`COLUMNS`] over `depth` k, `T` by as many k as fit into 32 bits.
+fn place<T>(k: usize, column: usize, depth: usize) -> usize {
+    let group = size_of::<u32>() / size_of::<T>();
+    let panel = column / COLUMNS * padded(depth) * COLUMNS;
+    panel + (k / group * COLUMNS + column % COLUMNS) * group + k % group
+}
 
 /// See [`crate::backend::Backend::pack_mla`].
 pub(super) fn pack_mla(
-    _: &CpuBackend,
+    backend: &CpuBackend,
     kv_b: &HostMatrix,
     heads: usize,
     nope_dim: usize,
@@ -44,23 +61,42 @@ pub(super) fn pack_mla(
 ) -> Result<MlaWeights> {
     check::pack_mla(kv_b, heads, nope_dim, v_dim);
     let latent = kv_b.k;
-    let mut packed = memory::tensor(dtype, heads.saturating_mul(latent), padded(nope_dim) + padded(v_dim))?;
+    let mut parts = vec![
+        memory::tensor(dtype, heads.saturating_mul(padded(nope_dim)), padded(latent))?,
+        memory::tensor(dtype, heads, panel_elements(nope_dim, latent))?,
+        memory::tensor(dtype, heads, panel_elements(latent, v_dim))?,
+    ];
     with_float!(dtype, T => {
-        let mut packed = RowsMut::<T>::new(packed.view_mut());
-        for head in 0..heads {
-            let first = head * (nope_dim + v_dim);
-            for l in 0..latent {
-                let element = |j: usize| match &kv_b.data {
-                    HostData::F32(data) => T::from_f32(data[(first + j) * latent + l]),
-                    HostData::Bf16(data) => T::from_f32(bf16::to_f32(data[(first + j) * latent + l])),
-                };
-                let (k, v) = packed.row_mut(head * latent + l).split_at_mut(padded(nope_dim));
-                k[..nope_dim].iter_mut().enumerate().for_each(|(j, x)| *x = element(j));
-                v[..v_dim].iter_mut().enumerate().for_each(|(j, x)| *x = element(nope_dim + j));
+        let [key_rows, key_panels, value_panels] = &mut parts[..] else { unreachable!("three parts") };
+        let key_rows = RowsMut::<T>::new(key_rows.view_mut());
+        let key_panels = RowsMut::<T>::new(key_panels.view_mut());
+        let value_panels = RowsMut::<T>::new(value_panels.view_mut());
+        backend.pool().run(heads, &|head| {
+            let element = |j: usize, l: usize| {
+                let at = (head * (nope_dim + v_dim) + j) * latent + l;
+                match &kv_b.data {
+                    HostData::F32(data) => T::from_f32(data[at]),
+                    HostData::Bf16(data) => T::from_f32(bf16::to_f32(data[at])),
+                }
+            };
+            // SAFETY: rows of these tensors belong to one head, and a head is one task.
+            let (key_panels, value_panels) = unsafe {
+                (key_panels.part(head, 0..key_panels.cols()), value_panels.part(head, 0..value_panels.cols()))
+            };
+            for d in 0..nope_dim {
+                // SAFETY: as above.
+                let row = unsafe { key_rows.part(head * padded(nope_dim) + d, 0..latent) };
+                for (l, x) in row.iter_mut().enumerate() {
+                    *x = element(d, l);
+                    key_panels[place::<T>(d, l, nope_dim)] = *x;
+                }
             }
-        }
+            for d in 0..v_dim {
+                (0..latent).for_each(|l| value_panels[place::<T>(l, d, latent)] = element(nope_dim + d, l));
+            }
+        });
     });
-    Ok(MlaWeights { parts: vec![packed], heads, latent, nope_dim, v_dim })
+    Ok(MlaWeights { parts, heads, latent, nope_dim, v_dim })
 }
 
 /// See [`crate::backend::Backend::mla_bytes`].
@@ -72,33 +108,49 @@ pub(super) fn mla_bytes(
     latent: usize,
     dtype: DType,
 ) -> usize {
-    heads * latent * (padded(nope_dim) + padded(v_dim)) * dtype.bytes()
+    let key_rows = padded(nope_dim).saturating_mul(padded(latent));
+    let elements = key_rows + panel_elements(nope_dim, latent) + panel_elements(latent, v_dim);
+    heads.saturating_mul(elements).saturating_mul(dtype.bytes())
 }
 
 /// See [`crate::backend::Backend::attention_mla`].
 pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
     check::attention_mla(&args, &out);
-    let KvShape::Mla { latent, rope_dim } = args.cache.shape else { unreachable!("checked above") };
-    with_float!(args.cache.dtype, T => with_float!(args.weights.parts[0].dtype(), W => {
-        let call = Call::<T, W> {
-            backend,
-            q: FloatRows::new(args.q),
-            cache: Rows::new(args.cache.parts[0].view()),
-            kv_b: Rows::new(args.weights.parts[0].view()),
-            out: FloatRowsMut::new(out),
-            batch: args.batch,
-            block_size: args.cache.block_size,
-            scale: args.scale,
-            heads: args.weights.heads,
-            latent,
-            nope: args.weights.nope_dim,
-            rope: rope_dim,
-            v: args.weights.v_dim,
-        };
-        call.expanded();
-        call.absorbed();
-    }));
+    match (args.cache.dtype, args.weights.parts[0].dtype()) {
+        (DType::F32, DType::F32) => attend_all::<f32, f32>(backend, args, out),
+        (DType::F32, DType::Bf16) => attend_all::<f32, bf16>(backend, args, out),
+        (DType::Bf16, DType::Bf16) => attend_all::<bf16, bf16>(backend, args, out),
+        (cache, weights) => panic!("a cache of {cache:?} and weights of {weights:?}"),
+    }
     Ok(())
+}
+
+fn attend_all<T, W>(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>)
+where
+    T: Operand<T> + Operand<W>,
+    W: Float,
+{
+    let KvShape::Mla { latent, rope_dim } = args.cache.shape else { unreachable!("checked by the caller") };
+    let weights = |part: usize| Rows::new(args.weights.parts[part].view());
+    let call = Call::<T, W> {
+        backend,
+        q: FloatRows::new(args.q),
+        cache: Rows::new(args.cache.parts[0].view()),
+        key_rows: weights(KEY_ROWS),
+        key_panels: weights(KEY_PANELS),
+        value_panels: weights(VALUE_PANELS),
+        out: FloatRowsMut::new(out),
+        batch: args.batch,
+        block_size: args.cache.block_size,
+        scale: args.scale,
+        heads: args.weights.heads,
+        latent: padded(latent),
+        nope: args.weights.nope_dim,
+        rope: rope_dim,
+        v: args.weights.v_dim,
+    };
+    call.expanded();
+    call.absorbed();
 }
 
 /// Rows of a span in expanded form: its first ones.
@@ -118,29 +170,38 @@ struct Call<'a, T, W> {
     q: FloatRows<'a>,
     /// See [`super::kv`].
     cache: Rows<'a, T>,
-    /// `[heads * latent, padded nope + padded v]`
-    kv_b: Rows<'a, W>,
+    /// See [`KEY_ROWS`].
+    key_rows: Rows<'a, W>,
+    /// See [`KEY_PANELS`].
+    key_panels: Rows<'a, W>,
+    /// See [`VALUE_PANELS`].
+    value_panels: Rows<'a, W>,
     /// `[rows, heads * v]`
     out: FloatRowsMut<'a>,
     batch: AttentionBatch<'a>,
     block_size: usize,
     scale: f32,
     heads: usize,
+    /// Padded.
     latent: usize,
     nope: usize,
     rope: usize,
     v: usize,
 }
 
-impl<T: Float, W: Float> Call<'_, T, W> {
+impl<T, W> Call<'_, T, W>
+where
+    T: Operand<T> + Operand<W>,
+    W: Float,
+{
     /// The part of a query without rotary, padded.
-    fn read_nope(&self, row: usize, head: usize, to: &mut [f32]) {
+    fn read_nope<X: Float>(&self, row: usize, head: usize, to: &mut [X]) {
         let start = head * (self.nope + self.rope);
         self.q.read(self.backend, row, start..start + self.nope, to);
     }
 
     /// The rotary part of a query, padded.
-    fn read_rope(&self, row: usize, head: usize, to: &mut [f32]) {
+    fn read_rope<X: Float>(&self, row: usize, head: usize, to: &mut [X]) {
         let end = (head + 1) * (self.nope + self.rope);
         self.q.read(self.backend, row, end - self.rope..end, to);
     }
@@ -154,49 +215,93 @@ impl<T: Float, W: Float> Call<'_, T, W> {
         unsafe { self.out.write(self.backend, row, head * self.v..(head + 1) * self.v, value) };
     }
 
-    /// The matrix of a head from a column on.
-    fn matrix(&self, head: usize, column: usize) -> Strided<W> {
-        Strided::from(&self.kv_b, head * self.latent, column)
-    }
-
     /// All rows in expanded form.
     fn expanded(&self) {
-        let tasks = |span: &SeqSpan| if expanded_rows(span) > 0 { self.heads } else { 0 };
-        self.backend.pool().run(self.batch.spans.iter().map(tasks).sum(), &|task| {
-            let (span, head) = find_span(self.batch.spans, task, tasks);
-            let span = &self.batch.spans[span];
+        for span in self.batch.spans.iter().filter(|span| expanded_rows(span) > 0) {
             let context = span.position as usize + expanded_rows(span);
-            with_local_scratch::<T, _>(context * self.kv_b.cols(), |expanded| {
-                self.expand(span, head, expanded);
-                self.attend_expanded(span, head, expanded);
+            let (blocks, pool) = (context.div_ceil(self.block_size), self.backend.pool());
+            let columns = self.block_size * self.cache.cols();
+            with_local_scratch::<T, _>(blocks * columns, |memory| {
+                let columns = Pieces::new(memory, columns);
+                // SAFETY: a block is one task, and the next round only reads.
+                pool.run(blocks, &|b| self.to_columns(span, b, context, unsafe { columns.get(b) }));
+                let expanded = self.block_size * (padded(self.nope) + padded(self.v));
+                pool.run(self.heads, &|head| {
+                    with_local_scratch::<T, _>(blocks * expanded, |expanded| {
+                        self.expand(span, (head, context), &columns, expanded);
+                        self.attend_expanded(span, head, &columns, expanded);
+                    });
+                });
+            });
+        }
+    }
+
+    /// The cache's rows of block `b` of a sequence.
+    fn block_rows(&self, span: &SeqSpan, b: usize) -> Strided<T> {
+        let first = block_table(&self.batch, span)[b] as usize * self.block_size;
+        Strided { start: self.cache.row(first).as_ptr(), stride: self.cache.stride() }
+    }
+
+    /// The rows of block `b` that lie within the context, as columns: `[latent + rope][tokens]`.
+    fn to_columns(&self, span: &SeqSpan, b: usize, context: usize, to: &mut [T]) {
+        let (rows, words) = (self.block_rows(span, b), size_of_val(to) / self.block_size / size_of::<u32>());
+        for token in 0..self.block_size.min(context - b * self.block_size) {
+            // SAFETY: a row of this block, padded to whole words, and its column in `to`.
+            unsafe {
+                let row = rows.at(token, 0).cast();
+                scatter_words(row, words, to.as_mut_ptr().cast(), (token, self.block_size));
+            }
+        }
+    }
+
+    /// Keys (but for their rotary part) and values of one head, block by block: panels `[padded nope][tokens]` and
+    /// `[tokens][padded v]`.
+    fn expand(
+        &self,
+        span: &SeqSpan,
+        (head, context): (usize, usize),
+        columns: &Pieces<'_, T>,
+        expanded: &mut [T],
+    ) {
+        let (nope, v) = (padded(self.nope), padded(self.v));
+        let matrix = (0..nope).map(|d| self.key_rows.row(head * nope + d));
+        let converted = if T::DTYPE == W::DTYPE { 0 } else { nope * self.latent };
+        with_local_scratch::<T, _>(converted, |scratch| {
+            let mut key_rows =
+                Strided { start: self.key_rows.row(head * nope).as_ptr().cast(), stride: self.latent };
+            if converted > 0 {
+                let rows = scratch.chunks_exact_mut(self.latent);
+                rows.zip(matrix).for_each(|(to, row)| convert_row(self.backend, row, to));
+                key_rows.start = scratch.as_ptr();
+            }
+            let sums = self.block_size * nope.max(v.next_multiple_of(COLUMNS));
+            with_local_scratch::<f32, _>(sums, |sums| {
+                for (b, to) in expanded.chunks_exact_mut(self.block_size * (nope + v)).enumerate() {
+                    let (keys, values) = to.split_at_mut(self.block_size * nope);
+                    self.backend.dispatch(Expand::<T, W> {
+                        key_rows: (key_rows, nope),
+                        // SAFETY: nobody writes them any more.
+                        columns: unsafe { columns.get(b) }.as_ptr(),
+                        latents: (
+                            self.block_rows(span, b),
+                            self.block_size.min(context - b * self.block_size),
+                        ),
+                        value_panels: self.value_panels.row(head),
+                        depth: self.latent,
+                        block_size: self.block_size,
+                        sums,
+                        keys,
+                        values,
+                    });
+                }
             });
         });
     }
 
-    /// Keys and values of one head, `[context, padded nope + padded v]`.
-    fn expand(&self, span: &SeqSpan, head: usize, expanded: &mut [T]) {
-        let (width, latent) = (self.kv_b.cols(), self.latent);
-        let table = block_table(&self.batch, span);
-        with_local_scratch::<f32, _>(ROWS * (latent + width), |scratch| {
-            let (latents, products) = scratch.split_at_mut(ROWS * latent);
-            for (chunk, expanded) in expanded.chunks_mut(ROWS * width).enumerate() {
-                let rows = expanded.len() / width;
-                for (r, to) in latents.chunks_exact_mut(latent).take(rows).enumerate() {
-                    let p = chunk * ROWS + r;
-                    let slot = table[p / self.block_size] as usize * self.block_size + p % self.block_size;
-                    convert_row(self.backend, &self.cache.row(slot)[..latent], to);
-                }
-                let (latents, products) = (&latents[..rows * latent], &mut products[..rows * width]);
-                self.multiply(latents, self.matrix(head, 0), products);
-                convert_row(self.backend, products, expanded);
-            }
-        });
-    }
-
     /// Attention of the expanded rows of one span over one head's keys and values.
-    fn attend_expanded(&self, span: &SeqSpan, head: usize, expanded: &[T]) {
+    fn attend_expanded(&self, span: &SeqSpan, head: usize, columns: &Pieces<'_, T>, expanded: &[T]) {
         let (nope, rope) = (padded(self.nope), padded(self.rope));
-        let shape = Shape {
+        let shape = attention::Shape {
             group: 1,
             rows: expanded_rows(span),
             position: span.position as usize,
@@ -204,21 +309,16 @@ impl<T: Float, W: Float> Call<'_, T, W> {
             scale: self.scale,
             sinks: None,
             block_size: self.block_size,
-            key_width: nope + rope,
+            key_widths: [nope, rope],
             value_width: padded(self.v),
         };
-        let context = ExpandedContext {
-            expanded,
-            cache: self.cache,
-            table: block_table(&self.batch, span),
-            block_size: self.block_size,
-            widths: [nope, rope, padded(self.v)],
-        };
-        for first in (0..shape.queries()).step_by(MAX_TILE_ROWS) {
-            let queries = first..shape.queries().min(first + MAX_TILE_ROWS);
+        let context = ExpandedContext { shape, expanded, columns, ropes: self.block_size * self.latent };
+        let tile = attention::tile_rows(0, shape.queries(), shape.position + shape.rows);
+        for first in (0..shape.queries()).step_by(tile) {
+            let queries = first..shape.queries().min(first + tile);
             with_local_scratch::<f32, _>(shape.scratch(&queries), |scratch| {
-                let scratch = TileScratch::new(&shape, &queries, scratch);
-                for (r, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
+                let scratch = attention::TileScratch::<T>::new(&shape, &queries, scratch);
+                for (r, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width())) {
                     self.read_nope(span.row as usize + r, head, &mut to[..nope]);
                     self.read_rope(span.row as usize + r, head, &mut to[nope..]);
                 }
@@ -245,7 +345,7 @@ impl<T: Float, W: Float> Call<'_, T, W> {
             rows.iter_mut().zip(all).for_each(|(to, row)| *to = row as i32);
             let rows = &*rows;
             with_local_scratch::<T, _>(count * self.heads * self.latent, |latents| {
-                let latents = Latents::new(latents, self.latent);
+                let latents = Pieces::new(latents, self.latent);
                 let chunks = count.div_ceil(ROWS);
                 let by_head = |task: usize| {
                     let first = task % chunks * ROWS;
@@ -265,39 +365,38 @@ impl<T: Float, W: Float> Call<'_, T, W> {
     }
 
     /// `q' = W_k^T q_nope` of some absorbed rows and one head.
-    fn queries_to_latents(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Latents<'_, T>) {
-        let width = padded(self.nope);
-        with_local_scratch::<f32, _>(chunk.len() * (width + self.latent), |scratch| {
-            let (queries, products) = scratch.split_at_mut(chunk.len() * width);
-            for (to, &row) in queries.chunks_exact_mut(width).zip(&rows[chunk.clone()]) {
+    fn queries_to_latents(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Pieces<'_, T>) {
+        let (depth, width) = (padded(self.nope), self.latent.next_multiple_of(COLUMNS));
+        with_local_scratch::<T, _>(chunk.len() * depth, |queries| {
+            for (to, &row) in queries.chunks_exact_mut(depth).zip(&rows[chunk.clone()]) {
                 self.read_nope(row as usize, head, to);
             }
-            let matrix = Keys::single(self.matrix(head, 0), width);
-            self.backend.dispatch(ByRows { x: queries, width, matrix, out: products });
-            for (a, product) in chunk.clone().zip(products.chunks_exact(self.latent)) {
-                // SAFETY: a row and head are in one task.
-                convert_row(self.backend, product, unsafe { latents.get(a * self.heads + head) });
-            }
+            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
+                self.multiply(queries, (self.key_panels.row(head), depth), (sums, width));
+                for (a, sums) in chunk.clone().zip(sums.chunks_exact(width)) {
+                    // SAFETY: a row and head are in one task.
+                    let to = unsafe { latents.get(a * self.heads + head) };
+                    convert_row(self.backend, &sums[..self.latent], to);
+                }
+            });
         });
     }
 
     /// From q' to the mean latent, in place.
-    fn attend_absorbed(&self, rows: &[i32], latents: &Latents<'_, T>) {
+    fn attend_absorbed(&self, rows: &[i32], latents: &Pieces<'_, T>) {
         let threads = self.backend.pool().threads();
-        let tile = tile_rows(threads, rows.len() * self.heads);
+        let tile = absorbed::tile_rows(threads, rows.len() * self.heads);
         let tasks = |span: &SeqSpan| (absorbed_rows(span) * self.heads).div_ceil(tile);
-        let (latent, rope) = (padded(self.latent), padded(self.rope));
+        let (latent, rope) = (self.latent, padded(self.rope));
         self.backend.pool().run(self.batch.spans.iter().map(tasks).sum(), &|task| {
             let (span, task) = find_span(self.batch.spans, task, tasks);
             let before: usize = self.batch.spans[..span].iter().map(absorbed_rows).sum();
             let span = &self.batch.spans[span];
-            let shape = Shape {
-                group: self.heads,
+            let shape = absorbed::Shape {
+                heads: self.heads,
                 rows: absorbed_rows(span),
                 position: span.position as usize + expanded_rows(span),
-                window: usize::MAX,
                 scale: self.scale,
-                sinks: None,
                 block_size: self.block_size,
                 key_width: latent + rope,
                 value_width: latent,
@@ -306,167 +405,205 @@ impl<T: Float, W: Float> Call<'_, T, W> {
             let context = LatentContext { cache: self.cache, table, block_size: self.block_size };
             let queries = task * tile..shape.queries().min((task + 1) * tile);
             with_local_scratch::<f32, _>(shape.scratch(&queries), |scratch| {
-                let scratch = TileScratch::new(&shape, &queries, scratch);
+                let scratch = absorbed::TileScratch::new(&shape, &queries, scratch);
                 for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
                     let i = before * self.heads + i;
                     // SAFETY: a row and head are in one task.
-                    convert_row(self.backend, unsafe { latents.get(i) }, &mut to[..self.latent]);
-                    to[self.latent..latent].fill(0.0);
+                    convert_row(self.backend, unsafe { latents.get(i) }, &mut to[..latent]);
                     self.read_rope(rows[i / self.heads] as usize, i % self.heads, &mut to[latent..]);
                 }
-                let attend = Attend { shape, queries: queries.clone(), context: &context, scratch };
+                let attend = absorbed::Attend { shape, queries: queries.clone(), context: &context, scratch };
                 let result = self.backend.dispatch(attend);
                 for (i, mean) in queries.clone().zip(result.chunks_exact(shape.value_width)) {
                     // SAFETY: as above.
                     let to = unsafe { latents.get(before * self.heads + i) };
-                    convert_row(self.backend, &mean[..self.latent], to);
+                    convert_row(self.backend, mean, to);
                 }
             });
         });
     }
 
     /// `out = W_v o` of some absorbed rows and one head.
-    fn latents_to_outputs(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Latents<'_, T>) {
-        let width = padded(self.v);
-        with_local_scratch::<f32, _>(chunk.len() * (self.latent + width), |scratch| {
-            let (means, products) = scratch.split_at_mut(chunk.len() * self.latent);
+    fn latents_to_outputs(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Pieces<'_, T>) {
+        let width = self.v.next_multiple_of(COLUMNS);
+        with_local_scratch::<T, _>(chunk.len() * self.latent, |means| {
             for (a, to) in chunk.clone().zip(means.chunks_exact_mut(self.latent)) {
                 // SAFETY: a row and head are in one task.
-                convert_row(self.backend, unsafe { latents.get(a * self.heads + head) }, to);
+                to.copy_from_slice(unsafe { latents.get(a * self.heads + head) });
             }
-            self.multiply(means, self.matrix(head, padded(self.nope)), products);
-            for (&row, value) in rows[chunk.clone()].iter().zip(products.chunks_exact(width)) {
-                // SAFETY: as above.
-                unsafe { self.write(row as usize, head, value) };
-            }
+            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
+                self.multiply(means, (self.value_panels.row(head), self.latent), (sums, width));
+                for (&row, value) in rows[chunk.clone()].iter().zip(sums.chunks_exact(width)) {
+                    // SAFETY: as above.
+                    unsafe { self.write(row as usize, head, value) };
+                }
+            });
         });
     }
 
-    /// `out = x . matrix`, `[rows, latent]` times `[latent, width]`.
-    fn multiply(&self, x: &[f32], matrix: Strided<W>, out: &mut [f32]) {
-        self.backend.dispatch(ByColumns { x, latent: self.latent, matrix, out });
+    /// `sums = x . matrix`, `[rows, depth]` times panels of `[depth, width]`.
+    fn multiply(&self, x: &[T], (panels, depth): (&[W], usize), (sums, width): (&mut [f32], usize)) {
+        let rows = x.len() / depth;
+        assert!(panels.len() == depth * width && sums.len() == rows * width, "{depth} x {width} panels");
+        self.backend.dispatch(ByPanels { x, rows, panels, depth, sums, width });
     }
 }
 
-/// `out[r] = sum_l x[r][l] * matrix[l]`: `x` is `[rows, latent]`, `out` `[rows, padded width]`.
-struct ByColumns<'a, W> {
-    x: &'a [f32],
-    latent: usize,
-    matrix: Strided<W>,
-    out: &'a mut [f32],
-}
-
-impl<W: Float> Kernel for ByColumns<'_, W> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let rows = self.x.len() / self.latent;
-        let width = self.out.len() / rows;
-        self.out.fill(0.0);
-        for l in (0..self.latent).step_by(SLAB) {
-            let n = SLAB.min(self.latent - l);
-            // SAFETY: a head's matrix has `latent` rows, and its columns from the given one on `width` at least.
-            unsafe {
-                let x = Strided { start: self.x.as_ptr().add(l), stride: self.latent };
-                accumulate(simd, (x, rows), (self.matrix.skip(l), n), (self.out.as_mut_ptr(), width));
-            }
-        }
-    }
-}
-
-/// `out[r][l] = x[r] . matrix[l]`: `x` is `[rows, width]`, `out` `[rows, latent]`.
-struct ByRows<'a, W> {
-    x: &'a [f32],
+/// `sums[r] = x[r] . matrix`: `x` is `[rows, depth]`, the matrix panels of `[depth, width]`.
+struct ByPanels<'a, T, W> {
+    x: &'a [T],
+    rows: usize,
+    panels: &'a [W],
+    depth: usize,
+    sums: &'a mut [f32],
     width: usize,
-    matrix: Keys<W>,
-    out: &'a mut [f32],
 }
 
-impl<W: Float> Kernel for ByRows<'_, W> {
+impl<T: Operand<W>, W: Float> Kernel for ByPanels<'_, T, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let rows = self.x.len() / self.width;
-        let latent = self.out.len() / rows;
-        for l in (0..latent).step_by(SLAB) {
-            let n = SLAB.min(latent - l);
-            // SAFETY: a head's matrix has `latent` rows of `width` columns at least.
+        let x = Strided { start: self.x.as_ptr(), stride: self.depth };
+        // SAFETY: the caller has compared the lengths.
+        unsafe { by_panels(simd, (x, self.rows), (self.panels, self.depth), (self.sums, self.width)) }
+    }
+}
+
+/// See [`ByPanels`].
+///
+/// # Safety
+/// `x` has `rows` rows of `depth`, `sums` room for as many of `width`.
+#[inline(always)]
+unsafe fn by_panels<S: Simd, T: Operand<W>, W: Float>(
+    simd: S,
+    x: (Strided<T>, usize),
+    (panels, depth): (&[W], usize),
+    (sums, width): (&mut [f32], usize),
+) {
+    for (panel, column) in panels.chunks_exact(depth * COLUMNS).zip((0..width).step_by(COLUMNS)) {
+        let panel = Panel { start: panel.as_ptr(), k: depth, pitch: COLUMNS, ahead: AHEAD };
+        // SAFETY: a panel of this depth; the rest is the caller's promise.
+        unsafe {
+            let sums = Sums { start: sums.as_mut_ptr().add(column), stride: width, add: false };
+            product::<S, T::Product<S>>(simd, x, (panel, COLUMNS), sums);
+        }
+    }
+}
+
+/// Keys and values of one head and one block of tokens; see [`Call::expand`].
+struct Expand<'a, T, W> {
+    /// `W_k`, with so many rows.
+    key_rows: (Strided<T>, usize),
+    /// The block's latents as columns.
+    columns: *const T,
+    /// The block's latents as rows, those that there are.
+    latents: (Strided<T>, usize),
+    /// `W_v`.
+    value_panels: &'a [W],
+    /// Padded width of the latent.
+    depth: usize,
+    block_size: usize,
+    sums: &'a mut [f32],
+    keys: &'a mut [T],
+    values: &'a mut [T],
+}
+
+impl<T, W> Kernel for Expand<'_, T, W>
+where
+    T: Operand<T> + Operand<W>,
+    W: Float,
+{
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let tokens = self.block_size;
+        let panel = Panel { start: self.columns, k: self.depth, pitch: tokens, ahead: 0 };
+        let sums = Sums { start: self.sums.as_mut_ptr(), stride: tokens, add: false };
+        // SAFETY: matrices of the sizes that their makers state.
+        unsafe {
+            product::<S, <T as Operand<T>>::Product<S>>(simd, self.key_rows, (panel, tokens), sums);
+            to_panel(simd, (self.sums, tokens), self.keys, tokens);
+            let v = self.values.len() / tokens;
+            let width = v.next_multiple_of(COLUMNS);
+            by_panels(simd, self.latents, (self.value_panels, self.depth), (self.sums, width));
+            self.sums[self.latents.1 * width..tokens * width].fill(0.0);
+            to_panel(simd, (self.sums, width), self.values, v);
+        }
+    }
+}
+
+/// `to` = the rows of `from` (`stride` apart) as a panel `[rows][width]`, rounded.
+///
+/// # Safety
+/// `to` holds whole pairs of rows; `from` as many rows.
+#[inline(always)]
+unsafe fn to_panel<S: Simd, T: Float>(simd: S, (from, stride): (&[f32], usize), to: &mut [T], width: usize) {
+    for (pair, to) in to.chunks_exact_mut(2 * width).enumerate() {
+        for d in (0..width).step_by(S::LANES) {
+            // SAFETY: the caller's promise; widths are whole registers.
             unsafe {
-                let x = Strided { start: self.x.as_ptr(), stride: self.width };
-                let out = self.out.as_mut_ptr().add(l);
-                dots(simd, (x, rows), (self.matrix.skip(l), n), 1.0, (out, latent));
+                let from = from.as_ptr().add(2 * pair * stride + d);
+                let (even, odd) = (simd.load(from), simd.load(from.add(stride)));
+                if T::DTYPE == DType::Bf16 {
+                    simd.store_pairs(to.as_mut_ptr().add(2 * d).cast(), even, odd);
+                } else {
+                    T::store(simd, to.as_mut_ptr().add(d), even);
+                    T::store(simd, to.as_mut_ptr().add(width + d), odd);
+                }
             }
         }
     }
 }
 
-/// One vector for every absorbed row and head, in memory that tasks share.
-struct Latents<'a, T> {
+/// Memory in equal pieces, which tasks share.
+struct Pieces<'a, T> {
     start: *mut T,
     count: usize,
-    latent: usize,
+    len: usize,
     borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: as good as a `&mut [T]`; shared use hands out vectors through an unsafe function only.
-unsafe impl<T: Send> Sync for Latents<'_, T> {}
+// SAFETY: as good as a `&mut [T]`; shared use hands out pieces through an unsafe function only.
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 
-impl<'a, T> Latents<'a, T> {
-    fn new(data: &'a mut [T], latent: usize) -> Self {
-        Latents { start: data.as_mut_ptr(), count: data.len() / latent, latent, borrow: PhantomData }
+impl<'a, T> Pieces<'a, T> {
+    fn new(data: &'a mut [T], len: usize) -> Self {
+        Pieces { start: data.as_mut_ptr(), count: data.len() / len, len, borrow: PhantomData }
     }
 
-    /// Vector `i`.
+    /// Piece `i`.
     ///
     /// # Safety
-    /// Nobody else uses this vector while the slice lives.
-    #[expect(clippy::mut_from_ref, reason = "threads use disjoint vectors; the caller promises it")]
+    /// Nobody else writes this piece while the slice lives, nor uses it if the slice is written.
+    #[expect(clippy::mut_from_ref, reason = "threads use disjoint pieces; the caller promises it")]
     unsafe fn get(&self, i: usize) -> &mut [T] {
-        assert!(i < self.count, "vector {i} of {}", self.count);
+        assert!(i < self.count, "piece {i} of {}", self.count);
         // SAFETY: inside the borrowed memory; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.latent), self.latent) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.len), self.len) }
     }
 }
 
-/// One head's expanded keys and values, with the rotary keys in the cache.
+/// One head's expanded keys and values, with the rotary keys of all heads.
 struct ExpandedContext<'a, T> {
-    /// `[context, padded nope + padded v]`
+    shape: attention::Shape<'a>,
+    /// See [`Call::expand`].
     expanded: &'a [T],
-    cache: Rows<'a, T>,
-    table: &'a [u32],
-    block_size: usize,
-    /// Padded widths of nope, rope and v.
-    widths: [usize; 3],
+    /// See [`Call::to_columns`].
+    columns: &'a Pieces<'a, T>,
+    /// Where in a block's columns the rotary keys start.
+    ropes: usize,
 }
 
-// SAFETY: `expanded` covers all positions that an expanded row sees; the table's blocks were checked.
-unsafe impl<T: Float> Context for ExpandedContext<'_, T> {
+// SAFETY: both cover all positions that an expanded row sees, in whole blocks; values past the context are zeros.
+unsafe impl<T: Operand<T>> Context for ExpandedContext<'_, T> {
     type Element = T;
     #[inline(always)]
-    fn block(&self, index: usize) -> Block<T> {
-        let [nope, rope, v] = self.widths;
-        let own = &self.expanded[index * self.block_size * (nope + v)..];
-        let token = self.table[index] as usize * self.block_size;
-        let keys = Strided { start: own.as_ptr(), stride: nope + v };
-        let ropes = Strided::from(&self.cache, token, self.cache.cols() - rope);
-        let values = Strided { start: own[nope..].as_ptr(), stride: nope + v };
-        Block { keys: Keys { parts: [keys, ropes], widths: [nope, rope] }, values }
-    }
-}
-
-/// The cached latents as keys (rotary part included) and values of all heads.
-struct LatentContext<'a, T> {
-    cache: Rows<'a, T>,
-    table: &'a [u32],
-    block_size: usize,
-}
-
-// SAFETY: the table's blocks were checked.
-unsafe impl<T: Float> Context for LatentContext<'_, T> {
-    type Element = T;
-    #[inline(always)]
-    fn block(&self, index: usize) -> Block<T> {
-        let rows = Strided::from(&self.cache, self.table[index] as usize * self.block_size, 0);
-        Block { keys: Keys::single(rows, self.cache.cols()), values: rows }
+    fn block(&self, index: usize) -> attention::Block<T> {
+        let (tokens, [nope, _]) = (self.shape.block_size, self.shape.key_widths);
+        let len = tokens * (nope + self.shape.value_width);
+        let (keys, values) = self.expanded[index * len..][..len].split_at(tokens * nope);
+        // SAFETY: nobody writes columns while a context lives.
+        let ropes = unsafe { &self.columns.get(index)[self.ropes..] };
+        attention::Block { keys: [keys.as_ptr(), ropes.as_ptr()], values: values.as_ptr() }
     }
 }

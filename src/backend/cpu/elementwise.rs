@@ -119,7 +119,7 @@ pub(super) fn convert_row<X: Float, Y: Float>(backend: &CpuBackend, x: &[X], y: 
     backend.dispatch(Zip { x, y, op: Copied });
 }
 
-/// Rows of activations, read as f32 whatever their type: for kernels that would else be compiled for each.
+/// Rows of activations of either type: for kernels that would else be compiled for each.
 pub(super) enum FloatRows<'a> {
     /// Single precision.
     F32(Rows<'a, f32>),
@@ -136,14 +136,14 @@ impl<'a> FloatRows<'a> {
         }
     }
 
-    /// Some columns of a row to the front of `to`, zeros to the rest of it.
-    pub(super) fn read(&self, backend: &CpuBackend, row: usize, cols: Range<usize>, to: &mut [f32]) {
+    /// Some columns of a row, converted, to the front of `to`, zeros to the rest of it.
+    pub(super) fn read<T: Float>(&self, backend: &CpuBackend, row: usize, cols: Range<usize>, to: &mut [T]) {
         let (head, padding) = to.split_at_mut(cols.len());
         match self {
             FloatRows::F32(rows) => convert_row(backend, &rows.row(row)[cols], head),
             FloatRows::Bf16(rows) => convert_row(backend, &rows.row(row)[cols], head),
         }
-        padding.fill(0.0);
+        padding.fill(T::default());
     }
 }
 

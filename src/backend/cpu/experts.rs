@@ -1,7 +1,7 @@
 //! `experts`: rows grouped by slot through the gated MLP of their slot, each weight read once per call.
 //!
 //! Gate and up are packed as alternating panels, so one task computes both halves of 48 intermediate columns and applies the
-//! activation while they are in the cache. The tasks of all slots form one list: threads share bytes, not experts, and a step
+//! activation while they are in the cache. The panels of all slots form one list: threads share bytes, not experts, and a step
 //! with one row per expert is as well balanced as one large expert.
 
 use half::bf16;
@@ -12,7 +12,7 @@ use super::operand::{Activations, Form, Output, row_stride};
 use super::panel::{self, PANEL, Panels, Source, packed_bytes, padded_k, panels};
 use super::simd::{Float, Kernel, Simd, sigmoid};
 use super::tile::{self, PanelProduct, WIDE_LEN};
-use super::work::{Item, Segment, panel_products};
+use super::work::{Item, Segment};
 use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::Activation;
@@ -96,7 +96,7 @@ struct Grouped<'a> {
 
 impl Grouped<'_> {
     fn run(&self, backend: &CpuBackend, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        let (rows, hidden, dtype) = (x.rows(), x.cols(), x.dtype());
+        let (rows, dtype) = (x.rows(), x.dtype());
         // All slots have weights of one type: checked.
         let Some((_, _, first)) = self.used().next() else { return Ok(()) };
         let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
@@ -108,13 +108,13 @@ impl Grouped<'_> {
             Form::F32 => {
                 let between = Between { start: buffer.as_mut_slice::<f32>().as_mut_ptr(), stride };
                 let round = dtype == DType::Bf16;
-                self.gate_up(backend, activations.rows(), hidden, between, round);
+                self.gate_up(backend, activations.rows(), between, round);
                 let a = tile::Rows::F32 { start: between.start, stride };
                 self.down(backend, a, Output::new(out));
             }
             Form::Pairs => {
                 let between = Between { start: buffer.as_mut_slice::<bf16>().as_mut_ptr(), stride };
-                self.gate_up(backend, activations.rows(), hidden, between, false);
+                self.gate_up(backend, activations.rows(), between, false);
                 let a = tile::Rows::Pairs { start: between.start, stride };
                 self.down(backend, a, Output::new(out));
             }
@@ -142,16 +142,9 @@ impl Grouped<'_> {
     }
 
     /// `between = act(gate x, up x)`.
-    fn gate_up<T: Float>(
-        &self,
-        backend: &CpuBackend,
-        a: tile::Rows,
-        hidden: usize,
-        between: Between<T>,
-        round: bool,
-    ) {
+    fn gate_up<T: Float>(&self, backend: &CpuBackend, a: tile::Rows, between: Between<T>, round: bool) {
         let mut work = backend.scratch.work.lock();
-        work.plan(backend, 2 * panel_products(hidden), self.segments(|w| panels(w.intermediate)));
+        work.plan(backend, self.segments(|w| panels(w.intermediate)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
             let weights = Panels::new(w.parts[GATE_UP].view(), 2 * panels(w.intermediate), w.hidden);
@@ -186,8 +179,7 @@ impl Grouped<'_> {
     /// `out = down between`.
     fn down(&self, backend: &CpuBackend, a: tile::Rows, out: Output<'_>) {
         let mut work = backend.scratch.work.lock();
-        let products = self.used().map(|(_, _, w)| panel_products(w.intermediate)).max().unwrap_or(0);
-        work.plan(backend, products, self.segments(|w| panels(w.hidden)));
+        work.plan(backend, self.segments(|w| panels(w.hidden)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
             let weights = Panels::new(w.parts[DOWN].view(), panels(w.hidden), w.intermediate);

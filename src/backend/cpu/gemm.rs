@@ -5,7 +5,7 @@ use super::memory::{Rows, with_local_scratch};
 use super::operand::{Activations, Output};
 use super::panel::{self, PANEL, Panels, Source, packed_bytes, panels};
 use super::tile::{PanelProduct, WIDE_LEN};
-use super::work::{Item, Segment, panel_products};
+use super::work::{Item, Segment};
 use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut, check};
 use crate::error::Result;
 
@@ -42,7 +42,7 @@ pub(super) fn linear(
     let out = Output::new(out);
     let mut work = backend.scratch.work.lock();
     let all = Segment { slot: 0, rows: 0..rows, units: panels(w.n) };
-    work.plan(backend, panel_products(w.k), std::iter::once(all));
+    work.plan(backend, std::iter::once(all));
     work.run(backend, &|Item { rows, unit, .. }| {
         with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
             let (wide, sums) = scratch.split_at_mut(WIDE_LEN);

@@ -1,5 +1,6 @@
-//! What this machine can do at best, measured: the yardstick of the benches. Machines are shared and their clocks vary, so a
-//! ratio to a limit of the same minute says more than a number.
+//! What this machine can do, measured: the yardstick of the benches. Machines are shared and their clocks vary, so a ratio to a
+//! limit of the same minute says more than a number. Each function returns the speeds of several short runs: take of them the
+//! statistic that is taken of what they are compared with.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -10,7 +11,7 @@ use super::simd::{Kernel, Simd};
 use crate::backend::DType;
 use crate::error::Result;
 
-/// Repetitions; the best counts.
+/// Runs of one measurement.
 const ROUNDS: usize = 30;
 /// Steps of [`Multiply`] per task and tasks per thread: a few milliseconds together.
 const STEPS: usize = 20_000;
@@ -18,54 +19,52 @@ const TASKS_PER_THREAD: usize = 16;
 /// f32 that one task of the bandwidth measurement reads: 1 MiB.
 const PIECE: usize = 1 << 18;
 
-/// Multiplications and additions per second of all threads, in units of 10^9 floating-point operations, in f32.
-pub fn f32_gflops(backend: &CpuBackend) -> f64 {
+/// Multiplications and additions in f32 per second of all threads, in units of 10^9.
+pub fn f32_gflops(backend: &CpuBackend) -> Vec<f64> {
     gflops(backend, false)
 }
 
 /// [`f32_gflops`] of the instruction for bf16 pairs; without one, that of f32, which is what bf16 is widened to.
-pub fn bf16_gflops(backend: &CpuBackend) -> f64 {
+pub fn bf16_gflops(backend: &CpuBackend) -> Vec<f64> {
     gflops(backend, true)
 }
 
-fn gflops(backend: &CpuBackend, pairs: bool) -> f64 {
+fn gflops(backend: &CpuBackend, pairs: bool) -> Vec<f64> {
     let tasks = TASKS_PER_THREAD * backend.pool().threads();
-    let seconds = best_of(|| {
+    let flops = backend.dispatch(FlopsPerStep { pairs });
+    speeds(tasks * STEPS * flops, || {
         backend.pool().run(tasks, &|_| {
             black_box(backend.dispatch(Multiply { pairs }));
         });
-    });
-    let flops = backend.dispatch(FlopsPerStep { pairs });
-    (tasks * STEPS * flops) as f64 / seconds / 1e9
+    })
 }
 
 /// GB/s (10^9 bytes) of all threads reading `bytes` of memory in order; far more than the caches hold, to be about memory.
 ///
 /// # Errors
 /// [`crate::Error::Memory`] when so much memory is refused.
-pub fn read_gbytes(backend: &CpuBackend, bytes: usize) -> Result<f64> {
+pub fn read_gbytes(backend: &CpuBackend, bytes: usize) -> Result<Vec<f64>> {
     let pieces = (bytes / 4 / PIECE).max(1);
     let mut tensor = memory::tensor(DType::F32, pieces, PIECE)?;
     let data = memory::RowsMut::<f32>::new(tensor.view_mut());
     // SAFETY: each row is written by one task. Written, so that every page exists.
     backend.pool().run(pieces, &|piece| unsafe { data.part(piece, 0..PIECE) }.fill(1.0));
     let data = Rows::<f32>::new(tensor.view());
-    let seconds = best_of(|| {
+    Ok(speeds(pieces * PIECE * 4, || {
         backend.pool().run(pieces, &|piece| {
             black_box(backend.dispatch(Sum(data.row(piece))));
         });
-    });
-    Ok((pieces * PIECE * 4) as f64 / seconds / 1e9)
+    }))
 }
 
-/// Seconds of the fastest of several runs.
-fn best_of(run: impl Fn()) -> f64 {
-    let time = |_| {
+/// `amount` per second of several runs, in units of 10^9.
+fn speeds(amount: usize, run: impl Fn()) -> Vec<f64> {
+    let speed = |_| {
         let start = Instant::now();
         run();
-        start.elapsed().as_secs_f64()
+        amount as f64 / start.elapsed().as_secs_f64() / 1e9
     };
-    (0..ROUNDS).map(time).fold(f64::INFINITY, f64::min)
+    (0..ROUNDS).map(speed).collect()
 }
 
 /// Independent chains that keep every multiplier busy.

@@ -288,6 +288,16 @@ impl<'a, T: Element> RowsMut<'a, T> {
         self.address
     }
 
+    /// Address of the first element of a row, for whoever writes elements that do not lie side by side.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    #[inline]
+    pub fn row_ptr(&self, row: usize) -> *mut T {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        self.address.wrapping_add(row * self.stride)
+    }
+
     /// One row.
     ///
     /// # Panics

@@ -10,6 +10,7 @@ pub mod simd;
 
 mod attention;
 mod attention_gqa;
+mod attention_latent;
 mod attention_mla;
 mod combine;
 mod elementwise;
@@ -19,6 +20,7 @@ mod kv;
 mod norm;
 mod operand;
 mod panel;
+mod product;
 mod rope;
 mod route;
 mod rows;
@@ -51,7 +53,7 @@ struct Buffers {
     activations: Scratch,
     /// What experts hold between their two matrices.
     intermediate: Scratch,
-    /// The tasks of a product.
+    /// The items of a product.
     work: WorkList,
 }
 

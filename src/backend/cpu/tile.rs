@@ -1,19 +1,18 @@
-//! Activations times one weight panel: the inner loops of every matrix product.
-//!
-//! An output element is one chain of additions over k, ascending, from 0, in its own accumulator; blocks of k pass the sum on
-//! through memory, which loses nothing. Tiles of other shapes, wide or narrow, only choose which chains run side by side, so
-//! they all give the same bits.
+//! Activations times one weight panel, block after block of k: each block stays in the first-level cache while all rows
+//! pass over it, and the next one is on its way meanwhile.
 
 use half::bf16;
 
 use super::panel::{PANEL, Panel};
+use super::product::{self, Pairs, Plain, Product, Strided, Sums, Widening, tallest};
 use super::simd::{Kernel, Simd};
 
-/// k of one block where weights are consumed as f32: the block of a panel is 24 KiB and stays in the L1 cache while
-/// all rows pass over it.
+/// k of one block where weights are consumed as f32: the block of a panel is 24 KiB, half of an L1 cache.
 const BLOCK_F32: usize = 128;
 /// k of one block where weights are consumed as bf16 pairs: 24 KiB too.
 const BLOCK_PAIRS: usize = 256;
+/// How far ahead the first strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
+const AHEAD_BYTES: usize = 8 << 10;
 /// From this many rows on, widening a block of weights to f32 once is cheaper than widening in registers for each strip of rows.
 const WIDEN_ROWS: usize = 13;
 
@@ -102,7 +101,7 @@ impl Kernel for PanelProduct<'_> {
                     blocks::<S, Widening>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
                 }
                 (Rows::Pairs { start, stride }, Panel::Bf16(panel)) if S::NATIVE_DOT => {
-                    blocks::<S, Native>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
+                    blocks::<S, Pairs>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
                 }
                 (Rows::Pairs { .. }, _) => {
                     panic!("bf16 activations for f32 weights, or where bf16 is widened")
@@ -133,7 +132,7 @@ unsafe fn blocks<S: Simd, P: Product<S>>(
                 simd,
                 a,
                 rows,
-                Block { w: panel[k * PANEL..].as_ptr(), k: length, first: k == 0 },
+                Block { w: panel[k * PANEL..].as_ptr(), k: length, first: k == 0, next: block * PANEL },
                 sums,
             );
         }
@@ -163,7 +162,7 @@ unsafe fn widened_blocks<S: Simd>(
         // SAFETY: the block lies in the panel, and so in the activations.
         unsafe {
             let a = Strided { start: a.at(0, number * BLOCK_F32), ..a };
-            let block = Block { w: wide.as_ptr(), k: pairs.len() / PANEL, first: number == 0 };
+            let block = Block { w: wide.as_ptr(), k: pairs.len() / PANEL, first: number == 0, next: 0 };
             strips::<S, Plain>(simd, a, rows, block, sums);
         }
     }
@@ -185,155 +184,6 @@ fn widen<S: Simd>(simd: S, pairs: &[bf16], wide: &mut [f32]) {
     }
 }
 
-/// Where rows of activations start and how far apart they are.
-struct Strided<T> {
-    start: *const T,
-    stride: usize,
-}
-
-impl<T> Clone for Strided<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Strided<T> {}
-
-impl<T> Strided<T> {
-    /// Address of an element.
-    #[inline(always)]
-    unsafe fn at(self, row: usize, k: usize) -> *const T {
-        // SAFETY: the caller names an element that exists.
-        unsafe { self.start.add(row * self.stride + k) }
-    }
-}
-
-/// How one step along k multiplies activations and weights of certain types.
-trait Product<S: Simd> {
-    /// Type of activations.
-    type A;
-    /// Type of weights.
-    type W;
-    /// k covered by a step.
-    const STEP: usize;
-
-    /// `acc[r][v] += a[r][k..k + STEP] * w[v]`, ascending in k.
-    ///
-    /// # Safety
-    /// `a` has R rows and those k; `w` is the start of STEP * PANEL weights, or that plus some columns.
-    unsafe fn step<const R: usize, const V: usize>(
-        simd: S,
-        acc: &mut [[S::V; V]; R],
-        a: Strided<Self::A>,
-        k: usize,
-        w: *const Self::W,
-    );
-}
-
-/// f32 times f32.
-struct Plain;
-
-impl<S: Simd> Product<S> for Plain {
-    type A = f32;
-    type W = f32;
-    const STEP: usize = 1;
-
-    #[inline(always)]
-    unsafe fn step<const R: usize, const V: usize>(
-        simd: S,
-        acc: &mut [[S::V; V]; R],
-        a: Strided<f32>,
-        k: usize,
-        w: *const f32,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut weights = [simd.zero(); V];
-            for (v, weights) in weights.iter_mut().enumerate() {
-                *weights = simd.load(w.add(v * S::LANES));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let a = simd.splat(*a.at(r, k));
-                for (acc, &w) in acc.iter_mut().zip(&weights) {
-                    *acc = simd.fma(a, w, *acc);
-                }
-            }
-        }
-    }
-}
-
-/// f32 times bf16 pairs, widened in registers: the same multiplications in the same order as [`Plain`] on widened weights.
-struct Widening;
-
-impl<S: Simd> Product<S> for Widening {
-    type A = f32;
-    type W = bf16;
-    const STEP: usize = 2;
-
-    #[inline(always)]
-    unsafe fn step<const R: usize, const V: usize>(
-        simd: S,
-        acc: &mut [[S::V; V]; R],
-        a: Strided<f32>,
-        k: usize,
-        w: *const bf16,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut weights = [simd.zero(); V];
-            for (v, weights) in weights.iter_mut().enumerate() {
-                *weights = simd.even(simd.load_pairs(w.add(2 * v * S::LANES)));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let a = simd.splat(*a.at(r, k));
-                for (acc, &w) in acc.iter_mut().zip(&weights) {
-                    *acc = simd.fma(a, w, *acc);
-                }
-            }
-            for (v, weights) in weights.iter_mut().enumerate() {
-                *weights = simd.odd(simd.load_pairs(w.add(2 * v * S::LANES)));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let a = simd.splat(*a.at(r, k + 1));
-                for (acc, &w) in acc.iter_mut().zip(&weights) {
-                    *acc = simd.fma(a, w, *acc);
-                }
-            }
-        }
-    }
-}
-
-/// bf16 pairs times bf16 pairs, in one instruction.
-struct Native;
-
-impl<S: Simd> Product<S> for Native {
-    type A = bf16;
-    type W = bf16;
-    const STEP: usize = 2;
-
-    #[inline(always)]
-    unsafe fn step<const R: usize, const V: usize>(
-        simd: S,
-        acc: &mut [[S::V; V]; R],
-        a: Strided<bf16>,
-        k: usize,
-        w: *const bf16,
-    ) {
-        // SAFETY: the caller's promise; a pair of bf16 is 32 bits, little endian as the lanes are.
-        unsafe {
-            let mut weights = [simd.splat_pair(0); V];
-            for (v, weights) in weights.iter_mut().enumerate() {
-                *weights = simd.load_pairs(w.add(2 * v * S::LANES));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let a = simd.splat_pair(a.at(r, k).cast::<u32>().read_unaligned());
-                for (acc, &w) in acc.iter_mut().zip(&weights) {
-                    *acc = simd.dot(*acc, a, w);
-                }
-            }
-        }
-    }
-}
-
 /// One block of a panel.
 struct Block<W> {
     /// Its first weight.
@@ -342,16 +192,12 @@ struct Block<W> {
     k: usize,
     /// It is the panel's first: sums start from 0. Otherwise they go on from where the last block left them.
     first: bool,
+    /// Elements to the block after it; 0 where it is in the cache anyway, as the block is.
+    next: usize,
 }
 
-impl<W> Clone for Block<W> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<W> Copy for Block<W> {}
-
-/// All rows times one block, strip by strip.
+/// All rows times one block, strip by strip. The first strip waits for memory and fetches a little ahead; the last one fetches
+/// the next block while it computes.
 #[inline(always)]
 unsafe fn strips<S: Simd, P: Product<S>>(
     simd: S,
@@ -361,111 +207,22 @@ unsafe fn strips<S: Simd, P: Product<S>>(
     sums: *mut f32,
 ) {
     let mut row = 0;
-    while row < rows {
-        let height = const { tallest::<S>() }.min(rows - row);
+    // Of like heights: a strip of one row waits for its own sums.
+    for left in (1..=rows.div_ceil(const { tallest::<S>() })).rev() {
+        let height = (rows - row).div_ceil(left);
+        let ahead = match (row, row + height) {
+            _ if block.next == 0 => 0,
+            (0, _) => AHEAD_BYTES / size_of::<P::W>(),
+            (_, end) if end == rows => block.next,
+            _ => 0,
+        };
         // SAFETY: rows [row, row + height) exist; the rest is the caller's promise.
         unsafe {
             let a = Strided { start: a.at(row, 0), ..a };
-            let sums = sums.add(row * PANEL);
-            match height {
-                1 => strip::<S, P, 1>(simd, a, block, sums),
-                2 => strip::<S, P, 2>(simd, a, block, sums),
-                3 => strip::<S, P, 3>(simd, a, block, sums),
-                4 => strip::<S, P, 4>(simd, a, block, sums),
-                5 => strip::<S, P, 5>(simd, a, block, sums),
-                6 => strip::<S, P, 6>(simd, a, block, sums),
-                7 => strip::<S, P, 7>(simd, a, block, sums),
-                _ => strip::<S, P, 8>(simd, a, block, sums),
-            }
+            let panel = product::Panel { start: block.w, k: block.k, pitch: PANEL, ahead };
+            let sums = Sums { start: sums.add(row * PANEL), stride: PANEL, add: !block.first };
+            product::strip::<S, P>(simd, (a, height), (panel, PANEL), sums);
         }
         row += height;
-    }
-}
-
-/// R rows times one block, in tiles as wide as the registers allow.
-#[inline(always)]
-unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(
-    simd: S,
-    a: Strided<P::A>,
-    block: Block<P::W>,
-    sums: *mut f32,
-) {
-    // SAFETY: the caller's promise, passed on.
-    unsafe {
-        match const { widest::<S>(R) } {
-            6 => tiles::<S, P, R, 6>(simd, a, block, sums),
-            3 => tiles::<S, P, R, 3>(simd, a, block, sums),
-            2 => tiles::<S, P, R, 2>(simd, a, block, sums),
-            _ => tiles::<S, P, R, 1>(simd, a, block, sums),
-        }
-    }
-}
-
-/// Vectors side by side in a tile of `rows` rows: they divide a panel, and sums, weights and one activation fit into the registers, one
-/// being left for a constant.
-const fn widest<S: Simd>(rows: usize) -> usize {
-    let panel = PANEL / S::LANES;
-    let mut vectors = 6;
-    while vectors > 1 && (vectors * (rows + 1) + 2 > S::REGISTERS || !panel.is_multiple_of(vectors)) {
-        vectors -= 1;
-    }
-    vectors
-}
-
-/// Rows of the tallest strip: as many, up to 8, as leave a tile two vectors wide, so that each activation read is used twice.
-const fn tallest<S: Simd>() -> usize {
-    let mut rows = 8;
-    while rows > 1 && widest::<S>(rows) < 2 {
-        rows -= 1;
-    }
-    rows
-}
-
-/// R rows times one block, tile by tile.
-#[inline(always)]
-unsafe fn tiles<S: Simd, P: Product<S>, const R: usize, const V: usize>(
-    simd: S,
-    a: Strided<P::A>,
-    block: Block<P::W>,
-    sums: *mut f32,
-) {
-    for column in (0..PANEL).step_by(V * S::LANES) {
-        // SAFETY: the V vectors from `column` on are in the panel.
-        unsafe {
-            let block = Block { w: block.w.add(column * P::STEP), ..block };
-            tile::<S, P, R, V>(simd, a, block, sums.add(column));
-        }
-    }
-}
-
-/// The register tile: R rows times V vectors of columns over one block.
-#[inline(always)]
-unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
-    simd: S,
-    a: Strided<P::A>,
-    block: Block<P::W>,
-    sums: *mut f32,
-) {
-    let Block { w, k, first } = block;
-    let mut acc = [[simd.zero(); V]; R];
-    // SAFETY: the caller vouches for R rows of k activations, the block of weights and R rows of sums.
-    unsafe {
-        if !first {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = simd.load(sums.add(r * PANEL + v * S::LANES));
-                }
-            }
-        }
-        let mut at = 0;
-        while at < k {
-            P::step(simd, &mut acc, a, at, w.add(at * PANEL));
-            at += P::STEP;
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            for (v, &acc) in acc.iter().enumerate() {
-                simd.store(sums.add(r * PANEL + v * S::LANES), acc);
-            }
-        }
     }
 }

@@ -3,15 +3,8 @@
 //! the vector, lane by lane, then over the lanes; an accumulated element takes one product after the other.
 
 use super::memory::Rows;
+pub(super) use super::product::Strided;
 use super::simd::{Float, Simd};
-
-/// Rows of elements at a fixed distance. Widths are whole registers: the padding holds zeros.
-#[derive(Clone, Copy)]
-pub(super) struct Strided<T> {
-    pub(super) start: *const T,
-    /// Elements from one row to the next.
-    pub(super) stride: usize,
-}
 
 impl<T: Float> Strided<T> {
     /// The rows of a matrix from `(row, column)` on.

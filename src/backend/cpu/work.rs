@@ -1,20 +1,21 @@
-//! How a product is cut into tasks. Nothing here can change a result: an output element is computed alike in whatever task
-//! it lands.
+//! How a product is shared out among threads. Nothing here can change a result: an output element is computed alike by whatever
+//! thread it is.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::CpuBackend;
-use super::panel::PANEL;
 
 /// Most rows that pass over a panel at a time: their sums (45 KiB) stay in the L2 cache. Whole strips of 6 and of 8.
 const BLOCK_ROWS: usize = 240;
 /// Fewest rows worth a block of their own when there are too few panels for all threads.
 const MIN_BLOCK_ROWS: usize = 24;
-/// Tasks per thread that even out what threads get.
-const TASKS_PER_THREAD: usize = 4;
-/// Multiplications that are worth a task (128 KiB of bf16 weights at one row): some microseconds.
-const TASK_PRODUCTS: usize = 1 << 16;
+/// Row blocks of an expert are low enough for so many of them per thread, where it has few panels.
+const BLOCKS_PER_THREAD: usize = 4;
+/// A thread takes this part of its fair share of what is left: long runs first, whose weights follow each other in memory, and
+/// short ones in the end, so that threads finish together, and that one which loses its core holds up little.
+const SHARE: usize = 4;
 
 /// Rows that share weights: each of `units` (panels, or pairs of them) is to be multiplied with all of them.
 #[derive(Clone)]
@@ -37,20 +38,18 @@ pub struct Item {
     pub unit: usize,
 }
 
-/// A block of rows with all its units, cut into tasks of several units.
+/// A block of rows with all its units.
 struct Block {
     slot: usize,
     rows: Range<usize>,
-    units: usize,
-    units_per_task: usize,
-    first_task: usize,
+    /// Number of its first item, and of the one after its last.
+    items: Range<usize>,
 }
 
-/// A list of tasks. Its memory is kept from call to call.
+/// A list of items. Its memory is kept from call to call.
 #[derive(Default)]
 pub struct Work {
     blocks: Vec<Block>,
-    tasks: usize,
 }
 
 /// A [`Work`] to borrow.
@@ -65,47 +64,60 @@ impl WorkList {
 }
 
 impl Work {
-    /// Lists the tasks of these segments; `products` is the number of multiplications per row and unit.
-    pub fn plan(
-        &mut self,
-        backend: &CpuBackend,
-        products: usize,
-        segments: impl Iterator<Item = Segment> + Clone,
-    ) {
+    /// Lists the items of these segments.
+    pub fn plan(&mut self, backend: &CpuBackend, segments: impl Iterator<Item = Segment> + Clone) {
         let threads = backend.pool().threads();
         let row_units: usize = segments.clone().map(|s| s.rows.len() * s.units).sum();
-        let fair = row_units / (threads * TASKS_PER_THREAD);
-        let worth = TASK_PRODUCTS.div_ceil(products.max(1));
+        let fair = row_units / (threads * BLOCKS_PER_THREAD);
         self.blocks.clear();
-        self.tasks = 0;
+        let mut first = 0;
         for Segment { slot, rows, units } in segments {
             // Enough panels: tall blocks. Few panels: blocks as low as a fair share asks for.
             let height =
                 (fair / units.max(1)).clamp(MIN_BLOCK_ROWS, BLOCK_ROWS).next_multiple_of(MIN_BLOCK_ROWS);
             for start in rows.clone().step_by(height) {
                 let rows = start..rows.end.min(start + height);
-                let units_per_task = worth.div_ceil(rows.len()).min(units.max(1));
-                self.blocks.push(Block { slot, rows, units, units_per_task, first_task: self.tasks });
-                self.tasks += units.div_ceil(units_per_task);
+                self.blocks.push(Block { slot, rows, items: first..first + units });
+                first += units;
             }
         }
     }
 
     /// Calls `body` for each item, on the backend's threads.
     pub fn run(&self, backend: &CpuBackend, body: &(dyn Fn(Item) + Sync)) {
-        backend.pool().run(self.tasks, &|task| {
-            let block = &self.blocks[self.blocks.partition_point(|b| b.first_task <= task) - 1];
-            let first = (task - block.first_task) * block.units_per_task;
-            for unit in first..block.units.min(first + block.units_per_task) {
-                body(Item { slot: block.slot, rows: block.rows.clone(), unit });
+        let threads = backend.pool().threads().min(self.items());
+        let next = AtomicUsize::new(0);
+        backend.pool().run(threads, &|_| {
+            while let Some(items) = self.claim(&next, threads) {
+                let mut at = items.start;
+                for block in &self.blocks[self.blocks.partition_point(|b| b.items.end <= at)..] {
+                    for item in at..block.items.end.min(items.end) {
+                        let unit = item - block.items.start;
+                        body(Item { slot: block.slot, rows: block.rows.clone(), unit });
+                    }
+                    at = block.items.end;
+                    if at >= items.end {
+                        break;
+                    }
+                }
             }
         });
     }
-}
 
-/// Multiplications per row of one panel.
-pub fn panel_products(k: usize) -> usize {
-    k * PANEL
+    /// Items in all.
+    fn items(&self) -> usize {
+        self.blocks.last().map_or(0, |block| block.items.end)
+    }
+
+    /// The next items for one thread; `None` when all have been taken.
+    fn claim(&self, next: &AtomicUsize, threads: usize) -> Option<Range<usize>> {
+        let end = self.items();
+        let share = |start: usize| ((end - start) / (threads * SHARE)).max(1);
+        let take = |start| (start < end).then(|| start + share(start));
+        // Nothing else is published through the counter.
+        let start = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        Some(start..start + share(start))
+    }
 }
 
 #[cfg(test)]
@@ -116,10 +128,13 @@ mod tests {
     fn every_unit_meets_every_row_once() {
         for threads in [1, 2, 5] {
             let backend = CpuBackend::detect(threads).unwrap();
-            for (k, counts) in
-                [(1, vec![1, 0, 3]), (64, vec![700, 2, 0, 0, 241]), (4096, vec![1, 1]), (64, vec![])]
-            {
-                let units = 7;
+            for (units, counts) in [
+                (7, vec![1, 0, 3]),
+                (7, vec![700, 2, 0, 0, 241]),
+                (100, vec![1, 1]),
+                (7, vec![]),
+                (0, vec![3]),
+            ] {
                 let rows: usize = counts.iter().sum();
                 let mut start = 0;
                 let segments: Vec<_> = counts
@@ -131,11 +146,7 @@ mod tests {
                     .collect();
                 let mut work = Work::default();
                 let list = segments.iter().enumerate();
-                work.plan(
-                    &backend,
-                    panel_products(k),
-                    list.map(|(slot, rows)| Segment { slot, rows: rows.clone(), units }),
-                );
+                work.plan(&backend, list.map(|(slot, rows)| Segment { slot, rows: rows.clone(), units }));
                 let seen = Mutex::new(vec![0; rows * units]);
                 work.run(&backend, &|item| {
                     let inside = &segments[item.slot];

@@ -49,12 +49,14 @@ fn context(span: &SeqSpan, len: usize, batch: &AttentionBatch<'_>, cache: &KvCac
     (part(0), part(1))
 }
 
-/// `softmax(scores, sink) . values`: scores and values go by position; the sink has no value.
-fn softmax_sum(scores: &[f64], sink: Option<f32>, values: &[&[f32]]) -> Vec<f32> {
+/// `softmax(scores, sink) . values`: scores and values go by position; the sink has no value. Weights are rounded to `dtype`,
+/// their sum is not.
+fn softmax_sum(scores: &[f64], sink: Option<f32>, values: &[&[f32]], dtype: DType) -> Vec<f32> {
     let sink = sink.map(f64::from);
     let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
     let weight: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
     let sum = weight.iter().sum::<f64>() + sink.map_or(0.0, |s| (s - max).exp());
+    let weight: Vec<f64> = weight.into_iter().map(|w| f64::from(rounded(w as f32, dtype))).collect();
     (0..values[0].len())
         .map(|d| (weight.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum) as f32)
         .collect()
@@ -63,7 +65,8 @@ fn softmax_sum(scores: &[f64], sink: Option<f32>, values: &[&[f32]]) -> Vec<f32>
 /// See [`crate::backend::Backend::attention_gqa`].
 pub(super) fn gqa(args: &GqaArgs<'_>) -> Host {
     let KvShape::Gqa { kv_heads, head_dim } = args.cache.shape else { unreachable!("checked by the caller") };
-    let q = Host::read(args.q);
+    let dtype = args.cache.dtype;
+    let q = Host::read(args.q).map(|_, _, x| rounded(x, dtype));
     let sinks = args.sinks.map(Host::read);
     let mut out = Host::new(q.rows, q.cols);
     for span in args.batch.spans {
@@ -84,7 +87,7 @@ pub(super) fn gqa(args: &GqaArgs<'_>) -> Host {
                     .collect();
                 let v: Vec<&[f32]> = seen.clone().map(|t| &values.row(t)[kv_columns.clone()]).collect();
                 let sink = sinks.as_ref().map(|s| s.data[head]);
-                out.row_mut(i)[columns].copy_from_slice(&softmax_sum(&scores, sink, &v));
+                out.row_mut(i)[columns].copy_from_slice(&softmax_sum(&scores, sink, &v, dtype));
             }
         }
     }
@@ -131,7 +134,7 @@ impl MlaHead {
     /// Expanded form of one row over the first `len` positions.
     fn expanded(&self, query: &[f32], keys: &Host, values: &Host, len: usize) -> Vec<f32> {
         let scores: Vec<f64> = (0..len).map(|t| dot(query, keys.row(t)) * self.scale).collect();
-        softmax_sum(&scores, None, &(0..len).map(|t| values.row(t)).collect::<Vec<_>>())
+        softmax_sum(&scores, None, &(0..len).map(|t| values.row(t)).collect::<Vec<_>>(), self.activation)
     }
 
     /// Absorbed form of one row over the first `len` positions.
@@ -150,7 +153,12 @@ impl MlaHead {
         let scores: Vec<f64> = (0..len)
             .map(|t| (dot(&q_latent, latents.row(t)) + dot(q_rope, ropes.row(t))) * self.scale)
             .collect();
-        let mean = softmax_sum(&scores, None, &(0..len).map(|t| latents.row(t)).collect::<Vec<_>>());
+        let mean = softmax_sum(
+            &scores,
+            None,
+            &(0..len).map(|t| latents.row(t)).collect::<Vec<_>>(),
+            self.activation,
+        );
         let mean = Host::of_vector(&mean).map(|_, _, o| rounded(o, self.activation));
         linear(&mean, &self.w_v, None).data
     }
@@ -159,7 +167,7 @@ impl MlaHead {
 /// See [`crate::backend::Backend::attention_mla`].
 pub(super) fn mla(args: &MlaArgs<'_>) -> Host {
     let w = args.weights;
-    let q = Host::read(args.q);
+    let q = Host::read(args.q).map(|_, _, x| rounded(x, args.cache.dtype));
     let mut out = Host::new(q.rows, w.heads * w.v_dim);
     for span in args.batch.spans {
         let end = span.position as usize + span.rows as usize;

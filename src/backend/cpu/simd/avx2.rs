@@ -108,4 +108,9 @@ impl Simd for Avx2 {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm256_loadu_si256(from.cast()) }
     }
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: SSE is there, and a hint reads no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
 }

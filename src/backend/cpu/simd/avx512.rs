@@ -61,6 +61,7 @@ impl Simd for Avx512 {
             _mm512_cvtps_epi32(n),
             _mm512_set1_epi32(127),
         )));
+        fn scale_exp2(a: __m512, n: __m512) -> __m512 = _mm512_scalef_ps(a, n);
         fn splat_pair(pair: u32) -> __m512i = _mm512_set1_epi32(pair as i32);
         fn even(pairs: __m512i) -> __m512 = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
         fn odd(pairs: __m512i) -> __m512 =
@@ -93,19 +94,27 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: __m512) {
-        // Not the instruction of that purpose: it flushes denormals, and bits should not depend on which path rounds.
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe {
-            let bits = _mm512_castps_si512(v);
-            // Half of the last kept place, less one where that place is even: ties go to even.
-            let lsb = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), lsb);
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-            // A NaN stays one: its upper bits with the quiet bit set.
-            let quiet = _mm512_or_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(0x40));
-            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-            let words = _mm512_mask_blend_epi32(is_nan, rounded, quiet);
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(words));
+            let upper = _mm512_srli_epi32::<16>(rounded(v));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(upper));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_fast(self, to: *mut bf16, v: __m512) {
+        // SAFETY: the proof, and the caller vouches for the memory; both types are 256 plain bits.
+        unsafe {
+            let narrow = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256(to.cast(), narrow);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, to: *mut bf16, even: __m512, odd: __m512) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let even = _mm512_srli_epi32::<16>(rounded(even));
+            let odd = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            _mm512_storeu_si512(to.cast(), _mm512_or_si512(even, odd));
         }
     }
     #[inline(always)]
@@ -113,4 +122,24 @@ impl Simd for Avx512 {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: SSE is there, and a hint reads no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+/// Each lane rounded to bf16, to nearest even, in its upper half; the lower half is left over. Not the instruction of that purpose:
+/// it flushes denormals, and bits should not depend on which path rounds.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn rounded(v: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(v);
+    // Half of the last kept place, less one where that place is even: ties go to even.
+    let lsb = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), lsb);
+    // A NaN stays one: its upper bits with the quiet bit set.
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+    _mm512_mask_blend_epi32(is_nan, _mm512_add_epi32(bits, half), quiet)
 }

@@ -20,9 +20,7 @@ pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
         p = simd.fma(p, r, k(c));
     }
     let p = simd.add(simd.fma(p, simd.mul(r, r), r), k(1.0));
-    // 2^n in two factors: n may be below -126 or above 127.
-    let half = simd.round(simd.mul(n, k(0.5)));
-    simd.mul(simd.mul(p, simd.exp2(half)), simd.exp2(simd.sub(n, half)))
+    simd.scale_exp2(p, n)
 }
 
 /// 1 / (1 + e^-x)

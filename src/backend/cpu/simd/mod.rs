@@ -128,6 +128,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn round(self, a: Self::V) -> Self::V;
     /// 2^n for integral n in -126..=127.
     fn exp2(self, n: Self::V) -> Self::V;
+    /// `a * 2^n` for integral n in -252..=254, however small the result.
+    #[inline(always)]
+    fn scale_exp2(self, a: Self::V, n: Self::V) -> Self::V {
+        // In two factors: n may be below -126 or above 127.
+        let half = self.round(self.mul(n, self.splat(0.5)));
+        self.mul(self.mul(a, self.exp2(half)), self.exp2(self.sub(n, half)))
+    }
 
     /// `LANES` f32.
     unsafe fn load(self, from: *const f32) -> Self::V;
@@ -137,6 +144,27 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
     /// `LANES` bf16, rounded to nearest even as `half` does, denormals and NaN included.
     unsafe fn store_bf16(self, to: *mut bf16, v: Self::V);
+
+    /// [`Simd::store_bf16`], but denormals may become 0.
+    #[inline(always)]
+    unsafe fn store_bf16_fast(self, to: *mut bf16, v: Self::V) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.store_bf16(to, v) }
+    }
+    /// `LANES` pairs, each element rounded as [`Simd::store_bf16`] does.
+    #[inline(always)]
+    unsafe fn store_pairs(self, to: *mut bf16, even: Self::V, odd: Self::V) {
+        let mut halves = [[bf16::ZERO; MAX_LANES]; 2];
+        // SAFETY: an array holds a whole vector; the caller vouches for 2 * LANES elements.
+        unsafe {
+            self.store_bf16(halves[0].as_mut_ptr(), even);
+            self.store_bf16(halves[1].as_mut_ptr(), odd);
+            for (lane, (&even, &odd)) in halves[0].iter().zip(&halves[1]).take(Self::LANES).enumerate() {
+                *to.add(2 * lane) = even;
+                *to.add(2 * lane + 1) = odd;
+            }
+        }
+    }
 
     /// `LANES` pairs.
     unsafe fn load_pairs(self, from: *const bf16) -> Self::Pairs;
@@ -148,6 +176,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn odd(self, pairs: Self::Pairs) -> Self::V;
     /// `acc + even(a) * even(b) + odd(a) * odd(b)`, in an order of the instruction set's own.
     fn dot(self, acc: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V;
+
+    /// Asks for the cache line of an address, which need not be valid.
+    fn prefetch(self, address: *const u8);
 
     /// Zero in all lanes.
     #[inline(always)]

@@ -112,6 +112,8 @@ impl Simd for Portable {
         let acc = self.fma(self.even(a), self.even(b), acc);
         self.fma(self.odd(a), self.odd(b), acc)
     }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
 }
 
 /// Exact for every value; unlike `bf16::to_f32` it leaves the bits of a NaN alone, as the vector instructions do.

@@ -1,0 +1,368 @@
+//! The register tile of every matrix product: some rows of activations times some columns of weights.
+//!
+//! Weights lie in panels: k-major, with as many consecutive k side by side as a step of the product takes. A panel may hold columns
+//! of a matrix, tokens of a block of keys, or dimensions of a block of values.
+//!
+//! An output element is one chain of additions over k, ascending, in its own accumulator; it can pause in memory, which
+//! loses nothing. Tiles of other shapes only choose which chains run side by side, so they all give the same bits.
+
+use half::bf16;
+
+use super::simd::{Float, Simd};
+
+/// Where rows of activations start and how far apart they are.
+pub struct Strided<T> {
+    /// Element (0, 0).
+    pub start: *const T,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl<T> Clone for Strided<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Strided<T> {}
+
+impl<T> Strided<T> {
+    /// Address of an element.
+    #[inline(always)]
+    pub unsafe fn at(self, row: usize, k: usize) -> *const T {
+        // SAFETY: the caller names an element that exists.
+        unsafe { self.start.add(row * self.stride + k) }
+    }
+}
+
+/// How one step along k multiplies activations and weights of certain types.
+pub trait Product<S: Simd> {
+    /// Type of activations.
+    type A: Float;
+    /// Type of weights.
+    type W: Float;
+    /// k covered by a step.
+    const STEP: usize;
+
+    /// `acc[r][v] += a[r][k..k + STEP] * w[v]`, ascending in k.
+    ///
+    /// # Safety
+    /// `a` has R rows and those k; `w` is where V vectors of weights (STEP times as many elements as lanes) start.
+    unsafe fn step<const R: usize, const V: usize>(
+        simd: S,
+        acc: &mut [[S::V; V]; R],
+        a: Strided<Self::A>,
+        k: usize,
+        w: *const Self::W,
+    );
+}
+
+/// f32 times f32.
+pub struct Plain;
+
+impl<S: Simd> Product<S> for Plain {
+    type A = f32;
+    type W = f32;
+    const STEP: usize = 1;
+
+    #[inline(always)]
+    unsafe fn step<const R: usize, const V: usize>(
+        simd: S,
+        acc: &mut [[S::V; V]; R],
+        a: Strided<f32>,
+        k: usize,
+        w: *const f32,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut weights = [simd.zero(); V];
+            for (v, weights) in weights.iter_mut().enumerate() {
+                *weights = simd.load(w.add(v * S::LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = simd.splat(*a.at(r, k));
+                for (acc, &w) in acc.iter_mut().zip(&weights) {
+                    *acc = simd.fma(a, w, *acc);
+                }
+            }
+        }
+    }
+}
+
+/// f32 times bf16 pairs, widened in registers: the same multiplications in the same order as [`Plain`] on widened weights.
+pub struct Widening;
+
+impl<S: Simd> Product<S> for Widening {
+    type A = f32;
+    type W = bf16;
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<const R: usize, const V: usize>(
+        simd: S,
+        acc: &mut [[S::V; V]; R],
+        a: Strided<f32>,
+        k: usize,
+        w: *const bf16,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut weights = [simd.zero(); V];
+            for (v, weights) in weights.iter_mut().enumerate() {
+                *weights = simd.even(simd.load_pairs(w.add(2 * v * S::LANES)));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = simd.splat(*a.at(r, k));
+                for (acc, &w) in acc.iter_mut().zip(&weights) {
+                    *acc = simd.fma(a, w, *acc);
+                }
+            }
+            for (v, weights) in weights.iter_mut().enumerate() {
+                *weights = simd.odd(simd.load_pairs(w.add(2 * v * S::LANES)));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = simd.splat(*a.at(r, k + 1));
+                for (acc, &w) in acc.iter_mut().zip(&weights) {
+                    *acc = simd.fma(a, w, *acc);
+                }
+            }
+        }
+    }
+}
+
+/// bf16 pairs times bf16 pairs: [`Simd::dot`].
+pub struct Pairs;
+
+impl<S: Simd> Product<S> for Pairs {
+    type A = bf16;
+    type W = bf16;
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<const R: usize, const V: usize>(
+        simd: S,
+        acc: &mut [[S::V; V]; R],
+        a: Strided<bf16>,
+        k: usize,
+        w: *const bf16,
+    ) {
+        // SAFETY: the caller's promise; a pair of bf16 is 32 bits, little endian as the lanes are.
+        unsafe {
+            let mut weights = [simd.splat_pair(0); V];
+            for (v, weights) in weights.iter_mut().enumerate() {
+                *weights = simd.load_pairs(w.add(2 * v * S::LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = simd.splat_pair(a.at(r, k).cast::<u32>().read_unaligned());
+                for (acc, &w) in acc.iter_mut().zip(&weights) {
+                    *acc = simd.dot(*acc, a, w);
+                }
+            }
+        }
+    }
+}
+
+/// Activations of one type and the product of them with weights of another.
+pub trait Operand<W: Float>: Float {
+    /// How they are multiplied.
+    type Product<S: Simd>: Product<S, A = Self, W = W>;
+
+    /// Stores `LANES` elements between 0 and 1, rounded; denormals may become 0.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    #[inline(always)]
+    unsafe fn store_weights<S: Simd>(simd: S, to: *mut Self, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { Self::store(simd, to, v) }
+    }
+}
+
+impl Operand<f32> for f32 {
+    type Product<S: Simd> = Plain;
+}
+impl Operand<bf16> for f32 {
+    type Product<S: Simd> = Widening;
+}
+impl Operand<bf16> for bf16 {
+    type Product<S: Simd> = Pairs;
+
+    #[inline(always)]
+    unsafe fn store_weights<S: Simd>(simd: S, to: *mut bf16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { simd.store_bf16_fast(to, v) }
+    }
+}
+
+/// Columns of a panel.
+pub struct Panel<W> {
+    /// The first weight.
+    pub start: *const W,
+    /// Its k, a whole number of steps.
+    pub k: usize,
+    /// Columns from one k to the next.
+    pub pitch: usize,
+    /// How far ahead of the weights in use others are fetched, in elements.
+    pub ahead: usize,
+}
+
+impl<W> Clone for Panel<W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<W> Copy for Panel<W> {}
+
+/// Where sums go.
+#[derive(Clone, Copy)]
+pub struct Sums {
+    /// Element (0, 0).
+    pub start: *mut f32,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Go on from what is there, instead of from 0.
+    pub add: bool,
+}
+
+/// `sums[r][j] (+)= sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`].
+///
+/// # Safety
+/// Rows of activations, panel and sums are as large as said, and nobody writes them meanwhile.
+#[inline(always)]
+pub unsafe fn product<S: Simd, P: Product<S>>(
+    simd: S,
+    (a, rows): (Strided<P::A>, usize),
+    (panel, columns): (Panel<P::W>, usize),
+    sums: Sums,
+) {
+    let mut row = 0;
+    while row < rows {
+        let height = const { tallest::<S>() }.min(rows - row);
+        // SAFETY: rows [row, row + height) exist; the rest is the caller's promise.
+        unsafe {
+            let a = Strided { start: a.at(row, 0), ..a };
+            let sums = Sums { start: sums.start.add(row * sums.stride), ..sums };
+            strip::<S, P>(simd, (a, height), (panel, columns), sums);
+        }
+        row += height;
+    }
+}
+
+/// [`product`] of [`tallest`] rows at most.
+///
+/// # Safety
+/// See [`product`].
+#[inline(always)]
+pub unsafe fn strip<S: Simd, P: Product<S>>(
+    simd: S,
+    (a, rows): (Strided<P::A>, usize),
+    (panel, columns): (Panel<P::W>, usize),
+    sums: Sums,
+) {
+    // SAFETY: the caller's promise, passed on.
+    unsafe {
+        match rows {
+            1 => tiles::<S, P, 1>(simd, a, (panel, columns), sums),
+            2 => tiles::<S, P, 2>(simd, a, (panel, columns), sums),
+            3 => tiles::<S, P, 3>(simd, a, (panel, columns), sums),
+            4 => tiles::<S, P, 4>(simd, a, (panel, columns), sums),
+            5 => tiles::<S, P, 5>(simd, a, (panel, columns), sums),
+            6 => tiles::<S, P, 6>(simd, a, (panel, columns), sums),
+            7 => tiles::<S, P, 7>(simd, a, (panel, columns), sums),
+            _ => tiles::<S, P, 8>(simd, a, (panel, columns), sums),
+        }
+    }
+}
+
+/// R rows, in tiles as wide as registers allow and the columns divide into.
+#[inline(always)]
+unsafe fn tiles<S: Simd, P: Product<S>, const R: usize>(
+    simd: S,
+    a: Strided<P::A>,
+    (panel, columns): (Panel<P::W>, usize),
+    sums: Sums,
+) {
+    let vectors = columns / S::LANES;
+    // SAFETY: the caller's promise, passed on.
+    unsafe {
+        if const { fits::<S>(R, 6) } && vectors.is_multiple_of(6) {
+            row_of_tiles::<S, P, R, 6>(simd, a, (panel, vectors), sums);
+        } else if const { fits::<S>(R, 4) } && vectors.is_multiple_of(4) {
+            row_of_tiles::<S, P, R, 4>(simd, a, (panel, vectors), sums);
+        } else if const { fits::<S>(R, 3) } && vectors.is_multiple_of(3) {
+            row_of_tiles::<S, P, R, 3>(simd, a, (panel, vectors), sums);
+        } else if const { fits::<S>(R, 2) } && vectors.is_multiple_of(2) {
+            row_of_tiles::<S, P, R, 2>(simd, a, (panel, vectors), sums);
+        } else {
+            row_of_tiles::<S, P, R, 1>(simd, a, (panel, vectors), sums);
+        }
+    }
+}
+
+/// Sums, weights and one activation fit into the registers, one being left for a constant.
+const fn fits<S: Simd>(rows: usize, vectors: usize) -> bool {
+    vectors * (rows + 1) + 2 <= S::REGISTERS
+}
+
+/// Rows of the tallest strip: as many, up to 8, as leave a tile two vectors wide, so that each activation read is used twice.
+pub const fn tallest<S: Simd>() -> usize {
+    let mut rows = 8;
+    while rows > 1 && !fits::<S>(rows, 2) {
+        rows -= 1;
+    }
+    rows
+}
+
+/// R rows times all columns, V vectors at a time.
+#[inline(always)]
+unsafe fn row_of_tiles<S: Simd, P: Product<S>, const R: usize, const V: usize>(
+    simd: S,
+    a: Strided<P::A>,
+    (panel, vectors): (Panel<P::W>, usize),
+    sums: Sums,
+) {
+    for column in (0..vectors * S::LANES).step_by(V * S::LANES) {
+        // SAFETY: the V vectors from `column` on are in the panel.
+        unsafe {
+            let panel = Panel { start: panel.start.add(column * P::STEP), ..panel };
+            tile::<S, P, R, V>(simd, a, panel, Sums { start: sums.start.add(column), ..sums });
+        }
+    }
+}
+
+/// R rows times V vectors of columns.
+#[inline(always)]
+unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
+    simd: S,
+    a: Strided<P::A>,
+    panel: Panel<P::W>,
+    sums: Sums,
+) {
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
+    let Panel { start, k, pitch, ahead } = panel;
+    let mut acc = [[simd.zero(); V]; R];
+    // SAFETY: the caller vouches for R rows of k activations, the panel and R rows of sums.
+    unsafe {
+        if sums.add {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    *acc = simd.load(sums.start.add(r * sums.stride + v * S::LANES));
+                }
+            }
+        }
+        let mut at = 0;
+        while at < k {
+            let w = start.add(at * pitch);
+            for line in 0..V * P::STEP * S::LANES * size_of::<P::W>() / LINE {
+                simd.prefetch(w.wrapping_add(ahead).wrapping_byte_add(line * LINE).cast());
+            }
+            P::step(simd, &mut acc, a, at, w);
+            at += P::STEP;
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, &acc) in acc.iter().enumerate() {
+                simd.store(sums.start.add(r * sums.stride + v * S::LANES), acc);
+            }
+        }
+    }
+}
