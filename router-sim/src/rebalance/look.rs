@@ -256,8 +256,8 @@ impl Look {
         let target =
             self.placement.with_layers_of(&planned, &moving).with_version(self.placement.version() + 1);
         verdict.reason = match pays {
-            true => format!("{} of {all} pay: {}", layers(moving.len()), terms()),
-            false => format!("{} of {all} gain {} per step", layers(moving.len()), micros(gain)),
+            true => format!("moving {} of {all} pays: {}", layers(moving.len()), terms()),
+            false => format!("moving {} of {all} saves {} per step", layers(moving.len()), micros(gain)),
         };
         verdict.forecast.moves = moving.iter().flat_map(|&l| received(l)).sum::<usize>() as u64;
         verdict.forecast.bytes = verdict.forecast.moves as f64 * self.inputs.expert_bytes;

@@ -96,7 +96,7 @@ fn lasting_heat_is_moved_once_and_keeps_its_promise() {
     assert_eq!(run.moves(), 1, "{:?}", run.verdicts.iter().map(|v| &v.reason).collect::<Vec<_>>());
     let first = &run.verdicts[0];
     assert_eq!((first.step, first.trigger.as_str(), first.window_steps), (10, "auto", 10));
-    assert!(first.reason.starts_with("2 layers of 2 pay: "), "{}", first.reason);
+    assert!(first.reason.starts_with("moving 2 layers of 2 pays: "), "{}", first.reason);
     let Forecast { balance_before, balance_after, balance_bound, moves, bytes, .. } = first.forecast;
     assert!(balance_before < 0.5 && balance_after > 0.95 && balance_bound >= balance_after, "{first:?}");
     assert!(moves >= 2 && bytes == moves as f64 * 1e6);

@@ -45,7 +45,11 @@ impl ServedRun {
     /// # Errors
     /// Those of the reader, with the file's name; [`Error::Impossible`] for a header entry that makes no sense.
     pub fn read(path: &Path) -> Result<ServedRun> {
-        let reader = TraceReader::open(path)?;
+        let in_file = |error| match error {
+            Error::Trace { record, why } => Error::Record { path: path.into(), record, why },
+            other => other,
+        };
+        let reader = TraceReader::open(path).map_err(in_file)?;
         let header = reader.header();
         let mut run = ServedRun {
             placement: header.placement.clone(),
@@ -59,10 +63,7 @@ impl ServedRun {
         };
         let mut latest = None;
         for next in reader {
-            let record = next.map_err(|error| match error {
-                Error::Trace { record, why } => Error::Record { path: path.into(), record, why },
-                other => other,
-            })?;
+            let record = next.map_err(in_file)?;
             match record {
                 Record::Step(_) => {}
                 Record::Gap(gap) => run.steps_lost += gap.steps,
