@@ -187,7 +187,7 @@ families! {
     REBALANCE_MOVED_BYTES_TOTAL: Kind::Counter, "moeyard_rebalance_moved_bytes_total", [],
         "Bytes of expert weights that travelled to another slot, over all ranks.";
     REBALANCE_PREDICTED_IMBALANCE_RATIO: Kind::Gauge, "moeyard_rebalance_predicted_imbalance_ratio", ["when"],
-        "Imbalance that the latest decision found (before) and expected of its placement (after); 0 before the first.";
+        "Imbalance that the latest decision to move experts found (before) and expected (after); 0 before the first.";
     REBALANCE_ACHIEVED_IMBALANCE_RATIO: Kind::Gauge, "moeyard_rebalance_achieved_imbalance_ratio", [],
         "Imbalance on the load that came after the latest rebalance; 0 while it is not known.";
     REBALANCE_SAMPLING_FLOOR_RATIO: Kind::Gauge, "moeyard_rebalance_sampling_floor_ratio", [],

@@ -68,9 +68,11 @@ impl RebalanceMetrics {
             counter.absolute(count);
         }
         self.time(status);
-        if let Some(last) = &status.last {
+        if let Some(last) = &status.last_applied {
             self.predicted_before.set(imbalance(last.balance_before));
             self.predicted_after.set(imbalance(last.balance_after));
+        }
+        if let Some(last) = &status.last {
             self.sampling_floor.set(last.sampling_floor);
         }
         self.achieved.set(status.achieved.map_or(0.0, imbalance));
@@ -156,7 +158,8 @@ mod tests {
             placement_version: 4,
             placement_age: Duration::from_secs(9),
             last_duration: Some(Duration::from_millis(300)),
-            last: Some(last),
+            last: Some(last.clone()),
+            last_applied: Some(last),
             achieved: Some(0.625),
             since_look: Some(Duration::from_secs(7)),
             ..RebalanceStatus::default()

@@ -13,5 +13,6 @@ mod bench;
 mod faults;
 mod generate;
 mod log;
+mod moving;
 mod serve;
 mod verify;

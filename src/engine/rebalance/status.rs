@@ -36,6 +36,8 @@ pub struct RebalanceStatus {
     pub migration: Option<MigrationProgress>,
     /// The latest decision.
     pub last: Option<LastDecision>,
+    /// The latest one that moved experts.
+    pub last_applied: Option<LastDecision>,
     /// Balancedness (mean over layers) that the latest migration's placement had on the load that came after it; `None`
     /// until a part of the window is over.
     pub achieved: Option<f64>,
@@ -78,6 +80,7 @@ pub struct LastDecision {
 pub(in crate::engine) struct Record {
     status: RebalanceStatus,
     decided: Option<Instant>,
+    applied: Option<Instant>,
     looked: Option<Instant>,
 }
 
@@ -112,6 +115,9 @@ impl Record {
             moves: forecast.moves,
             bytes: forecast.bytes as u64,
         });
+        if applied {
+            (self.applied, self.status.last_applied) = (Some(now), self.status.last.clone());
+        }
     }
 
     /// A migration has ended, whoever wanted it.
@@ -132,8 +138,10 @@ impl Record {
         let since = |then: Option<Instant>| then.map(|then| now.saturating_duration_since(then));
         let mut status = self.status.clone();
         status.since_look = since(self.looked);
-        if let (Some(last), Some(age)) = (&mut status.last, since(self.decided)) {
-            last.age = age;
+        for (decision, then) in [(&mut status.last, self.decided), (&mut status.last_applied, self.applied)] {
+            if let (Some(decision), Some(age)) = (decision, since(then)) {
+                decision.age = age;
+            }
         }
         status
     }

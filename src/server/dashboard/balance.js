@@ -37,7 +37,7 @@ class BalanceChart {
     const [left, right, top, bottom] = [38, 12, 10, 24];
     const end = this.points.at(-1).time;
     const begin = Math.max(end - 600, Math.min(this.points[0].time, end - 120));
-    const values = this.points.flatMap((point) => [point[this.phase].balance, point[this.phase].floor]);
+    const values = this.points.map((point) => point[this.phase].balance);
     values.push(...this.marks.flatMap((mark) => [mark.predicted ?? 1, mark.achieved ?? 1]));
     const low = Math.max(0, Math.floor(Math.min(...values) * 5 - 0.2) / 5);
     return {
@@ -45,7 +45,7 @@ class BalanceChart {
       end,
       low,
       x: (time) => left + ((time - begin) / (end - begin)) * (width - left - right),
-      y: (value) => top + ((1 - value) / (1 - low)) * (height - top - bottom),
+      y: (value) => top + ((1 - Math.max(value, low)) / (1 - low)) * (height - top - bottom),
     };
   }
 

@@ -1,7 +1,7 @@
 // The rebalancer in words: what it does, why, and what came of it.
 
 function showRebalancer(state) {
-  const { mode, decision, migration } = state;
+  const { mode, decision, last_applied: move, migration } = state;
   const age = ages(state);
   const parts = [element("p", opening(state), { className: "lead" })];
   if (migration) {
@@ -10,21 +10,23 @@ function showRebalancer(state) {
     const words = ` ${migration.arrived} of ${many(migration.arrivals, "expert")} have arrived, ${bytes(migration.bytes)} of ${bytes(migration.total_bytes)}`;
     parts.push(element("p", [element("b", "Experts are moving: "), bar, words]));
   }
-  if (decision) {
-    const what = decision.applied ? "Moved experts" : "Left them where they are";
-    parts.push(element("p", [element("b", `${what} ${span(age.decision)} ago: `), decision.reason]));
+  if (move) parts.push(element("p", [element("b", `Moved experts ${span(age.last_applied)} ago: `), move.reason]));
+  if (decision && !decision.applied) {
+    parts.push(element("p", [element("b", `Left them where they are ${span(age.decision)} ago: `), decision.reason]));
   }
   const { applied, skipped, failed } = state.rebalances;
   const figure = (name, value) => [element("dt", name), element("dd", value)];
   const facts = [figure("Placement", `version ${state.placement_version}, in force for ${span(age.placement)}`)];
-  if (decision) {
-    const { before, after, bound } = decision.balancedness;
-    facts.push(figure("Predicted balancedness", `${balanced(before)} before, ${balanced(after)} after; ${balanced(bound)} at best with these slots`));
-    if (decision.moves > 0) facts.push(figure("Price", `${many(decision.moves, "expert")}, ${bytes(decision.bytes)}, for ${figures(decision.gain_us_per_step)} µs per step`));
-    facts.push(figure("Chance alone costs", `${percent(decision.sampling_floor_ratio)} in a step of this size`));
+  if (move) {
+    const { before, after, bound } = move.balancedness;
+    const came = state.achieved_balancedness === null ? "" : `; ${balanced(state.achieved_balancedness)} achieved`;
+    facts.push(figure("Balancedness", `${balanced(before)} before, ${balanced(after)} predicted, ${balanced(bound)} at best with these slots${came}`));
+    facts.push(figure("Price", `${many(move.moves, "expert")}, ${bytes(move.bytes)}, for ${figures(move.gain_us_per_step)} µs per step`));
   }
-  if (state.achieved_balancedness !== null) facts.push(figure("Achieved balancedness", balanced(state.achieved_balancedness)));
-  if (applied + skipped + failed > 0 || mode !== "off") facts.push(figure("Since the start", `${applied} applied, ${skipped} skipped, ${failed} failed; ${many(state.moved_experts, "expert")} moved, ${bytes(state.moved_bytes)}`));
+  if (decision) facts.push(figure("Chance alone costs", `${percent(decision.sampling_floor_ratio)} in a step of this size`));
+  if (applied + skipped + failed > 0 || mode !== "off") {
+    facts.push(figure("Since the start", `${applied} applied, ${skipped} skipped, ${failed} failed; ${many(state.moved_experts, "expert")} moved, ${bytes(state.moved_bytes)}`));
+  }
   if (age.look !== null) facts.push(figure("Last look at the load", `${span(age.look)} ago`));
   parts.push(element("dl", facts.flat()));
   fill($("rebalancer-text"), ...parts);

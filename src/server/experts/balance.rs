@@ -152,8 +152,8 @@ impl Balance {
         if changed {
             // Of a migration that goes on, the last version stands for all.
             let earlier = if goes_on && self.marked { self.marks.pop_back() } else { None };
-            let applied = rebalancing.last.as_ref().filter(|last| last.applied);
-            let news = applied.filter(|last| self.decided.replace(last.step) != Some(last.step));
+            let news = rebalancing.last_applied.as_ref();
+            let news = news.filter(|last| self.decided.replace(last.step) != Some(last.step));
             let asked = self.foretold.filter(|(foretold, _)| *foretold == version).map(|(_, after)| after);
             let predicted = asked.or(earlier.and_then(|mark| mark.predicted));
             let predicted = predicted.or(news.map(|last| round(last.balance_after)));
@@ -280,8 +280,11 @@ mod tests {
             bytes: 2,
         };
         let progress = MigrationProgress { arrived: 0, arrivals: 2, bytes: 0, total_bytes: 2 };
-        let moving =
-            RebalanceStatus { last: Some(last), migration: Some(progress), ..RebalanceStatus::default() };
+        let moving = RebalanceStatus {
+            last_applied: Some(last),
+            migration: Some(progress),
+            ..RebalanceStatus::default()
+        };
         let moved = RebalanceStatus { migration: None, ..moving.clone() };
         let mut second = 0;
         let mut tick = |balance: &mut Balance, version, status: &RebalanceStatus| {

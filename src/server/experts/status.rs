@@ -15,6 +15,7 @@ struct Ages {
     /// Since the load was last looked at.
     look: Option<f64>,
     decision: Option<f64>,
+    last_applied: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -29,6 +30,8 @@ struct Body<'a> {
     last_duration_seconds: Option<f64>,
     migration: Option<Migration>,
     decision: Option<Decision<'a>>,
+    /// The latest decision that moved experts; it may be the same.
+    last_applied: Option<Decision<'a>>,
     achieved_balancedness: Option<f64>,
 }
 
@@ -83,12 +86,12 @@ impl<'a> From<&'a LastDecision> for Decision<'a> {
             reason: &last.reason,
             applied: last.applied,
             balancedness: Foreseen {
-                before: last.balance_before,
-                after: last.balance_after,
-                bound: last.balance_bound,
+                before: round(last.balance_before),
+                after: round(last.balance_after),
+                bound: round(last.balance_bound),
             },
-            sampling_floor_ratio: last.sampling_floor,
-            gain_us_per_step: last.gain_us_per_step,
+            sampling_floor_ratio: round(last.sampling_floor),
+            gain_us_per_step: round(last.gain_us_per_step),
             moves: last.moves,
             bytes: last.bytes,
         }
@@ -101,6 +104,7 @@ pub(super) fn answer(status: &RebalanceStatus) -> Answer {
         placement: seconds(status.placement_age),
         look: status.since_look.map(seconds),
         decision: status.last.as_ref().map(|last| seconds(last.age)),
+        last_applied: status.last_applied.as_ref().map(|last| seconds(last.age)),
     };
     let body = Body {
         mode: status.mode.to_string(),
@@ -113,7 +117,8 @@ pub(super) fn answer(status: &RebalanceStatus) -> Answer {
         last_duration_seconds: status.last_duration.map(|duration| duration.as_secs_f64()),
         migration: status.migration.map(Migration::from),
         decision: status.last.as_ref().map(Decision::from),
-        achieved_balancedness: status.achieved,
+        last_applied: status.last_applied.as_ref().map(Decision::from),
+        achieved_balancedness: status.achieved.map(round),
     };
     let ages = serde_json::to_string(&ages).expect("numbers are JSON");
     let mut text = format!("{{\"object\":\"rebalancer\",\"age_seconds\":{ages},");
@@ -121,6 +126,11 @@ pub(super) fn answer(status: &RebalanceStatus) -> Answer {
     // The rest goes on inside the same braces.
     text += &serde_json::to_string(&body).expect("texts and numbers are JSON")[1..];
     Answer::since(Format::Json, text, time_ends)
+}
+
+/// More digits than anybody reads would be noise.
+fn round(figure: f64) -> f64 {
+    (figure * 1e4).round() / 1e4
 }
 
 fn seconds(age: std::time::Duration) -> f64 {
@@ -164,7 +174,10 @@ mod tests {
             RebalanceStatus { last: Some(last), migration: Some(progress), ..RebalanceStatus::default() };
         let body: Value = serde_json::from_str(&answer(&status).body).unwrap();
         assert_eq!(body["mode"], "off");
-        assert_eq!(body["age_seconds"], json!({"placement": 0.0, "look": null, "decision": 2.5}));
+        assert_eq!(
+            body["age_seconds"],
+            json!({"placement": 0.0, "look": null, "decision": 2.5, "last_applied": null})
+        );
         assert_eq!(body["decision"]["balancedness"], json!({"before": 0.7, "after": 0.9, "bound": 0.95}));
         assert_eq!(body["migration"]["arrivals"], 3);
     }
