@@ -15,6 +15,7 @@ use clap::Parser;
 use moeyard::cli::launch::{Needs, Prepared};
 use moeyard::cli::model::OpenModel;
 use moeyard::config::RawOptions;
+use moeyard::engine::rebalance::Mode;
 use moeyard::engine::request::{Event, Request};
 use moeyard::engine::stats::{RequestTiming, StepTiming, TimingObserver};
 use moeyard::engine::{EngineHandle, RequestStream};
@@ -172,6 +173,7 @@ fn main() {
         expert_parallel_size: Some(arguments.ranks),
         staging_slots: Some(arguments.staging_slots),
         max_model_len: Some(256),
+        rebalance: Some(Mode::Off),
         ..RawOptions::default()
     };
     let prepared = Prepared::new(model, raw, Needs::default()).unwrap();

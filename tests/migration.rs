@@ -8,20 +8,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use moeyard::Error;
 use moeyard::backend::Backend;
+use moeyard::backend::DType;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::config::RawOptions;
 use moeyard::config::flags::{DtypeChoice, SplitChoice};
+use moeyard::engine::rebalance::Mode;
 use moeyard::engine::request::{Event, FinishReason, Request, Sampling};
 use moeyard::engine::scripted::{EXPERTS, Fault, LAYERS, Script, experts, setups_with};
 use moeyard::engine::{
-    Engine, EngineHandle, EngineOptions, Hooks, MigrationProgress, MigrationReport, RequestStream,
+    Engine, EngineHandle, EngineOptions, Experts, Hooks, MigrationProgress, MigrationReport, RequestStream,
     SchedulingPolicy,
 };
-use moeyard::model::FormRules;
+use moeyard::model::transformer::Transformer;
+use moeyard::model::{Batch, FormRules, Model, StepOutput};
+use moeyard::moe::migrate::{Checksums, Slice, Switch};
 use router_sim::placement::Placement;
 use std::time::Duration;
 use support::launch::{Answer, Launch, TokenBits, greedy, options};
 use support::placements::{Numbers, scattered};
+use support::{Setup, World, model_dir};
 
 /// Waits for the end of a migration that must succeed.
 fn arrive(engine: &EngineHandle, target: Placement) -> MigrationReport {
@@ -193,6 +198,122 @@ fn thousands_of_steps_keep_their_bits_whatever_moves() {
         let expected = still(model, &plain, &requests);
         steps += check_moving(model, &raw, &requests, &expected, 60);
     }
+}
+
+#[test]
+fn answers_keep_their_bits_while_the_rebalancer_moves() {
+    for model in ["mixtral", "deepseek_v3", "demo-deepseek"] {
+        let raw = RawOptions { prefill_chunk_size: Some(16), ..options(DtypeChoice::F32) };
+        let requests = requests(4, 500);
+        let expected = still(model, &raw, &requests);
+        let raw = RawOptions {
+            expert_parallel_size: Some(4),
+            redundant_experts: Some(4),
+            rebalance: Some(Mode::Every(3)),
+            rebalance_window: Some(6),
+            ..raw
+        };
+        let engine = Launch::of(model, raw);
+        let first = engine.engine().placement().unwrap();
+        let applied = || engine.engine().rebalance_status().applied;
+        let (mut rounds, mut ordered) = (0, 0);
+        while applied() < ordered + 3 {
+            rounds += 1;
+            assert!(rounds < 300, "{model}: {:?}", engine.engine().rebalance_status());
+            // It has settled, or is just moving: back to where nobody looked at any load.
+            if rounds % 4 == 0
+                && let Ok(report) = engine.engine().move_to(Placement::clone(&first))
+            {
+                assert_eq!(report.blocking_recv().unwrap().outcome, Ok(()));
+                ordered += 1;
+            }
+            // Other companies, so that the load changes.
+            let chosen: Vec<usize> =
+                (0..requests.len()).filter(|i| !(i + rounds).is_multiple_of(4)).collect();
+            let answers = bits(&engine.run(chosen.iter().map(|&i| requests[i].clone()).collect()));
+            for (answer, &i) in answers.iter().zip(&chosen) {
+                assert_eq!(answer, &expected[i], "{model}: request {i}");
+            }
+        }
+        engine.finish();
+    }
+}
+
+/// A model some of whose slices are damaged or lost. All ranks lose the same ones; nothing in the engine is told.
+struct Faulty {
+    model: Transformer,
+    slices: u64,
+}
+
+impl Model for Faulty {
+    fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> moeyard::Result<()> {
+        self.model.forward(batch, out)
+    }
+
+    fn transfer(&mut self, slice: &Slice) -> moeyard::Result<Checksums> {
+        self.slices += 1;
+        let sums = self.model.transfer(slice)?;
+        match self.slices % 30 {
+            11 => Ok(Checksums { received: sums.received.map(|sum| sum ^ 1), ..sums }),
+            29 => Err(Error::Device { device: "cpu".into(), why: "a copy was lost".into() }),
+            _ => Ok(sums),
+        }
+    }
+
+    fn switch(&mut self, switch: &Switch) {
+        self.model.switch(switch);
+    }
+}
+
+#[test]
+fn answers_keep_their_bits_when_migrations_fail() {
+    let raw = options(DtypeChoice::F32);
+    let requests = requests(3, 500);
+    let expected = still("mixtral", &raw, &requests);
+
+    let setup = Setup { redundant: 4, staging_slots: 1, ..Setup::expert_parallel(DType::F32, 3) };
+    let world = World::load(&model_dir("mixtral"), &setup);
+    let options = EngineOptions {
+        vocab_size: world.family.spec.vocab_size,
+        max_model_len: setup.max_model_len,
+        block_size: support::BLOCK,
+        ..scripted_options()
+    };
+    let experts = Experts { in_force: world.in_force(), ..experts(3, 4, 1) };
+    let ranks = world.into_setups(|model| Box::new(Faulty { model, slices: 0 }));
+    let hooks = Hooks { experts: Some(experts), ..Hooks::default() };
+    let engine = Engine::start(ranks, options, hooks).unwrap();
+    let mut numbers = Numbers(8);
+    let (mut whole, mut failed) = (0, 0);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let traffic = scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                let streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+                let answers: Vec<Answer> = streams.into_iter().map(Answer::of).collect();
+                assert_eq!(bits(&answers), expected);
+            }
+        });
+        while (whole < 5 || failed < 5) && !traffic.is_finished() {
+            let before = engine.placement().unwrap();
+            let target = elsewhere(&mut numbers, &before);
+            let report = engine.move_to(target.clone()).unwrap().blocking_recv().unwrap();
+            assert_eq!(report.version, before.version() + report.switches);
+            match report.outcome {
+                Ok(()) => {
+                    whole += 1;
+                    assert_same_map(&engine.placement().unwrap(), &target);
+                }
+                Err(why) => {
+                    failed += 1;
+                    assert!(why.contains("arrived damaged") || why.contains("a copy was lost"), "{why}");
+                }
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+        traffic.join().unwrap();
+    });
+    engine.shutdown(Duration::ZERO);
 }
 
 // ---- the scripted model: faults and refusals

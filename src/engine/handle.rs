@@ -5,7 +5,7 @@
 //! wants to give up on a reader drops the stream.
 
 use super::RequestId;
-use super::migration::{Experts, MigrationProgress, MoveCost};
+use super::migration::{Experts, MigrationProgress, MoveCost, check_shape};
 use super::mover::{MigrationOrder, MigrationReport, UnderWay};
 use super::options::{EngineOptions, SchedulingPolicy};
 use super::queue::Queue;
@@ -393,27 +393,6 @@ fn check_idle(under_way: Option<MigrationProgress>) -> Result<()> {
 /// Who asks for a placement wants all of it: no layer goes first for what it wins.
 fn gains(target: &Placement) -> Vec<f64> {
     vec![1.0; target.layers()]
-}
-
-/// Refuses a placement for another engine.
-fn check_shape(current: &Placement, target: &Placement) -> Result<()> {
-    let numbers = [
-        ("expert-parallel ranks", current.ranks(), target.ranks()),
-        ("slots per rank", current.slots_per_rank(), target.slots_per_rank()),
-        ("experts", current.experts(), target.experts()),
-        ("MoE layers", current.layers(), target.layers()),
-    ];
-    let refuse = |why: String| Err(Error::Routing(router_sim::Error::Placement(why)));
-    if let Some((what, have, given)) = numbers.into_iter().find(|(_, have, given)| have != given) {
-        return refuse(format!("the placement has {given} {what}, but the engine runs with {have}"));
-    }
-    let layers = current.layer_ids().iter().zip(target.layer_ids());
-    match layers.enumerate().find(|(_, (have, given))| have != given) {
-        Some((at, (have, given))) => refuse(format!(
-            "MoE layer {at} of the placement is layer {given}, but that of the model is layer {have}"
-        )),
-        None => Ok(()),
-    }
 }
 
 /// Refuses what could never run.

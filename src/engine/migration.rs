@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use router_sim::placement::{Placement, Round, RoundLimits, Rounds, rounds};
 
+use crate::error::{Error, Result};
 use crate::moe::in_force::InForce;
 use crate::moe::migrate::{Checksums, Landed, Leg, Slice, Switch, WHOLE};
 
@@ -235,6 +236,27 @@ impl RoundPlan {
             position: 0,
             switch: Arc::new(Switch { placement: Arc::new(placement), landed }),
         }
+    }
+}
+
+/// Refuses a placement for another engine.
+pub(super) fn check_shape(current: &Placement, target: &Placement) -> Result<()> {
+    let numbers = [
+        ("expert-parallel ranks", current.ranks(), target.ranks()),
+        ("slots per rank", current.slots_per_rank(), target.slots_per_rank()),
+        ("experts", current.experts(), target.experts()),
+        ("MoE layers", current.layers(), target.layers()),
+    ];
+    let refuse = |why: String| Err(Error::Routing(router_sim::Error::Placement(why)));
+    if let Some((what, have, given)) = numbers.into_iter().find(|(_, have, given)| have != given) {
+        return refuse(format!("the placement has {given} {what}, but the engine runs with {have}"));
+    }
+    let layers = current.layer_ids().iter().zip(target.layer_ids());
+    match layers.enumerate().find(|(_, (have, given))| have != given) {
+        Some((at, (have, given))) => refuse(format!(
+            "MoE layer {at} of the placement is layer {given}, but that of the model is layer {have}"
+        )),
+        None => Ok(()),
     }
 }
 

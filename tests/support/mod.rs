@@ -9,9 +9,11 @@ use std::sync::Arc;
 
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::{AttentionBatch, Backend, DType, Precision, SeqSpan};
+use moeyard::engine::RankSetup;
 use moeyard::metrics::{LoadSnapshot, LoadSource};
 use moeyard::model::families::{self, Family};
 use moeyard::model::load::Sizes;
+use moeyard::model::transformer::Transformer;
 use moeyard::model::world::{Degrees, LoadedRank, WorldOptions, load_world};
 use moeyard::model::{Batch, Model, Routing};
 use moeyard::moe::in_force::InForce;
@@ -247,6 +249,18 @@ impl World {
 
     pub fn degrees(&self) -> Degrees {
         self.degrees
+    }
+
+    /// The ranks as an engine takes them over, with something around their models.
+    pub fn into_setups(self, around: impl Fn(Transformer) -> Box<dyn Model>) -> Vec<RankSetup> {
+        let setup = |LoadedRank { model, output, backend, dp_rank, meter }| RankSetup {
+            model: around(model),
+            backend,
+            output,
+            dp_rank,
+            meter,
+        };
+        self.ranks.into_iter().map(setup).collect()
     }
 
     /// Runs `body` on every rank, each on a thread of its own that stays for all of it.
