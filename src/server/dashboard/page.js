@@ -6,7 +6,7 @@ const heat = new Heat(() => render());
 const balance = new BalanceChart();
 const ranks = new Ranks();
 const traffic = new Traffic();
-const actions = new Actions(api);
+new Actions(api);
 
 const PERIOD_MS = 1000;
 /** After a failure the server is asked less often. */
@@ -56,6 +56,8 @@ function render() {
   $("live").hidden = quiet;
   fill($("subject"), `${many(world.layers, "MoE layer")} of ${many(world.experts, "expert")} on ${many(world.ranks, "rank")}`);
   if (quiet) return showExample();
+  // A single rank has nothing to balance.
+  for (const part of document.querySelectorAll(".several")) part.hidden = world.ranks === 1;
   heat.show(world, chosen("order"));
   $("all-layers").hidden = layer === null;
   balance.show(past, phase);
@@ -63,7 +65,6 @@ function render() {
   traffic.show(world);
   showReplicas(world, layer, (cell) => heat.choose(cell));
   showRebalancer(state);
-  actions.show(world);
   showTiles(world, state);
 }
 
@@ -83,7 +84,7 @@ function showTiles(world, state) {
   const one = world.ranks === 1;
   fill(
     $("tiles"),
-    tile("Balancedness", balanced(now), one ? "one rank has everything" : `busiest ranks ${signed(1 / now - 1)} against the mean`),
+    tile("Balancedness", balanced(now), one ? "one rank has all experts" : `busiest ranks ${signed(1 / now - 1)} against the mean`),
     tile("Expert rows per second", count(world.total / Math.max(world.seconds, 1e-3)), `${count(world.total)} in ${span(Math.max(1, world.seconds))}`),
     tile("Hottest expert", `${figures(hot.heat)} × mean`, `expert ${hot.expert} of layer ${world.layerIds[hot.layer]}`),
     tile("Most uneven layer", one ? "none" : signed(uneven[worst]), one ? "there is one rank" : `layer ${world.layerIds[worst]}; over all, rank ${busiest} has most`),

@@ -44,16 +44,12 @@ function opening({ mode, policy, window_steps: steps }) {
   return `${when}; policy ${policy}, on the load of ${many(steps, "step")}.`;
 }
 
-/** Asks what a rebalance would bring, and then for it. Experts of one rank have nowhere to go, so nobody asks for them. */
+/** Asks what a rebalance would bring, and then for it. */
 class Actions {
   constructor(api) {
     this.api = api;
     $("ask").addEventListener("click", () => this.#send(true));
     $("act").addEventListener("click", () => this.#send(false));
-  }
-
-  show(world) {
-    $("actions").hidden = world.ranks === 1;
   }
 
   async #send(dry) {
