@@ -124,6 +124,7 @@ fn the_report_names_what_a_rank_holds() {
         "experts:            32 of width 64, 4 chosen per token, a shared one of width 64",
         "ranks:              4 (TP 1, DP 4, EP 4, tensor split inside an expert 1)",
         "slots per rank:     9 per MoE layer",
+        "staging per rank:   96.0 KiB (room for 1 on their way)",
         "KV per token:       800 B",
         "KV per block:       25.0 KiB (32 tokens)",
     ] {

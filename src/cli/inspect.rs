@@ -137,10 +137,7 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
     if run.staging_slots > 0 {
         let one = spec.rank_parameters(run.parallel.split(1)).experts / spec.moe_layers().len().max(1) as u64;
         let staging = bytes(one.saturating_mul(run.staging_slots as u64), weights);
-        line(
-            "staging per rank",
-            format!("{staging} ({} of an expert's weights on their way)", run.staging_slots),
-        );
+        line("staging per rank", format!("{staging} (room for {} on their way)", run.staging_slots));
     }
     line("KV per token", bytes(kv_token, activations));
     let block = bytes(kv_token.saturating_mul(run.block_size as u64), activations);
