@@ -137,14 +137,14 @@ fn a_tokenizer_that_cannot_work_is_refused() {
 #[test]
 fn flags_and_keys_that_do_not_exist_are_refused_by_name() {
     let demo = model_dir("demo-mixtral");
-    for flag in ["--rebalance", "--rebalance-policy", "--save-placement", "--nonsense"] {
+    for flag in ["--eplb-window", "--nonsense"] {
         serve(&demo, flag).refused(&[&format!("unexpected argument '{flag}'")]);
     }
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("yard.toml");
     let flags = format!("--config {}", file.display());
-    std::fs::write(&file, "expert-parallel-size = 2\nrebalance = true\n").unwrap();
-    let message = serve(&demo, &flags).refused(&["yard.toml:2", "unknown field `rebalance`"]);
+    std::fs::write(&file, "expert-parallel-size = 2\neplb-window = true\n").unwrap();
+    let message = serve(&demo, &flags).refused(&["yard.toml:2", "unknown field `eplb-window`"]);
     assert!(message.contains("`expert-parallel-size`"), "{message}");
     std::fs::write(&file, "prot = 80\n").unwrap();
     serve(&demo, &flags).refused(&["yard.toml:1", "unknown field `prot`", "(did you mean `port`?)"]);
@@ -152,6 +152,9 @@ fn flags_and_keys_that_do_not_exist_are_refused_by_name() {
     serve(&demo, &flags).refused(&["[metrics] expert_detail", "series, more than max_series = 100"]);
     std::fs::write(&file, "dtype = \"fp4\"\n").unwrap();
     serve(&demo, &flags).refused(&["yard.toml:1", "fp4", "bf16"]);
+    std::fs::write(&file, "rebalance = \"sometimes\"\n").unwrap();
+    serve(&demo, &flags).refused(&["yard.toml:1", "\"sometimes\" is not one of off, auto, every=STEPS"]);
+    serve(&demo, "--rebalance auto").refused(&["rebalance: a single expert-parallel rank"]);
     serve(&demo, "--config /no/such.toml").refused(&["/no/such.toml", "No such file"]);
     serve(&demo, "--dtype fp4").refused(&["fp4", "bf16"]);
 }
