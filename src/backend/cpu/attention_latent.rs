@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::memory::Rows;
 use super::simd::{Float, Kernel, MAX_LANES, Simd, exp};
-use super::tiles::{Keys, Strided, accumulate, dots};
+use super::tiles::{Strided, accumulate, dots};
 
 /// Most rows of a tile: their scores stay in the second-level cache for a context of some thousand tokens, while keys
 /// and values are read once for all.
@@ -152,7 +152,7 @@ impl<T: Float> Attend<'_, T> {
         let q = Strided { start: self.scratch.q.as_ptr(), stride: width };
         let out = self.scratch.scores.as_mut_ptr();
         for (b, positions) in self.blocks() {
-            let keys = Keys::single(self.context.block(b), width);
+            let keys = self.context.block(b);
             for (r, n) in self.quads() {
                 let seen = positions.start..positions.end.min(self.seen(r + n - 1));
                 if seen.is_empty() {
@@ -161,7 +161,7 @@ impl<T: Float> Attend<'_, T> {
                 // SAFETY: tokens of this block that a query of the tile sees; the scratch was divided for this shape.
                 unsafe {
                     let out = out.add(r * stride + seen.start);
-                    dots(simd, (q.skip(r), n), (keys, seen.len()), self.shape.scale, (out, stride));
+                    dots(simd, (q.skip(r), n), (keys, seen.len(), width), self.shape.scale, (out, stride));
                 }
             }
         }

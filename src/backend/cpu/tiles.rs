@@ -1,4 +1,5 @@
-//! The two register tiles of attention: rows times transposed rows ([`dots`]) and rows times rows ([`accumulate`]).
+//! The two register tiles of attention over latents, which are keys and values at once: rows times transposed rows
+//! ([`dots`]) and rows times rows ([`accumulate`]).
 //! Every output element is computed in an order of its own, whatever tile it falls into: a dot product runs over
 //! the vector, lane by lane, then over the lanes; an accumulated element takes one product after the other.
 
@@ -33,42 +34,15 @@ impl<T> Strided<T> {
     }
 }
 
-/// Rows whose vectors are concatenated from two places.
-#[derive(Clone, Copy)]
-pub(super) struct Keys<T> {
-    /// The two parts of each row.
-    pub(super) parts: [Strided<T>; 2],
-    /// Widths of the parts: multiples of the largest register; the second may be 0.
-    pub(super) widths: [usize; 2],
-}
-
-impl<T> Keys<T> {
-    /// Rows that lie in one place.
-    pub(super) fn single(rows: Strided<T>, width: usize) -> Self {
-        Keys { parts: [Strided { ..rows }, Strided { ..rows }], widths: [width, 0] }
-    }
-
-    /// See [`Strided::skip`].
-    ///
-    /// # Safety
-    /// There is such a row.
-    #[inline(always)]
-    pub(super) unsafe fn skip(self, row: usize) -> Self {
-        let [first, second] = self.parts;
-        // SAFETY: the caller's promise.
-        Keys { parts: unsafe { [first.skip(row), second.skip(row)] }, ..self }
-    }
-}
-
 /// `out[r * out_stride + t] = q[r] . keys[t] * scale` for `rows` rows and `tokens` tokens.
 ///
 /// # Safety
-/// `q` has `rows` rows as wide as a key, `keys` has `tokens`, and `out` room for all.
+/// `q` has `rows` rows, `keys` has `tokens` of `width` (whole registers), and `out` room for all.
 #[inline(always)]
 pub(super) unsafe fn dots<S: Simd, T: Float>(
     simd: S,
     (q, rows): (Strided<f32>, usize),
-    (keys, tokens): (Keys<T>, usize),
+    (keys, tokens, width): (Strided<T>, usize, usize),
     scale: f32,
     (out, out_stride): (*mut f32, usize),
 ) {
@@ -77,10 +51,10 @@ pub(super) unsafe fn dots<S: Simd, T: Float>(
         unsafe {
             let (q, out) = (q.skip(r), out.add(r * out_stride));
             match rows - r {
-                1 => dot_rows::<S, T, 1, 8>(simd, q, (keys, tokens), scale, (out, out_stride)),
-                2 => dot_rows::<S, T, 2, 4>(simd, q, (keys, tokens), scale, (out, out_stride)),
-                3 => dot_rows::<S, T, 3, 2>(simd, q, (keys, tokens), scale, (out, out_stride)),
-                _ => dot_rows::<S, T, 4, 2>(simd, q, (keys, tokens), scale, (out, out_stride)),
+                1 => dot_rows::<S, T, 1, 8>(simd, q, (keys, tokens, width), scale, (out, out_stride)),
+                2 => dot_rows::<S, T, 2, 4>(simd, q, (keys, tokens, width), scale, (out, out_stride)),
+                3 => dot_rows::<S, T, 3, 2>(simd, q, (keys, tokens, width), scale, (out, out_stride)),
+                _ => dot_rows::<S, T, 4, 2>(simd, q, (keys, tokens, width), scale, (out, out_stride)),
             }
         }
     }
@@ -94,7 +68,7 @@ pub(super) unsafe fn dots<S: Simd, T: Float>(
 unsafe fn dot_rows<S: Simd, T: Float, const R: usize, const C: usize>(
     simd: S,
     q: Strided<f32>,
-    (keys, tokens): (Keys<T>, usize),
+    (keys, tokens, width): (Strided<T>, usize, usize),
     scale: f32,
     (out, out_stride): (*mut f32, usize),
 ) {
@@ -102,7 +76,7 @@ unsafe fn dot_rows<S: Simd, T: Float, const R: usize, const C: usize>(
     // SAFETY: tokens below `tokens` only.
     unsafe {
         while t + C <= tokens {
-            let tile = dot_tile::<S, T, R, C>(simd, q, keys.skip(t));
+            let tile = dot_tile::<S, T, R, C>(simd, q, keys.skip(t), width);
             for (r, row) in tile.into_iter().enumerate() {
                 for (c, sum) in row.into_iter().enumerate() {
                     *out.add(r * out_stride + t + c) = sum * scale;
@@ -111,7 +85,7 @@ unsafe fn dot_rows<S: Simd, T: Float, const R: usize, const C: usize>(
             t += C;
         }
         while t < tokens {
-            let tile = dot_tile::<S, T, R, 1>(simd, q, keys.skip(t));
+            let tile = dot_tile::<S, T, R, 1>(simd, q, keys.skip(t), width);
             for (r, [sum]) in tile.into_iter().enumerate() {
                 *out.add(r * out_stride + t) = sum * scale;
             }
@@ -123,31 +97,28 @@ unsafe fn dot_rows<S: Simd, T: Float, const R: usize, const C: usize>(
 /// `R` rows times `C` tokens.
 ///
 /// # Safety
-/// `q` has `R` rows as wide as a key, `keys` has `C`.
+/// `q` has `R` rows of `width`, `keys` has `C`.
 #[inline(always)]
 unsafe fn dot_tile<S: Simd, T: Float, const R: usize, const C: usize>(
     simd: S,
     q: Strided<f32>,
-    keys: Keys<T>,
+    keys: Strided<T>,
+    width: usize,
 ) -> [[f32; C]; R] {
     let mut sums = [[simd.zero(); C]; R];
-    let mut before = 0;
-    for (part, width) in keys.parts.into_iter().zip(keys.widths) {
-        for d in (0..width).step_by(S::LANES) {
-            let mut k = [simd.zero(); C];
-            for (c, k) in k.iter_mut().enumerate() {
-                // SAFETY: `d` is a whole register before the end of row `c`.
-                *k = unsafe { T::load(simd, part.start.add(c * part.stride + d)) };
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row `r` is as wide as both parts together.
-                let q = unsafe { simd.load(q.start.add(r * q.stride + before + d)) };
-                for (sum, &k) in sums.iter_mut().zip(&k) {
-                    *sum = simd.fma(q, k, *sum);
-                }
+    for d in (0..width).step_by(S::LANES) {
+        let mut k = [simd.zero(); C];
+        for (c, k) in k.iter_mut().enumerate() {
+            // SAFETY: `d` is a whole register before the end of row `c`.
+            *k = unsafe { T::load(simd, keys.at(c, d)) };
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: likewise.
+            let q = unsafe { simd.load(q.at(r, d)) };
+            for (sum, &k) in sums.iter_mut().zip(&k) {
+                *sum = simd.fma(q, k, *sum);
             }
         }
-        before += width;
     }
     let mut out = [[0.0; C]; R];
     for (out, sums) in out.iter_mut().zip(&sums) {
