@@ -38,9 +38,12 @@ pub fn median(numbers: &[f64]) -> f64 {
     quantile(numbers, 0.5)
 }
 
+/// Between two samples where it falls there.
 fn quantile(numbers: &[f64], fraction: f64) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let last = sorted.len().saturating_sub(1);
-    sorted.get((fraction * last as f64).round() as usize).copied().unwrap_or(f64::NAN)
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let at = fraction * last as f64;
+    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    low + (high - low) * at.fract()
 }
