@@ -22,7 +22,7 @@ use super::transcript::{End, Piece, Prompt, TokenPiece};
 use super::types::{SYSTEM_FINGERPRINT, Usage};
 use super::{body, id, npy, sse};
 use crate::tokenizer::GrammarStart;
-use crate::tokenizer::turn::{Delta, TurnParser, TurnStyle};
+use crate::tokenizer::turn::{Callable, Delta, TurnParser, TurnStyle};
 
 /// Answers a conversation, as one object or as a stream of chunks.
 pub async fn create(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
@@ -47,8 +47,11 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
     let model = state.model_name(asked.model.as_deref())?;
     let style = asked.prompt.style(state);
     let rendered = asked.prompt.render(state).await?;
-    let calls =
-        asked.tools.as_ref().filter(|_| asked.must_call).map(|tools| (&tools[..], asked.parallel_calls));
+    let calls = asked.tools.as_deref().map(|tools| Calls {
+        tools,
+        required: asked.must_call,
+        parallel: asked.parallel_calls,
+    });
     let structured = structured(state, style, asked.structured, calls, &rendered.text).await?;
     let common = Common {
         endpoint: Endpoint::Chat,
@@ -84,28 +87,42 @@ async fn start(state: &Arc<AppState>, request: Request) -> Result<(Teller, Seque
     Ok((teller, sequences))
 }
 
+/// The calls that an answer may or must have.
+struct Calls<'a> {
+    tools: &'a [Callable],
+    required: bool,
+    parallel: bool,
+}
+
 /// The grammar that the text must follow, if any.
 async fn structured(
     state: &AppState,
     style: Option<TurnStyle>,
     asked: Option<Asked>,
-    must_call: Option<(&[crate::tokenizer::turn::Callable], bool)>,
+    calls: Option<Calls<'_>>,
     prompt: &str,
 ) -> Result<Option<Structured>, ApiError> {
-    let (asked, start) = match (asked, must_call, style) {
+    let tokenizer = &state.tokenizer;
+    let (asked, start) = match (asked, calls, style) {
+        (Some(Asked { source, param }), Some(Calls { tools, parallel, .. }), Some(style)) => {
+            let both = style.answer_or_calls(&source, tokenizer, tools, parallel, prompt);
+            let refused = |why| ApiError::bad_param(param, format!("`{param}` with `tools`: {why}."));
+            let (source, start) = both.map_err(refused)?;
+            (Asked { source, param }, start)
+        }
         (Some(asked), _, style) => {
-            let start = style.map(|style| style.grammar_start(&state.tokenizer, prompt)).unwrap_or_default();
+            let start = style.map(|style| style.grammar_start(tokenizer, prompt)).unwrap_or_default();
             (asked, start)
         }
-        (None, Some((tools, parallel)), Some(style)) => {
-            let required = style.required_calls(&state.tokenizer, tools, parallel, prompt);
+        (None, Some(Calls { tools, required: true, parallel }), Some(style)) => {
+            let required = style.required_calls(tokenizer, tools, parallel, prompt);
             let refused = |why| ApiError::bad_param("tools", format!("`tools` cannot be enforced: {why}"));
             let (source, start) = required.map_err(refused)?;
             (Asked { source, param: "tools" }, start)
         }
         (None, _, _) => return Ok(None),
     };
-    let grammar = state.compiler.compile(asked, &state.tokenizer, &state.eos_token_ids).await?;
+    let grammar = state.compiler.compile(asked, tokenizer, &state.eos_token_ids).await?;
     Ok(Some(Structured { grammar, start }))
 }
 
@@ -153,16 +170,19 @@ impl Turn {
             match delta {
                 Delta::Reasoning(text) => told.reasoning_content.get_or_insert_default().push_str(&text),
                 Delta::Content(text) => told.content.get_or_insert_default().push_str(&text),
-                Delta::Call { name, arguments } => {
-                    let function = FunctionCall { name, arguments };
-                    let id = id::unique("call");
-                    told.tool_calls.push(ToolCall {
-                        index: Some(self.calls),
-                        id,
-                        kind: "function",
-                        function,
-                    });
+                Delta::Call { name } => {
+                    let function = FunctionCall { name: Some(name), arguments: String::new() };
+                    let (index, id) = (Some(self.calls), Some(id::unique("call")));
+                    told.tool_calls.push(ToolCall { index, id, kind: Some("function"), function });
                     self.calls += 1;
+                }
+                Delta::Arguments(text) => {
+                    if told.tool_calls.is_empty() {
+                        let index = self.calls.checked_sub(1);
+                        told.tool_calls.push(ToolCall { index, ..ToolCall::default() });
+                    }
+                    let call = told.tool_calls.last_mut().expect("pushed if there was none");
+                    call.function.arguments.push_str(&text);
                 }
             }
         }

@@ -89,9 +89,12 @@ impl ChatRequest {
             return Err(ApiError::bad_param("tools", message));
         }
         let structured = structured::take(&mut fields)?;
-        if let (Some(asked), Some(_)) = (&structured, shown) {
-            let message =
-                format!("`{}` is only allowed with `tool_choice` none, or without tools.", asked.param);
+        let must_call = matches!(choice, ToolChoice::Required | ToolChoice::Named(_));
+        if let Some(asked) = structured.as_ref().filter(|_| must_call) {
+            let message = format!(
+                "`{}` is only allowed with a `tool_choice` that allows text: auto or none.",
+                asked.param
+            );
             return Err(ApiError::bad_param(asked.param, message));
         }
         let callable = |function: &tools::Function| Callable {
@@ -111,7 +114,7 @@ impl ChatRequest {
             logprobs: logprobs(&mut fields)?,
             generation: Generation::take(&mut fields, &state.sampling_defaults)?,
             tools: callables,
-            must_call: matches!(choice, ToolChoice::Required | ToolChoice::Named(_)),
+            must_call,
             // One call ends the turn unless several are asked for: a model that is made to call need not know when to stop.
             parallel_calls: parallel.unwrap_or(false) && !matches!(choice, ToolChoice::Named(_)),
             structured,

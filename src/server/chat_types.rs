@@ -70,26 +70,28 @@ pub struct ChatMessage {
     pub tool_calls: Vec<ToolCall>,
 }
 
-/// One call.
-#[derive(Debug, Serialize, ToSchema)]
+/// One call; in a stream, a part of one: the first has id, type and name, the others more of the arguments.
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct ToolCall {
     /// Number of the call in a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub index: Option<usize>,
     /// "call_...".
-    pub id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// "function".
-    #[serde(rename = "type")]
-    pub kind: &'static str,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
     /// What is called.
     pub function: FunctionCall,
 }
 
 /// See [`ToolCall`].
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct FunctionCall {
     /// Of the tool.
-    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// A JSON object as text.
     pub arguments: String,
 }
@@ -149,7 +151,7 @@ pub struct ChatDelta {
     /// More thoughts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
-    /// Whole calls.
+    /// Calls and more of their arguments.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
 }

@@ -45,19 +45,30 @@ impl GrammarSource {
         GrammarSource::JsonSchema(json!({"type": "object"}))
     }
 
-    /// As Lark: the one form that can be part of a larger grammar.
+    /// As the right side of a Lark rule; `None` for a grammar, which has rules of its own.
     ///
     /// # Errors
     /// For a schema with `x-guidance`, which would change the rules made here.
-    pub fn to_lark(&self) -> Result<String, String> {
-        Ok(match self {
-            GrammarSource::JsonSchema(schema) => format!("start: {}\n", json_rule(schema)?),
-            GrammarSource::Regex(pattern) => format!("start: /{}/\n", regex_to_lark(pattern, "")),
+    pub fn rule(&self) -> Result<Option<String>, String> {
+        Ok(Some(match self {
+            GrammarSource::JsonSchema(schema) => json_rule(schema)?,
+            GrammarSource::Regex(pattern) => format!("/{}/", regex_to_lark(pattern, "")),
             GrammarSource::Choice(texts) => {
                 let texts: Vec<String> = texts.iter().map(|text| lark_string(text)).collect();
-                format!("start: {}\n", texts.join(" | "))
+                texts.join(" | ")
             }
-            GrammarSource::Lark(source) => source.clone(),
+            GrammarSource::Lark(_) => return Ok(None),
+        }))
+    }
+
+    /// As Lark.
+    ///
+    /// # Errors
+    /// As [`Self::rule`].
+    pub fn to_lark(&self) -> Result<String, String> {
+        Ok(match (self, self.rule()?) {
+            (GrammarSource::Lark(source), _) => source.clone(),
+            (_, rule) => format!("start: {}\n", rule.unwrap_or_default()),
         })
     }
 }

@@ -118,6 +118,26 @@ fn an_inconsistent_config_names_key_limit_and_value() {
     Copy::of("mixtral").edit("config.json", |bytes| bytes.truncate(20)).serve().refused(&["config.json"]);
 }
 
+/// CVE-2026-22807: code that a config names was run. Here it is a key like others.
+#[test]
+fn cve_2026_22807_a_config_is_data() {
+    let copy = Copy::of("mixtral").edit_json("config.json", |c| {
+        c["auto_map"] = json!({"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"});
+        c["trust_remote_code"] = json!(true);
+    });
+    let ran = copy.file("ran");
+    std::fs::write(copy.file("code.py"), format!("open({ran:?}, 'w')")).unwrap();
+    let said = moeyard(["inspect", copy.0.path().to_str().unwrap()]);
+    assert_eq!(said.code, Some(0), "{}", said.stderr);
+    assert!(!ran.exists());
+    let unknown = copy.edit_json("config.json", |c| {
+        c["architectures"] = json!(["Model"]);
+        c["model_type"] = json!("custom");
+    });
+    unknown.serve().refused(&["config.json", "custom"]);
+    assert!(!ran.exists());
+}
+
 #[test]
 fn a_tokenizer_that_cannot_work_is_refused() {
     let message = Copy::of("mixtral").without("tokenizer.json").serve().refused(&["tokenizer.json"]);

@@ -12,6 +12,7 @@ mod process;
 mod bench;
 mod faults;
 mod generate;
+mod limits;
 mod log;
 mod moving;
 mod serve;

@@ -132,9 +132,18 @@ impl Served {
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGTERM; the exit code and all that was logged.
-    pub fn terminate(mut self) -> (Option<i32>, String) {
+    pub fn terminate(self) -> (Option<i32>, String) {
         self.signal();
+        self.ended()
+    }
+
+    /// Waits until it ends by itself; the exit code and all that was logged.
+    pub fn ended(mut self) -> (Option<i32>, String) {
         let code = end_of(&mut self.child);
         (code, self.log.take().unwrap().join().unwrap())
     }

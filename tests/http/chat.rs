@@ -237,6 +237,63 @@ fn check_calls(calls: &Value, name: Option<&str>) {
     }
 }
 
+/// The calls of a stream, put together as clients do: the first chunk of each has its name, the others have arguments.
+fn streamed_calls(chunks: &[Value]) -> Vec<Value> {
+    let mut calls: Vec<Value> = Vec::new();
+    let (mut pieces, mut arguments) = (0, String::new());
+    for chunk in chunks {
+        for part in chunk["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten() {
+            let index = part["index"].as_u64().unwrap() as usize;
+            if index == calls.len() {
+                assert!(part["function"]["name"].is_string(), "{part}");
+                calls.push(part.clone());
+                arguments.clear();
+            } else {
+                assert_eq!(index + 1, calls.len(), "{part}");
+                assert!(part.get("id").is_none() && part["function"].get("name").is_none(), "{part}");
+                pieces += 1;
+            }
+            arguments +=
+                if index + 1 == calls.len() { part["function"]["arguments"].as_str().unwrap() } else { "" };
+            calls[index]["function"]["arguments"] = json!(arguments);
+        }
+    }
+    assert!(
+        pieces > 1 || calls.iter().all(|call| call["function"]["name"] == "now"),
+        "{pieces} pieces: {calls:?}"
+    );
+    calls
+}
+
+#[test]
+fn an_answer_in_a_format_or_a_call_where_both_are_allowed() {
+    let server = Server::with(Config { chat_template: Some(TOOL_TEMPLATE), ..Config::default() });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "a", "schema": {
+        "type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": false}}});
+    let (mut answers, mut calls) = (0, 0);
+    for seed in 0..12 {
+        let fields = json!({"tools": weather(), "response_format": format, "temperature": 1.5, "seed": seed,
+            "ignore_eos": false, "messages": [{"role": "user", "content": "x"}]});
+        let body = chat(&server, fields).json();
+        let message = &body["choices"][0]["message"];
+        if message["tool_calls"].is_array() {
+            calls += 1;
+            check_calls(&message["tool_calls"], None);
+            assert!(message["content"].is_null(), "{body}");
+        } else {
+            answers += 1;
+            let answer: Value = serde_json::from_str(message["content"].as_str().unwrap()).unwrap();
+            assert!(answer["ok"].is_boolean(), "{body}");
+        }
+    }
+    assert!(answers > 0 && calls > 0, "{answers} answers, {calls} calls");
+    // A call that must come leaves no room for an answer, and a grammar none for calls.
+    let both = json!({"tools": weather(), "tool_choice": "required", "response_format": format});
+    assert_eq!(chat(&server, both).error()["param"], "response_format");
+    let grammar = json!({"tools": weather(), "structured_outputs": {"grammar": "start: \"a\""}});
+    assert_eq!(chat(&server, grammar).error()["param"], "structured_outputs");
+}
+
 #[test]
 fn required_and_named_tools_are_called_whatever_the_model_would_rather_say() {
     let server = Server::with(Config { chat_template: Some(TOOL_TEMPLATE), ..Config::default() });
@@ -255,13 +312,8 @@ fn required_and_named_tools_are_called_whatever_the_model_would_rather_say() {
             let mut fields = fields;
             fields["stream"] = json!(true);
             let chunks = chat(&server, fields).chunks();
-            let calls: Vec<Value> = chunks
-                .iter()
-                .flat_map(|chunk| {
-                    chunk["choices"][0]["delta"]["tool_calls"].as_array().cloned().unwrap_or_default()
-                })
-                .collect();
-            assert!(calls.iter().enumerate().all(|(at, call)| call["index"] == at));
+            let calls = streamed_calls(&chunks);
+            assert_eq!(calls.len(), 1);
             check_calls(&json!(calls), name);
             assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
             assert_eq!(streamed(&chunks, 0), "");

@@ -65,6 +65,108 @@ fn the_context_phrase_is_the_one_clients_look_for() {
     }
 }
 
+/// Fault row 12: prompts of millions of characters are refused while others are served; a full context is no error, one
+/// token more is.
+#[test]
+fn huge_prompts_hold_up_nobody_and_the_context_ends_exactly() {
+    let mut config = Config::default();
+    config.options.max_body_bytes = 16 << 20;
+    let server = Server::with(config);
+    let huge = json!({"prompt": "w\u{f6}rd ".repeat(2_000_000), "max_tokens": 1});
+    std::thread::scope(|scope| {
+        let ask = || server.client().post("/v1/completions", &huge);
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        // However long those take, they are not in the way of others.
+        while clients.iter().any(|client| !client.is_finished()) {
+            assert_eq!(server.client().get("/health").status, 200);
+            assert_eq!(server.complete(json!({"prompt": "x", "max_tokens": 2})).status, 200);
+        }
+        for client in clients {
+            let refused = client.join().unwrap();
+            assert_eq!(refused.status, 400);
+            let message = refused.error()["message"].as_str().unwrap().to_owned();
+            assert!(
+                message.starts_with("This model's maximum context length is 512 tokens. However, "),
+                "{message}"
+            );
+        }
+    });
+    for (prompt, max_tokens, status) in
+        [(511, 1, 200), (1, 511, 200), (512, 1, 400), (511, 2, 400), (513, 1, 400)]
+    {
+        let response = server.complete(json!({"prompt": vec![7; prompt], "max_tokens": max_tokens}));
+        assert_eq!(response.status, status, "{prompt} + {max_tokens}: {}", response.body);
+    }
+}
+
+/// CVE-2025-62164: a tensor in a request was unpacked unchecked. This server takes none.
+#[test]
+fn cve_2025_62164_no_tensors_are_taken() {
+    let server = Server::start();
+    for field in ["prompt_embeds", "prompt_embeds_base64", "kv_transfer_params"] {
+        let mut request = greedy(json!({"prompt": "x"}));
+        request[field] = json!({"tensor": "gAJjdG9yY2g="});
+        for path in ["/v1/completions", "/v1/chat/completions"] {
+            let response = server.client().post(path, &request);
+            assert_eq!(response.status, 400, "{path} {field}");
+            let param = response.error()["param"].clone();
+            assert!(param == field || param == "prompt" || param == "messages", "{path} {field}: {param}");
+        }
+    }
+}
+
+/// CVE-2026-21869: a number of a request went unchecked into an index. Each has a range; whatever lies outside is refused by
+/// name, with sign, size and fraction.
+#[test]
+fn cve_2026_21869_every_number_has_a_range() {
+    let server = Server::start();
+    let integers = [
+        "n",
+        "max_tokens",
+        "min_tokens",
+        "top_k",
+        "logprobs",
+        "prompt_logprobs",
+        "best_of",
+        "truncate_prompt_tokens",
+        "priority",
+        "stream_interval",
+    ];
+    let numbers =
+        ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"];
+    for (name, is_integer) in integers.iter().map(|n| (*n, true)).chain(numbers.iter().map(|n| (*n, false))) {
+        for value in [
+            "-9223372036854775809",
+            "-2147483649",
+            "-3",
+            "18446744073709551616",
+            "1e300",
+            "-1e300",
+            "1e999",
+            "1.5",
+            "\"1\"",
+            "[1]",
+            "{}",
+        ] {
+            if value == "1.5" && !is_integer {
+                continue;
+            }
+            let body = format!(r#"{{"prompt": "x", "stream": true, "{name}": {value}}}"#);
+            let headers = [("Content-Type", "application/json")];
+            let response = server.client().request("POST", "/v1/completions", &headers, body.as_bytes());
+            assert_eq!(response.status, 400, "{body}: {}", response.body);
+            // Beyond every number there is, the body is no JSON.
+            let param = response.error()["param"].clone();
+            assert!(param == name || (value == "1e999" && param.is_null()), "{body}: {param}");
+        }
+    }
+    for body in [r#"{"tokens": [-1]}"#, r#"{"tokens": [4294967296]}"#, r#"{"tokens": [1.5]}"#] {
+        let response = server.client().request("POST", "/detokenize", &[], body.as_bytes());
+        assert_eq!(response.status, 400, "{body}");
+    }
+    assert_eq!(server.stats().running, 0);
+}
+
 #[test]
 fn bodies_that_are_no_json_object_are_refused_quickly() {
     let server = Server::start();

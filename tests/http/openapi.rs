@@ -22,7 +22,9 @@ fn properties(document: &Value, schema: &Value) -> Vec<String> {
             names.extend(properties(document, part));
         }
     }
-    names.extend(schema["properties"].as_object().into_iter().flat_map(|map| map.keys().cloned()));
+    for kind in ["properties", "x-dependent-properties"] {
+        names.extend(schema[kind].as_object().into_iter().flat_map(|map| map.keys().cloned()));
+    }
     names
 }
 
@@ -96,4 +98,32 @@ fn limits_and_keys_are_those_of_the_server() {
     assert_eq!(document["security"], json!([{"key": []}]));
     assert_eq!(document["paths"]["/health"]["get"]["security"], json!([]));
     assert!(!response.body.contains("null,\"null"), "{}", response.body);
+}
+
+/// What depends on the template, on other fields and on the server's options is described as it is here.
+#[test]
+fn dependent_fields_are_described() {
+    let server = Server::start();
+    let schemas = document(&server)["components"]["schemas"].clone();
+    for (body, beside, own) in [
+        ("CompletionBody", "max_tokens", "stream_options"),
+        ("ChatBody", "continue_final_message", "top_logprobs"),
+        ("TokenizeChat", "continue_final_message", "messages"),
+    ] {
+        assert!(schemas[body]["x-dependent-properties"][beside].is_object(), "{body}: {beside}");
+        assert!(schemas[body]["properties"].get(beside).is_none(), "{body}: {beside}");
+        assert!(schemas[body]["properties"][own].is_object(), "{body}: {own}");
+    }
+    assert_eq!(schemas["ChatBody"]["properties"]["priority"]["enum"], json!([0, null]));
+    let assistant = |schemas: &Value| {
+        let roles = schemas["Message"]["oneOf"].as_array().unwrap().clone();
+        roles.into_iter().find(|role| role["properties"]["role"]["enum"] == json!(["assistant"])).unwrap()
+    };
+    assert!(assistant(&schemas)["properties"].get("tool_calls").is_none());
+    let template = Some(crate::chat::TOOL_TEMPLATE);
+    let server = Server::with(Config { chat_template: template, ..Config::default() });
+    let schemas = document(&server)["components"]["schemas"].clone();
+    assert!(assistant(&schemas)["properties"]["tool_calls"].is_object());
+    assert!(!assistant(&schemas)["required"].as_array().unwrap().contains(&json!("content")));
+    assert!(schemas["ChatBody"]["properties"]["tool_choice"].is_object());
 }

@@ -1,6 +1,7 @@
 //! `/openapi.json`: the routes, their bodies and answers, from the types that go over the wire and the limits of the served
 //! model.
 
+mod dependent;
 mod requests;
 
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use utoipa::OpenApi;
 
 use super::state::AppState;
 use super::{chat_types, error, types};
+use crate::engine::SchedulingPolicy;
 
 /// Everything that has a schema.
 #[derive(OpenApi)]
@@ -60,26 +62,21 @@ fn describe(state: &AppState) -> Value {
     document
 }
 
-/// Fields of requests that others allow or forbid: `temperature`, `stream`, `logprobs`, `max_tokens`, a grammar, the last
-/// message. A schema of one object cannot say so, and would admit what is refused; docs/serving.md describes them.
-const DEPENDENT: [&str; 7] = [
-    "n",
-    "stream_options",
-    "prompt_logprobs",
-    "top_logprobs",
-    "min_tokens",
-    "allowed_token_ids",
-    "continue_final_message",
-];
-
 /// Limits that belong to the served model.
 fn fill_in(schemas: &mut Value, state: &AppState) {
     schemas["TokenId"]["maximum"] = json!(state.engine.options().vocab_size - 1);
     let names =
         json!(state.served_names.iter().map(|name| json!(name)).chain([Value::Null]).collect::<Vec<_>>());
-    for body in
-        ["CompletionBody", "ChatBody", "TokenizeChat", "Message", "Said", "Part", "Tool", "ResponseFormat"]
-    {
+    for body in [
+        "CompletionBody",
+        "ChatBody",
+        "TokenizeChat",
+        "Message",
+        "Part",
+        "Tool",
+        "NamedTool",
+        "ResponseFormat",
+    ] {
         let flat = flattened(&schemas[body], schemas);
         schemas[body] = flat;
     }
@@ -89,11 +86,15 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
         .filter(|name| !template.is_some_and(|template| template.reads(name)));
     let mut refused: Vec<&str> = unread.collect();
     if refused.contains(&"tools") {
-        refused.extend(["tool_choice", "parallel_tool_calls"]);
+        refused.extend(["tool_choice", "parallel_tool_calls", "tool_calls"]);
     }
     if !state.options.trust_chat_template {
         refused.push("chat_template");
     }
+    if !refused.contains(&"tool_calls") {
+        content_is_optional(&mut schemas["Message"]);
+    }
+    let by_priority = state.engine.options().scheduling_policy == SchedulingPolicy::Priority;
     each_object(schemas, &mut |object| {
         refused.iter().for_each(|name| drop(object.shift_remove(*name)));
         if let Some(truncate) = object.get_mut("truncate_prompt_tokens") {
@@ -105,6 +106,9 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
             let digits = state.engine.options().vocab_size.ilog10().saturating_sub(1);
             bias["propertyNames"] = json!({"pattern": format!("^(0|[1-9][0-9]{{0,{digits}}})$")});
             bias["additionalProperties"] = json!({"type": "number", "minimum": -100, "maximum": 100});
+        }
+        if let Some(priority) = object.get_mut("priority").filter(|_| !by_priority) {
+            *priority = json!({"description": "As this server runs, there is only one.", "enum": [0, null]});
         }
         if let Some(words) = object.get_mut("bad_words") {
             words["items"]["pattern"] = json!("\\S");
@@ -126,8 +130,17 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
     });
     schemas["StructuredOutputs"] = structured_outputs(&schemas["StructuredOutputs"]);
     for body in ["CompletionBody", "ChatBody", "TokenizeChat"] {
-        let properties = schemas[body]["properties"].as_object_mut().expect("a body has properties");
-        DEPENDENT.iter().for_each(|name| drop(properties.shift_remove(*name)));
+        dependent::describe(body, &mut schemas[body]);
+    }
+}
+
+/// A message that calls tools need say nothing.
+fn content_is_optional(message: &mut Value) {
+    let alternatives = message["oneOf"].as_array_mut().expect("a message has a role");
+    for alternative in alternatives.iter_mut().filter(|role| role["properties"].get("tool_calls").is_some()) {
+        alternative["required"].as_array_mut().expect("a role is required").retain(|name| name != "content");
+        let content = alternative["properties"]["content"].take();
+        alternative["properties"]["content"] = json!({"anyOf": [content, {"type": "null"}]});
     }
 }
 

@@ -86,7 +86,7 @@ pub struct ChatBody {
     #[schema(minimum = 1)]
     max_tokens: Option<u32>,
     /// none, auto, required, or the function to call.
-    tool_choice: Option<Value>,
+    tool_choice: Option<ToolChoice>,
     /// Several calls in one answer are allowed; true unless given.
     parallel_tool_calls: Option<bool>,
     /// Tell the thoughts of a thinking model; true unless given.
@@ -134,7 +134,7 @@ pub enum ReasoningEffort {
     Xhigh,
 }
 
-/// One message; assistants may have `tool_calls` and `reasoning_content`, tools have a `tool_call_id`.
+/// One message.
 #[derive(Deserialize, ToSchema)]
 #[serde(tag = "role", rename_all = "lowercase")]
 pub enum Message {
@@ -145,7 +145,9 @@ pub enum Message {
     /// The user's words.
     User(Said),
     /// The model's.
-    Assistant(Said),
+    Assistant(Answered),
+    /// A tool's.
+    Tool(Returned),
 }
 
 /// What was said.
@@ -154,6 +156,88 @@ pub struct Said {
     content: Content,
     /// Of the speaker.
     name: Option<String>,
+}
+
+/// What the model said.
+#[derive(Deserialize, ToSchema)]
+pub struct Answered {
+    content: Content,
+    /// Of the speaker.
+    name: Option<String>,
+    /// What the model thought.
+    reasoning_content: Option<String>,
+    /// The newer name of `reasoning_content`.
+    reasoning: Option<String>,
+    /// Tools that the model called, where its template knows tools; then there may be no content.
+    #[schema(max_items = 128)]
+    tool_calls: Option<Vec<Called>>,
+}
+
+/// A call of a tool.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Called {
+    /// As it was told.
+    id: Option<String>,
+    function: CalledFunction,
+}
+
+/// See [`Called`].
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CalledFunction {
+    /// Of the tool.
+    name: String,
+    /// A JSON object as text.
+    arguments: Option<String>,
+}
+
+/// What a tool said.
+#[derive(Deserialize, ToSchema)]
+pub struct Returned {
+    content: Content,
+    /// Of the call that it answers.
+    tool_call_id: String,
+    /// Of the tool.
+    name: Option<String>,
+}
+
+/// Whether the answer calls tools.
+#[derive(Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum ToolChoice {
+    /// In general.
+    Mode(ToolMode),
+    /// This one.
+    Named(NamedTool),
+}
+
+/// The tool to call.
+#[derive(Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum NamedTool {
+    /// The only kind there is.
+    Function {
+        /// Which.
+        function: ToolName,
+    },
+}
+
+/// See [`NamedTool`].
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ToolName {
+    /// Of one of `tools`.
+    name: String,
+}
+
+/// See [`ToolChoice`].
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ToolMode {
+    None,
+    Auto,
+    Required,
 }
 
 /// Text, whole or in parts.
@@ -278,12 +362,15 @@ pub struct GenerationFields {
     #[schema(min_length = 1)]
     cache_salt: Option<String>,
     /// Part of the answer's id.
-    #[schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9_.-]+$")]
+    #[schema(min_length = 1, max_length = 128, pattern = "^[!-~]+$")]
     request_id: Option<String>,
     /// Answer as server-sent events.
     stream: Option<bool>,
     /// Only with `stream`.
     stream_options: Option<StreamOptionsBody>,
+    /// Tokens per event after the first; only with `stream`.
+    #[schema(minimum = 1, maximum = 4294967295i64)]
+    stream_interval: Option<u32>,
     /// `{"type": "text" | "json_object" | "json_schema", ...}`.
     response_format: Option<ResponseFormat>,
     /// One of json, json_object, regex, choice and grammar.

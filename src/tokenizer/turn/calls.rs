@@ -146,44 +146,69 @@ impl CallFormat {
                     return json_calls(body);
                 }
                 let (name, arguments) = body.split_once(between.trim())?;
-                let name = name.trim();
-                let name = name.strip_prefix(before).unwrap_or(name);
-                // Some number their calls: "name:0".
-                let name = name
-                    .rsplit_once(':')
-                    .filter(|(_, n)| n.parse::<u32>().is_ok())
-                    .map_or(name, |(name, _)| name);
+                let name = CallFormat::bare_name(name, before);
                 let arguments = arguments.trim();
                 let arguments = arguments.strip_suffix(after.trim()).unwrap_or(arguments).trim();
                 let arguments = if arguments.is_empty() { "{}" } else { arguments };
                 serde_json::from_str::<Map<String, Value>>(arguments).ok()?;
                 Some(vec![(name.to_owned(), arguments.to_owned())])
             }
-            Body::KeyValueTags { key, value } => {
-                let (name, mut rest) = body.split_at(body.find(key.0).unwrap_or(body.len()));
-                let name = name.trim();
-                let mut arguments = Map::new();
-                while let Some((found, after)) = between_tags(rest, key) {
-                    let (text, after) = between_tags(after, value)?;
-                    arguments.insert(found.trim().to_owned(), typed(text, tools, name, found.trim()));
-                    rest = after;
-                }
-                (!name.is_empty()).then(|| vec![(name.to_owned(), Value::Object(arguments).to_string())])
+            Body::KeyValueTags { key, .. } => {
+                let (name, rest) = body.split_at(body.find(key.0).unwrap_or(body.len()));
+                (!name.trim().is_empty()).then_some(())?;
+                self.read_tags(name.trim(), rest, tools)
             }
             Body::NamedTags => {
-                let (name, mut rest) = body.strip_prefix("<function=")?.split_once('>')?;
-                let mut arguments = Map::new();
-                while let Some((_, after)) = rest.split_once("<parameter=") {
-                    let (key, after) = after.split_once('>')?;
-                    let (text, after) = after.split_once("</parameter>")?;
-                    let text = text.strip_prefix('\n').unwrap_or(text);
-                    let text = text.strip_suffix('\n').unwrap_or(text);
-                    arguments.insert(key.trim().to_owned(), typed(text, tools, name.trim(), key.trim()));
-                    rest = after;
-                }
-                Some(vec![(name.trim().to_owned(), Value::Object(arguments).to_string())])
+                let (name, rest) = body.strip_prefix("<function=")?.split_once('>')?;
+                self.read_tags(name.trim(), rest, tools)
             }
         }
+    }
+
+    fn read_tags(&self, name: &str, mut rest: &str, tools: &[Callable]) -> Option<Vec<(String, String)>> {
+        let mut arguments = Map::new();
+        while let Some(at) = rest.find(self.body.argument_mark()) {
+            let (key, text, length) = self.body.argument(&rest[at..])?;
+            arguments.insert(key.to_owned(), typed(text, tools, name, key));
+            rest = &rest[at + length..];
+        }
+        Some(vec![(name.to_owned(), Value::Object(arguments).to_string())])
+    }
+
+    /// A name without what some models write around it: "functions.name:0", whose number counts calls.
+    pub fn bare_name<'t>(written: &'t str, before: &str) -> &'t str {
+        let name = written.trim();
+        let name = name.strip_prefix(before).unwrap_or(name);
+        name.rsplit_once(':').filter(|(_, n)| n.parse::<u32>().is_ok()).map_or(name, |(name, _)| name)
+    }
+}
+
+impl Body {
+    /// What begins an argument; empty where arguments are JSON.
+    pub fn argument_mark(&self) -> &'static str {
+        match self {
+            Body::KeyValueTags { key, .. } => key.0,
+            Body::NamedTags => "<parameter=",
+            Body::Object | Body::List | Body::Named { .. } => "",
+        }
+    }
+
+    /// The argument at the start of `text`, which begins with its mark: key, value as text, and bytes of all of it.
+    pub fn argument<'t>(&self, text: &'t str) -> Option<(&'t str, &'t str, usize)> {
+        let (key, value, rest) = match self {
+            Body::KeyValueTags { key, value } => {
+                let (key, after) = between_tags(text, *key)?;
+                let (value, rest) = between_tags(after, *value)?;
+                (key, value, rest)
+            }
+            _ => {
+                let (key, after) = text.strip_prefix(self.argument_mark())?.split_once('>')?;
+                let (value, rest) = after.split_once("</parameter>")?;
+                let value = value.strip_prefix('\n').unwrap_or(value);
+                (key, value.strip_suffix('\n').unwrap_or(value), rest)
+            }
+        };
+        Some((key.trim(), value, text.len() - rest.len()))
     }
 }
 
@@ -217,7 +242,7 @@ fn between_tags<'a>(text: &'a str, tags: (&str, &str)) -> Option<(&'a str, &'a s
 }
 
 /// A value written as text: a string where the schema says so, else JSON where it is JSON.
-fn typed(text: &str, tools: &[Callable], name: &str, key: &str) -> Value {
+pub fn typed(text: &str, tools: &[Callable], name: &str, key: &str) -> Value {
     let schema = tools.iter().find(|tool| tool.name == name).map(|tool| &tool.parameters["properties"][key]);
     let is_text = schema.is_some_and(is_text);
     let json = if is_text { None } else { serde_json::from_str(text.trim()).ok() };

@@ -27,8 +27,10 @@ enum State {
     Analysis,
     /// Commentary and final.
     Text,
-    /// To this function.
-    Call(String),
+    /// To a function; whether arguments have been told.
+    Call {
+        begun: bool,
+    },
 }
 
 impl Parser {
@@ -57,8 +59,10 @@ impl Parser {
     fn step(&mut self, out: &mut Vec<Delta>) -> bool {
         if self.state == State::Header {
             let Some((header, rest)) = self.held.split_once(MESSAGE) else { return false };
-            self.state = self.state_after(header);
+            let (state, name) = self.state_after(header);
+            out.extend(name.map(|name| Delta::Call { name }));
             self.held = rest.to_owned();
+            self.state = state;
             return true;
         }
         let state = self.state.clone();
@@ -70,36 +74,41 @@ impl Parser {
             self.state = State::Header;
             return true;
         }
-        if !matches!(state, State::Call(_)) {
-            let undecided = self.held.split_off(self.held.len() - held_back(&self.held, ENDS));
-            let certain = std::mem::replace(&mut self.held, undecided);
-            self.tell(&state, certain, false, out);
-        }
+        let undecided = self.held.split_off(self.held.len() - held_back(&self.held, ENDS));
+        let certain = std::mem::replace(&mut self.held, undecided);
+        self.tell(&state, certain, false, out);
         false
     }
 
-    fn state_after(&self, header: &str) -> State {
+    /// What a message with this header is, and the function that it is for.
+    fn state_after(&self, header: &str) -> (State, Option<String>) {
         let recipient = header.split_once("to=functions.").map(|(_, rest)| {
             rest.split(|c: char| c.is_whitespace() || c == '<').next().unwrap_or_default().to_owned()
         });
-        match recipient {
-            Some(name) if self.calls && !name.is_empty() => State::Call(name),
-            _ if header
-                .split_once(CHANNEL)
-                .is_some_and(|(_, name)| name.trim_start().starts_with("analysis")) =>
-            {
-                State::Analysis
-            }
-            _ => State::Text,
+        let channel = header.split_once(CHANNEL).map(|(_, name)| name.trim_start());
+        match recipient.filter(|name| self.calls && !name.is_empty()) {
+            Some(name) => (State::Call { begun: false }, Some(name)),
+            None if channel.is_some_and(|name| name.starts_with("analysis")) => (State::Analysis, None),
+            None => (State::Text, None),
         }
     }
 
-    fn tell(&self, state: &State, text: String, whole: bool, out: &mut Vec<Delta>) {
+    /// Tells `text` of a message; `whole` when it is the message's end.
+    fn tell(&mut self, state: &State, text: String, whole: bool, out: &mut Vec<Delta>) {
         match state {
-            _ if text.is_empty() && !whole => {}
-            State::Call(name) => {
-                let arguments = if text.trim().is_empty() { "{}".to_owned() } else { text.trim().to_owned() };
-                out.push(Delta::Call { name: name.clone(), arguments });
+            State::Call { begun } => {
+                // White space around arguments is none of them; inside, it comes with what follows it.
+                let told = if *begun { text.trim_end() } else { text.trim() };
+                if !whole {
+                    let kept = text.trim_end().len();
+                    self.held.insert_str(0, &text[kept..]);
+                }
+                if !told.is_empty() {
+                    out.push(Delta::Arguments(told.to_owned()));
+                    self.state = State::Call { begun: true };
+                } else if whole && !begun {
+                    out.push(Delta::Arguments("{}".to_owned()));
+                }
             }
             _ if text.is_empty() => {}
             State::Analysis => out.push(Delta::Reasoning(text)),

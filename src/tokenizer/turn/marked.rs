@@ -1,5 +1,6 @@
 //! Turns of text with marked thoughts and calls.
 
+use super::call::{OpenCall, Step};
 use super::calls::CallFormat;
 use super::{Callable, Delta, Thoughts, find_first, held_back};
 use std::sync::Arc;
@@ -10,6 +11,8 @@ pub struct Parser {
     thoughts: Option<Thoughts>,
     calls: Option<(&'static CallFormat, Arc<[Callable]>)>,
     state: State,
+    /// In [`State::Call`].
+    call: OpenCall,
     /// Not decided yet.
     held: String,
 }
@@ -24,7 +27,7 @@ enum State {
     /// Just after thoughts: line breaks that part them from the text belong to neither.
     AfterThoughts,
     Text,
-    /// Between the marks of a call.
+    /// Behind the mark that begins a call.
     Call,
 }
 
@@ -39,7 +42,7 @@ impl Parser {
             Some(_) => State::Start,
             None => State::Text,
         };
-        Parser { thoughts, calls, state, held: String::new() }
+        Parser { thoughts, calls, state, call: OpenCall::new(), held: String::new() }
     }
 
     pub(super) fn push(&mut self, text: &str, out: &mut Vec<Delta>) {
@@ -48,11 +51,13 @@ impl Parser {
     }
 
     pub(super) fn finish(&mut self, out: &mut Vec<Delta>) {
+        while self.state == State::Call {
+            self.call(true, out);
+        }
         let rest = std::mem::take(&mut self.held);
         match self.state {
             State::BeforeThoughts | State::Thinking => say(out, Delta::Reasoning(rest)),
-            State::Start | State::AfterThoughts | State::Text => say(out, Delta::Content(rest)),
-            State::Call => self.close_call(&rest, "", out),
+            State::Start | State::AfterThoughts | State::Text | State::Call => say(out, Delta::Content(rest)),
         }
     }
 
@@ -80,7 +85,7 @@ impl Parser {
             State::BeforeThoughts => self.skip_breaks(State::Thinking),
             State::AfterThoughts => self.skip_breaks(State::Text),
             State::Text => self.text(out),
-            State::Call => self.call(out),
+            State::Call => self.call(false, out),
         }
     }
 
@@ -122,7 +127,7 @@ impl Parser {
                 // White space between text and a call parts them and belongs to neither.
                 say(out, Delta::Content(before.trim_end().to_owned()));
                 if is_call {
-                    self.state = State::Call;
+                    (self.state, self.call) = (State::Call, OpenCall::new());
                 }
                 true
             }
@@ -135,28 +140,15 @@ impl Parser {
         }
     }
 
-    fn call(&mut self, out: &mut Vec<Delta>) -> bool {
-        let format = self.calls.as_ref().expect("calls are only looked for where they are known").0;
-        let end = if format.call.1.is_empty() { format.call.0 } else { format.call.1 };
-        let Some(at) = self.held.find(end) else { return false };
-        let rest = self.held.split_off(at + end.len());
-        let mut body = std::mem::replace(&mut self.held, rest);
-        body.truncate(at);
-        self.close_call(&body, format.call.1, out);
-        // A call without an end of its own was ended by the next one's beginning.
-        self.state = if format.call.1.is_empty() { State::Call } else { State::Text };
-        true
-    }
-
-    /// A body that is no call is told as the text it is.
-    fn close_call(&mut self, body: &str, end: &str, out: &mut Vec<Delta>) {
+    fn call(&mut self, ended: bool, out: &mut Vec<Delta>) -> bool {
         let (format, tools) = self.calls.as_ref().expect("calls are only looked for where they are known");
-        match format.read(body, tools) {
-            Some(calls) => {
-                out.extend(calls.into_iter().map(|(name, arguments)| Delta::Call { name, arguments }));
-            }
-            None => say(out, Delta::Content(format!("{}{body}{end}", format.call.0))),
+        match self.call.step(format, tools, &mut self.held, ended, out) {
+            Step::More => return false,
+            Step::Again => {}
+            Step::Text => self.state = State::Text,
+            Step::Call => self.call = OpenCall::new(),
         }
+        true
     }
 
     /// Splits at the first of the marks; else takes what certainly holds none.
@@ -174,8 +166,8 @@ impl Parser {
 
 /// Adds what is not empty.
 fn say(out: &mut Vec<Delta>, delta: Delta) {
-    let (Delta::Reasoning(text) | Delta::Content(text) | Delta::Call { name: text, .. }) = &delta;
-    if !text.is_empty() {
+    let empty = matches!(&delta, Delta::Reasoning(text) | Delta::Content(text) if text.is_empty());
+    if !empty {
         out.push(delta);
     }
 }

@@ -1,14 +1,15 @@
 //! The assistant's turn, taken apart: thoughts, text, tool calls. The reverse of a chat template, and like it different
 //! from family to family; the differences are data ([`calls`]) picked by what the template itself mentions.
 
+mod call;
 mod calls;
 mod harmony;
 mod marked;
 mod required;
 
+use super::Tokenizer;
 use super::chat::ChatTemplate;
-use super::grammar::GrammarStart;
-use super::{Tokenizer, grammar};
+use super::grammar::{GrammarSource, GrammarStart};
 use calls::CallFormat;
 use serde_json::Value;
 use std::sync::Arc;
@@ -56,13 +57,13 @@ pub enum Delta {
     Reasoning(String),
     /// More text for the user.
     Content(String),
-    /// A whole call.
+    /// A call of this function begins.
     Call {
         /// Of the function.
         name: String,
-        /// A JSON object as text.
-        arguments: String,
     },
+    /// More of the arguments of the call that began last: of the text of a JSON object.
+    Arguments(String),
 }
 
 impl TurnStyle {
@@ -130,7 +131,7 @@ impl TurnStyle {
         tools: &[Callable],
         parallel: bool,
         prompt: &str,
-    ) -> Result<(grammar::GrammarSource, GrammarStart), String> {
+    ) -> Result<(GrammarSource, GrammarStart), String> {
         let (lark, start) = match self {
             TurnStyle::Harmony { .. } => (required::harmony(tokenizer, tools)?, GrammarStart::default()),
             TurnStyle::Marked { calls, .. } => {
@@ -138,7 +139,32 @@ impl TurnStyle {
                 (required::marked(calls, tokenizer, tools, parallel)?, self.grammar_start(tokenizer, prompt))
             }
         };
-        Ok((grammar::GrammarSource::Lark(lark), start))
+        Ok((GrammarSource::Lark(lark), start))
+    }
+
+    /// A grammar for a turn that either calls tools, as [`Self::required_calls`] has it, or is a text that follows
+    /// `answer`; and where it begins.
+    ///
+    /// # Errors
+    /// As [`Self::required_calls`], and when `answer` is a grammar, which cannot be part of another one.
+    pub fn answer_or_calls(
+        &self,
+        answer: &GrammarSource,
+        tokenizer: &Tokenizer,
+        tools: &[Callable],
+        parallel: bool,
+        prompt: &str,
+    ) -> Result<(GrammarSource, GrammarStart), String> {
+        let start = self.grammar_start(tokenizer, prompt);
+        match self {
+            // Calls have a channel of their own, where no grammar holds.
+            TurnStyle::Harmony { .. } => Ok((answer.clone(), start)),
+            TurnStyle::Marked { calls, .. } => {
+                let calls = calls.ok_or("this model knows no tool calls")?;
+                let lark = required::answer_or_marked(answer, calls, tokenizer, tools, parallel)?;
+                Ok((GrammarSource::Lark(lark), start))
+            }
+        }
     }
 
     /// A parser for a turn after `prompt`; without `tools`, calls are text like other text.

@@ -3,7 +3,7 @@
 use super::Callable;
 use super::calls::{Body, CallFormat, is_text};
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::grammar::{json_rule, lark_string};
+use crate::tokenizer::grammar::{GrammarSource, json_rule, lark_string};
 use serde_json::{Value, json};
 
 /// Most calls of one turn.
@@ -16,6 +16,30 @@ pub fn marked(
     tools: &[Callable],
     parallel: bool,
 ) -> Result<String, String> {
+    let (calls, rules) = calls(format, tokenizer, tools, parallel)?;
+    Ok(format!("start: {calls}\n{rules}"))
+}
+
+/// Calls in a format, or a text that follows `answer`.
+pub fn answer_or_marked(
+    answer: &GrammarSource,
+    format: &CallFormat,
+    tokenizer: &Tokenizer,
+    tools: &[Callable],
+    parallel: bool,
+) -> Result<String, String> {
+    let Some(answer) = answer.rule()? else { return Err("a grammar cannot be combined with tools".into()) };
+    let (calls, rules) = calls(format, tokenizer, tools, parallel)?;
+    Ok(format!("start: answer | calls\nanswer: {answer}\ncalls: {calls}\n{rules}"))
+}
+
+/// An expression for all calls of a turn, and the rules that it refers to.
+fn calls(
+    format: &CallFormat,
+    tokenizer: &Tokenizer,
+    tools: &[Callable],
+    parallel: bool,
+) -> Result<(String, String), String> {
     let most = if parallel { MAX_CALLS } else { 1 };
     let mark = |text: &str| mark(tokenizer, text);
     let call = one_of(tools, |tool| {
@@ -27,12 +51,12 @@ pub fn marked(
     })?;
     if format.body == Body::List {
         let more = if parallel { format!(" (\", \" call){{0,{}}}", most - 1) } else { String::new() };
-        return Ok(format!("start: {} \"[\" call{more} \"]\"\n{call}", mark(format.call.0)));
+        return Ok((format!("{} \"[\" call{more} \"]\"", mark(format.call.0)), call));
     }
     let between = if format.section.0.is_empty() && !format.call.1.is_empty() { "\"\\n\" " } else { "" };
     let more = if parallel { format!(" ({between}call){{0,{}}}", most - 1) } else { String::new() };
     let (open, close) = (mark(format.section.0), mark(format.section.1));
-    Ok(format!("start: {open} call{more} {close}\n{call}"))
+    Ok((format!("{open} call{more} {close}"), call))
 }
 
 /// A call on the channel commentary, thoughts before it allowed.

@@ -68,15 +68,18 @@ fn parse(style: TurnStyle, prompt: &str, pieces: &[&str]) -> Turn {
     pieces.iter().for_each(|piece| parser.push(piece, &mut deltas));
     parser.finish(&mut deltas);
     let mut turn = Turn::default();
+    let mut calls: Vec<(String, String)> = Vec::new();
     for delta in deltas {
         match delta {
             Delta::Reasoning(text) => turn.reasoning += &text,
             Delta::Content(text) => turn.content += &text,
-            Delta::Call { name, arguments } => {
-                turn.calls.push((name, serde_json::from_str(&arguments).unwrap()))
-            }
+            Delta::Call { name } => calls.push((name, String::new())),
+            Delta::Arguments(text) => calls.last_mut().expect("a call has begun").1 += &text,
         }
     }
+    // What the length limit cut off is no JSON.
+    let json = |text: String| serde_json::from_str(&text).unwrap_or(Value::String(text));
+    turn.calls = calls.into_iter().map(|(name, arguments)| (name, json(arguments))).collect();
     turn
 }
 
@@ -170,6 +173,159 @@ fn calls_of_every_family() {
     }
 }
 
+/// What is told of a call's arguments while it is written: deltas by the character that led to them.
+fn told(style: TurnStyle, text: &str) -> (Option<usize>, Vec<usize>) {
+    let mut parser = style.parser("", Some(tools()));
+    let (mut begun, mut arguments) = (None, Vec::new());
+    for (at, c) in text.char_indices() {
+        let mut deltas = Vec::new();
+        parser.push(c.encode_utf8(&mut [0; 4]), &mut deltas);
+        for delta in deltas {
+            match delta {
+                Delta::Call { .. } => begun = begun.or(Some(at)),
+                Delta::Arguments(_) => arguments.push(at),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    (begun, arguments)
+}
+
+/// The name comes first, as soon as its arguments begin; then they come as they are written, in tags one by one.
+#[test]
+fn arguments_are_told_while_they_are_written() {
+    let json = "{\"city\": \"Oslo\", \"days\": 2}";
+    for (family, before, after) in [
+        ("hermes", "<tool_call>\n{\"name\": \"weather\", \"arguments\": ", "}\n</tool_call>"),
+        ("mistral", "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": ", "}]"),
+        ("granite", "<|tool_call|>[{\"name\": \"weather\", \"parameters\": ", "}]"),
+        ("mistral_args", "[TOOL_CALLS]weather[ARGS]", ""),
+        (
+            "deepseek_v3",
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n",
+            "\n```<｜tool▁call▁end｜>",
+        ),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        (
+            "kimi_k2",
+            "<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+        ),
+    ] {
+        let (begun, arguments) = told(style(family), &format!("{before}{json}{after}"));
+        assert_eq!(begun, Some(before.len()), "{family}");
+        let expected: Vec<usize> = (before.len()..before.len() + json.len()).collect();
+        assert_eq!(arguments, expected, "{family}");
+    }
+    let text = "<|channel|>commentary to=functions.weather<|message|>{\"city\": \"Oslo\"}<|call|>";
+    let (begun, arguments) = told(harmony(), text);
+    let message = text.find("{").unwrap();
+    assert_eq!((begun, arguments[0]), (Some(message - 1), message));
+    assert!(arguments.len() >= 13, "{arguments:?}");
+    for (family, text) in [
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (
+            "glm4",
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+        ),
+    ] {
+        let (begun, arguments) = told(style(family), text);
+        assert!(
+            begun.unwrap() < arguments[0] && arguments[0] < text.find("days").unwrap(),
+            "{family}: {arguments:?}"
+        );
+        assert_eq!((arguments.len(), arguments[2]), (3, text.len() - 1), "{family}");
+    }
+}
+
+#[test]
+fn marks_inside_arguments_are_arguments() {
+    let style_and_text = [
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"</tool_call>}]\\\"\"}, \"id\": \"}1\"}</tool_call>",
+        ),
+        (
+            "mistral",
+            "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": {\"city\": \"</tool_call>}]\\\"\"}, \"id\": \"[TOOL_CALLS]\"}]",
+        ),
+    ];
+    for (family, text) in style_and_text {
+        check(style(family), "", text, "", "", json!([["weather", {"city": "</tool_call>}]\""}]]));
+    }
+}
+
+/// The length limit cuts a call off: what was told stays told, and what was not told is text.
+#[test]
+fn calls_that_do_not_end() {
+    let cut = |text: &str| Value::from(text);
+    for (family, text, content, calls) in [
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"Os",
+            "",
+            json!([["weather", cut("{\"city\": \"Os")]]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": 1</tool_call>so",
+            "so",
+            json!([["weather", cut("{\"city\": 1")]]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"weather\", \"argu",
+            "<tool_call>{\"name\": \"weather\", \"argu",
+            json!([]),
+        ),
+        (
+            "mistral",
+            "[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}, {\"name\"",
+            "",
+            json!([["now", {}]]),
+        ),
+        ("mistral_args", "[TOOL_CALLS]now[ARGS]{} and more", "and more", json!([["now", {}]])),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=da",
+            "",
+            json!([["weather", {"city": "Oslo"}]]),
+        ),
+        ("glm4", "<tool_call>weather\n<arg_key>ci", "", json!([["weather", {}]])),
+        // A tool that was not offered is told when it is whole.
+        (
+            "mistral",
+            "[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}, {\"name\": \"other\", \"arguments\": {\"a\": 1}}]",
+            "",
+            json!([["now", {}], ["other", {"a": 1}]]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"other\", \"arguments\": {\"a\": 1}}</tool_call>",
+            "",
+            json!([["other", {"a": 1}]]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{\"name\": \"other\", \"arguments\": {\"a\": 1",
+            "<tool_call>{\"name\": \"other\", \"arguments\": {\"a\": 1",
+            json!([]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{\"arguments\": {\"city\": \"Oslo\"}, \"name\": \"weather\"}</tool_call>",
+            "",
+            json!([["weather", {"city": "Oslo"}]]),
+        ),
+        ("mistral_args", "[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}]", "", json!([["now", {}]])),
+    ] {
+        check(style(family), "", text, "", content, calls);
+    }
+}
+
 #[test]
 fn thoughts_come_before_the_answer() {
     let style = style("hermes");
@@ -227,6 +383,39 @@ fn harmony_channels() {
     );
     check(style, prompt, "<|channel|>commentary<|message|>First,", "", "First,", json!([]));
     check(style, prompt, "no format at all", "", "no format at all", json!([]));
+}
+
+/// A grammar for an answer beside calls admits both, and nothing else.
+#[test]
+fn an_answer_or_calls() {
+    let tokenizer = tokenizer();
+    let grammars = Grammars::new(&tokenizer, &[1]).unwrap();
+    let answer =
+        GrammarSource::JsonSchema(json!({"type": "object", "properties": {"city": {"enum": ["Oslo"]}},
+        "required": ["city"], "additionalProperties": false}));
+    let admits = |source: &GrammarSource, text: &str| {
+        let state = grammars.compile(source).unwrap().follow(GrammarStart::default(), 100_000);
+        let tokens = tokenizer.encode(text, false).unwrap();
+        (0..tokens.len()).all(|at| {
+            let mut bits = vec![u32::MAX; 4096 / 32];
+            state.restrict(&tokens[..at], &mut bits).is_ok()
+                && bits[tokens[at] as usize / 32] >> (tokens[at] % 32) & 1 == 1
+        })
+    };
+    let (source, start) = style("hermes").answer_or_calls(&answer, &tokenizer, &tools(), false, "").unwrap();
+    assert_eq!(start, GrammarStart::default());
+    for (text, admitted) in [
+        ("{\"city\": \"Oslo\"}", true),
+        ("<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>", true),
+        ("{\"city\": \"Rome\"}", false),
+        ("Sure", false),
+        ("<tool_call>\n{\"name\": \"other\"", false),
+    ] {
+        assert_eq!(admits(&source, text), admitted, "{text}");
+    }
+    let lark = GrammarSource::Lark("start: \"a\"".into());
+    assert!(style("hermes").answer_or_calls(&lark, &tokenizer, &tools(), false, "").is_err());
+    assert_eq!(harmony().answer_or_calls(&lark, &tokenizer, &tools(), false, "").unwrap().0, lark);
 }
 
 /// What a grammar for required calls admits, its own parser understands: for every family.
