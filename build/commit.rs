@@ -27,7 +27,7 @@ fn checked_out(root: &Path) -> Option<(String, Vec<PathBuf>)> {
         Some(file.parent()?.join(text.trim().strip_prefix(prefix)?))
     };
     let own = if git.is_file() { named(&git, "gitdir: ")? } else { git };
-    let shared = named(&own.join("commondir"), "").map_or_else(|| own.clone(), |named| named);
+    let shared = named(&own.join("commondir"), "").unwrap_or_else(|| own.clone());
     let head = own.join("HEAD");
     let text = fs::read_to_string(&head).ok()?;
     let Some(branch) = text.trim().strip_prefix("ref: ") else {
