@@ -4,11 +4,14 @@
 use std::fs;
 use std::path::Path;
 
-/// A weakness of another server, what follows for this one, and the tests of that: file and function.
+/// File and function of each.
+type Tests = &'static [(&'static str, &'static str)];
+
+/// A weakness of another server, what follows for this one, and the tests of that.
 struct Weakness {
     ids: &'static [&'static str],
     rule: &'static str,
-    tests: &'static [(&'static str, &'static str)],
+    tests: Tests,
 }
 
 const WEAKNESSES: &[Weakness] = &[
@@ -100,7 +103,7 @@ const WEAKNESSES: &[Weakness] = &[
 ];
 
 /// Faults, numbered as the project's fault matrix has them, and their tests.
-const FAULTS: &[(u32, &str, &[(&str, &str)])] = &[
+const FAULTS: &[(u32, &str, Tests)] = &[
     (
         7,
         "unknown keys and architectures, impossible degrees",
@@ -237,7 +240,7 @@ const FAULTS: &[(u32, &str, &[(&str, &str)])] = &[
     (38, "prompts and keys in the log", &[("tests/cli/log.rs", "neither_prompts_nor_keys_are_logged")]),
 ];
 
-fn assert_exists(what: &str, tests: &[(&str, &str)]) {
+fn assert_exists(what: &str, tests: Tests) {
     assert!(!tests.is_empty(), "{what}: no test");
     for (file, name) in tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
