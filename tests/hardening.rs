@@ -251,7 +251,7 @@ fn assert_exists(what: &str, tests: Tests) {
         // proptest's arguments may be on lines of their own; its attribute stands before the function like any other.
         let before: Vec<&str> = text.lines().take(line).collect();
         assert!(
-            before.iter().rev().take(3).any(|line| line.contains("test]")),
+            before.iter().rev().take(4).any(|line| line.contains("test]")),
             "{what}: {name} of {file} is no test"
         );
     }

@@ -127,6 +127,7 @@ impl Drop for Frozen {
 /// Fault row 23, from outside: a rank is lost in the middle of a step. Every client hears of it, and the process ends with a
 /// code that its supervisor sees.
 #[test]
+#[ignore = "holds a thread by ptrace, which was seen to hang beside other tests: run it alone"]
 fn a_lost_rank_is_503_an_error_chunk_and_exit_code_1() {
     let folder = TempDir::new().unwrap();
     let server = Served::start(folder.path(), SMALL.iter().chain(&["--step-timeout", "1"]));
