@@ -294,6 +294,18 @@ fn a_rebalance_keeps_to_its_limit() {
 }
 
 #[test]
+fn a_rebalance_is_planned_by_the_policy_asked_for() {
+    let (server, world) = movable(None);
+    world.heat();
+    let by = |policy| rebalance(&server, &json!({"dry_run": true, "policy": policy})).json();
+    let (own, eplb) = (by("moeyard"), by("eplb"));
+    assert_eq!(own, rebalance(&server, &json!({"dry_run": true})).json(), "the default where none runs");
+    let after = |change: &Value| change["balancedness"]["after"].as_f64().unwrap();
+    assert!(after(&own) >= after(&eplb), "{own} {eplb}");
+    assert!(own["moves"].as_u64() < eplb["moves"].as_u64(), "from scratch, more moves: {own} {eplb}");
+}
+
+#[test]
 fn bad_rebalances_are_refused_by_name() {
     let (server, _world) = movable(None);
     for (body, param, part) in [
@@ -302,6 +314,9 @@ fn bad_rebalances_are_refused_by_name() {
         (json!({"max_transfers": 0}), "max_transfers", "between 1 and 16777216"),
         (json!({"max_transfers": 16777217}), "max_transfers", "16777217"),
         (json!({"max_transfers": 1.5}), "max_transfers", "integer"),
+        (json!({"policy": "linear"}), "policy", "moeyard or eplb"),
+        (json!({"policy": 3}), "policy", "the name of a policy"),
+        (json!({"policy": "eplb", "max_transfers": 2}), "max_transfers", "keeps to no limit"),
     ] {
         let response = rebalance(&server, &body);
         let error = response.error();

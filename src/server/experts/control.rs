@@ -9,7 +9,7 @@ use axum::extract::{RawQuery, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use router_sim::placement::{
-    ClusterShape, Expected, MAX_SLOTS, Moeyard, Placement, PlacementFile, PlacementPolicy,
+    self, ClusterShape, Expected, MAX_SLOTS, Placement, PlacementFile, PlanOptions, PolicyName,
 };
 use serde::Serialize;
 
@@ -59,7 +59,7 @@ pub(in crate::server) async fn put_placement(
     plan(state, dry_run, "placement_change", move |_| Ok(Ok(fitting(file, &current)?))).await
 }
 
-/// `POST /v1/experts/rebalance` with `{"dry_run": bool, "max_transfers": n}`, both optional.
+/// `POST /v1/experts/rebalance` with `{"dry_run": bool, "policy": name, "max_transfers": n}`, all optional.
 pub(in crate::server) async fn rebalance(
     State(state): State<Arc<AppState>>,
     request: Request,
@@ -68,7 +68,15 @@ pub(in crate::server) async fn rebalance(
     let mut fields = Fields::parse(if body.is_empty() { b"{}" } else { &body })?;
     let dry_run = fields.boolean("dry_run")?.unwrap_or(false);
     let max_transfers = fields.integer("max_transfers", 1, MAX_SLOTS as i64)?.map(|n| n as usize);
+    let asked = fields.take::<String>("policy", "the name of a policy")?;
     fields.finish(&[])?;
+    let policy = policy(asked.as_deref(), state.engine.rebalance_status().policy)?;
+    if let (PolicyName::Eplb, Some(limit)) = (policy, max_transfers) {
+        let why = format!(
+            "max_transfers is {limit}, but the policy eplb plans from scratch and keeps to no limit."
+        );
+        return Err(ApiError::bad_param("max_transfers", why));
+    }
     let current = movable(&state)?;
     plan(state, dry_run, "rebalance", move |state| {
         let load = forecast::window(&experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()));
@@ -77,12 +85,23 @@ pub(in crate::server) async fn rebalance(
                 "no token was routed in the last {DEFAULT_WINDOW_S} s, so there is no load to plan on"
             )));
         }
-        let policy = Moeyard { max_transfers, ..Moeyard::default() };
         let shape = ClusterShape { ranks: current.ranks(), redundant: current.slots() - current.experts() };
-        let target = policy.replan(&[load], Some(&current), &shape);
+        let options = PlanOptions { max_transfers, ..PlanOptions::default() };
+        let target = placement::plan(policy, &[load], &shape, Some(&current), options);
         target.map(Ok).map_err(|why| ApiError::from(Error::Routing(why)))
     })
     .await
+}
+
+/// The policy that was asked for, else the one that the rebalancer plans with (empty when it is off), else moeyard's own.
+fn policy(asked: Option<&str>, live: &str) -> Result<PolicyName, ApiError> {
+    let known = [("moeyard", PolicyName::BEST), ("eplb", PolicyName::Eplb)];
+    match asked {
+        Some(name) => one_of("policy", name, &known),
+        None => {
+            Ok(known.iter().find(|(name, _)| *name == live).map_or(PolicyName::BEST, |(_, policy)| *policy))
+        }
+    }
 }
 
 /// Makes a target (or says why there is none), says what it would bring and take, and unless it is a dry run goes there.

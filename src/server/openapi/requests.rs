@@ -505,9 +505,21 @@ pub struct DetokenizeBody {
 pub struct RebalanceBody {
     /// Say what would be done, and do nothing.
     dry_run: Option<bool>,
-    /// Experts of a layer that may move, at most; all that help when absent.
+    /// Experts of a layer that may move, at most; all that help when absent. Not with the policy eplb.
     #[schema(minimum = 1, maximum = 16777216)]
     max_transfers: Option<i64>,
+    /// Who plans; the server's --rebalance-policy when absent.
+    policy: Option<RebalancePolicy>,
+}
+
+/// A placement policy that looks at load.
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RebalancePolicy {
+    /// moeyard's own.
+    Moeyard,
+    /// DeepSeek's, from scratch each time.
+    Eplb,
 }
 
 /// A placement file: all of its fields, or SGLang's, the map alone.
