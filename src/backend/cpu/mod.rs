@@ -17,6 +17,7 @@ mod elementwise;
 mod experts;
 mod gemm;
 mod kv;
+mod mla_weights;
 mod norm;
 mod operand;
 mod panel;
@@ -125,7 +126,7 @@ impl Backend for CpuBackend {
         v_dim: usize,
         dtype: DType,
     ) -> Result<MlaWeights> {
-        attention_mla::pack_mla(self, kv_b, heads, nope_dim, v_dim, dtype)
+        mla_weights::pack_mla(self, kv_b, heads, nope_dim, v_dim, dtype)
     }
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
         gemm::matrix_bytes(self, n, k, dtype)
@@ -134,7 +135,7 @@ impl Backend for CpuBackend {
         experts::mlp_bytes(self, hidden, intermediate, bias, dtype)
     }
     fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize {
-        attention_mla::mla_bytes(self, heads, nope_dim, v_dim, latent, dtype)
+        mla_weights::mla_bytes(self, heads, nope_dim, v_dim, latent, dtype)
     }
 
     fn embed(&self, table: View<'_>, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<()> {
