@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use http::Request;
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -25,6 +26,7 @@ use super::options::ServerOptions;
 use super::routes;
 use super::shutdown::Stage;
 use super::state::AppState;
+use super::unread::Watched;
 use crate::error::{Error, Result};
 
 /// Pause after a failed accept: the usual cause is the limit on open files, and only time helps.
@@ -142,7 +144,7 @@ fn connection(
     let service = service_fn(move |mut request: Request<Incoming>| {
         refusals.mark(requests.fetch_add(1, Ordering::Relaxed), &mut request);
         request.extensions_mut().insert(Peer(peer));
-        router.clone().oneshot(request)
+        answer(router.clone(), request)
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -152,6 +154,21 @@ fn connection(
         .max_buf_size(options.max_header_bytes.max(MIN_READ_AHEAD) + 1)
         .keep_alive(keep_alive)
         .serve_connection(TokioIo::new(gate), service)
+}
+
+/// The answer to one request. Where it comes before the request's body, what follows could not be told from that body: it says
+/// that the connection ends with it.
+async fn answer(
+    router: Router,
+    request: Request<Incoming>,
+) -> std::result::Result<Response<axum::body::Body>, Infallible> {
+    let (parts, body) = request.into_parts();
+    let (body, progress) = Watched::new(body);
+    let mut response = router.oneshot(Request::from_parts(parts, body)).await?;
+    if progress.is_unfinished() {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    Ok(response)
 }
 
 /// The next connection, whatever it takes.

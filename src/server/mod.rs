@@ -33,6 +33,7 @@ mod logprobs;
 mod npy;
 mod sse;
 mod types;
+mod unread;
 mod chat_types;
 mod error;
 mod id;

@@ -23,6 +23,26 @@ fn refused(server: &Server, headers: &str, body: &str, status: u16) {
     assert_eq!(rest, b"", "{headers}: answered more than once");
 }
 
+/// What follows could not be told from the body that nobody read.
+#[test]
+fn an_answer_before_the_body_says_that_the_connection_ends() {
+    let server = Server::start();
+    let mut client = server.client();
+    client.raw(b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\n");
+    let response = client.response();
+    assert_eq!((response.status, response.header("connection")), (404, Some("close")));
+    client.raw(b"0123456789");
+    assert_eq!(client.until_closed(), b"");
+    let mut client = server.client();
+    let ask: serde_json::Value = serde_json::from_str(BODY).unwrap();
+    for path in ["/v1/completions", "/v1/completions"] {
+        let response = client.post(path, &ask);
+        assert_eq!((response.status, response.header("connection")), (200, None), "{path}");
+    }
+    assert_eq!(client.get("/nowhere").header("connection"), None, "there was no body to read");
+    assert_eq!(client.get("/health").status, 200);
+}
+
 /// Fault row 10: both a length and chunks.
 #[test]
 fn a_length_beside_chunks_is_400_and_the_connection_closes() {

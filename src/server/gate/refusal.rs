@@ -44,6 +44,7 @@ impl Refusals {
 /// The layer that answers what the gate refused.
 pub async fn answer(mut request: Request, next: Next) -> Response {
     let Some(error) = request.extensions_mut().remove::<ApiError>() else { return next.run(request).await };
+    tracing::debug!("a request was refused before it was read: {}", error.message);
     let mut response = error.into_response();
     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use router_sim::placement::Placement;
 use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
 
@@ -52,6 +53,9 @@ fn describe(state: &AppState) -> Value {
     document["paths"] = paths();
     let schemas = &mut document["components"]["schemas"];
     fill_in(schemas, state);
+    if let Some(placement) = state.engine.placement() {
+        limit_to(&mut schemas["PlacementBody"]["properties"], &placement);
+    }
     if !state.options.api_keys.is_empty() {
         document["components"]["securitySchemes"] = json!({"key": {"type": "http", "scheme": "bearer"}});
         document["security"] = json!([{"key": []}]);
@@ -60,6 +64,28 @@ fn describe(state: &AppState) -> Value {
         }
     }
     document
+}
+
+/// A placement file fits one engine: its ranks, slots, layers and experts.
+fn limit_to(file: &mut Value, placement: &Placement) {
+    let exactly =
+        |n: usize, items: Value| json!({"type": "array", "minItems": n, "maxItems": n, "items": items});
+    let expert = json!({"type": "integer", "minimum": -1, "maximum": placement.experts() - 1});
+    let map = exactly(placement.layers(), exactly(placement.slots(), expert));
+    for (name, schema) in [
+        ("version", json!({"const": 1})),
+        ("ranks", json!({"const": placement.ranks()})),
+        ("slots_per_rank", json!({"const": placement.slots_per_rank()})),
+        ("layer_ids", json!({"const": placement.layer_ids()})),
+        ("physical_to_logical_map", map),
+    ] {
+        for (key, value) in schema.as_object().into_iter().flatten() {
+            if key == "const" {
+                file[name].as_object_mut().expect("a schema").shift_remove("type");
+            }
+            file[name][key] = value.clone();
+        }
+    }
 }
 
 /// Limits that belong to the served model.
