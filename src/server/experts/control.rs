@@ -53,9 +53,9 @@ pub(in crate::server) async fn put_placement(
     request: Request,
 ) -> Result<Response, ApiError> {
     let dry_run = dry_run(query.as_deref().unwrap_or_default())?;
+    let current = movable(&state)?;
     let body = body::read_json(request, &state.options).await?;
     let file = read(&body)?;
-    let current = movable(&state)?;
     plan(state, dry_run, "placement_change", move |_| Ok(Ok(fitting(file, &current)?))).await
 }
 

@@ -81,6 +81,9 @@ fn experts(state: &AppState) -> Result<&ExpertLoad, ApiError> {
     state.experts.as_ref().ok_or_else(missing)
 }
 
+/// What every reader of JSON takes for an integer.
+pub(super) const MAX_SINCE: u64 = (1 << 53) - 1;
+
 fn since(query: &str) -> Result<u64, ApiError> {
     let mut since = None;
     for (key, value) in pairs(query) {
@@ -88,14 +91,14 @@ fn since(query: &str) -> Result<u64, ApiError> {
             let why = format!("The only parameter is since, once; got \"{}\".", clip(key));
             return Err(ApiError::bad_param(clip(key), why));
         }
-        let number = value.parse().map_err(|_| {
+        let number = value.parse().ok().filter(|number| *number <= MAX_SINCE);
+        since = Some(number.ok_or_else(|| {
             let why = format!(
-                "since is \"{}\", but must be a number of a second, such as \"next\" of the last answer.",
+                "since is \"{}\", but must be a number of a second up to {MAX_SINCE}, such as \"next\" of the last answer.",
                 clip(value)
             );
             ApiError::bad_param("since", why)
-        });
-        since = Some(number?);
+        })?);
     }
     Ok(since.unwrap_or(0))
 }

@@ -61,5 +61,10 @@ fn conditions(body: &str) -> Vec<(&'static [&'static str], Value)> {
         let untold = json!({"properties": {"top_logprobs": {"enum": [0, null]}}});
         conditions.push((&["top_logprobs"], json!({"anyOf": [told, untold]})));
     }
+    if body == "RebalanceBody" {
+        let limited = json!({"properties": {"policy": {"enum": ["moeyard", null]}}});
+        let unlimited = json!({"properties": {"max_transfers": absent()}});
+        conditions.push((&["policy", "max_transfers"], json!({"anyOf": [limited, unlimited]})));
+    }
     conditions
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use utoipa::OpenApi;
 
 use super::state::AppState;
-use super::{chat_types, error, types};
+use super::{chat_types, error, experts, types};
 use crate::engine::SchedulingPolicy;
 
 /// Everything that has a schema.
@@ -127,6 +127,9 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
             *truncate =
                 json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1}, {"type": "null"}]});
         }
+        if let Some(stops) = object.get_mut("stop_token_ids").filter(|stops| stops.get("items").is_some()) {
+            stops["items"]["maximum"] = json!(u32::MAX);
+        }
         if let Some(bias) = object.get_mut("logit_bias") {
             // Ids of fewer digits than the vocabulary's size: a pattern cannot compare.
             let digits = state.engine.options().vocab_size.ilog10().saturating_sub(1);
@@ -155,7 +158,7 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
         }
     });
     schemas["StructuredOutputs"] = structured_outputs(&schemas["StructuredOutputs"]);
-    for body in ["CompletionBody", "ChatBody", "TokenizeChat"] {
+    for body in ["CompletionBody", "ChatBody", "TokenizeChat", "RebalanceBody"] {
         dependent::describe(body, &mut schemas[body]);
     }
 }
@@ -261,7 +264,7 @@ fn paths() -> Value {
             json!({"name": "format", "in": "query", "schema": {"type": "string", "enum": ["json", "csv"]}}),
         ])},
         "/v1/experts/balance": {"get": operation("Balance of the ranks, second by second", None, object(), &[
-            json!({"name": "since", "in": "query", "schema": {"type": "integer", "minimum": 0}}),
+            json!({"name": "since", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": experts::MAX_SINCE}}),
         ])},
         "/v1/experts/rebalance": {
             "get": operation("What the rebalancer did, does, and why", None, object(), &[]),
