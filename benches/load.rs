@@ -1,8 +1,9 @@
 //! What it costs to know the load: reading all counters, as the rebalancer does where a part of its window ends, and
 //! looking at them.
 
+mod timing;
+
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use moeyard::metrics::LoadSource;
 use moeyard::moe::in_force::InForce;
@@ -11,19 +12,7 @@ use router_sim::load::{LoadWindow, Phase};
 use router_sim::placement::{ClusterShape, Linear, PlacementPolicy, PolicyName};
 use router_sim::rebalance::{Inputs, Mode, Rebalancer, Rebalancing};
 use router_sim::split::Split;
-
-/// Best and median of some repetitions.
-fn measure(mut run: impl FnMut()) -> (Duration, Duration) {
-    let mut times: Vec<Duration> = (0..21)
-        .map(|_| {
-            let started = Instant::now();
-            run();
-            started.elapsed()
-        })
-        .collect();
-    times.sort();
-    (times[0], times[times.len() / 2])
-}
+use timing::micros;
 
 fn main() {
     println!("layers x experts on ranks: read all counters; decide one look (best, median)");
@@ -41,12 +30,12 @@ fn main() {
             in_force: Arc::new(InForce::new(Arc::clone(&placement))),
             counters: (0..ranks).map(|_| Arc::new(LoadCounters::new(&placement))).collect(),
         };
-        let read = measure(|| drop(std::hint::black_box(world.snapshot())));
+        let read = micros(|| drop(std::hint::black_box(world.snapshot())));
         let settings = Rebalancing::of_mode(Mode::Auto, 256, PolicyName::BEST).expect("auto has settings");
         let inputs =
             Inputs { row_us: [1.0, 5.0], expert_bytes: 44e6, migration_bytes_per_us: 5e3, switch_us: 50.0 };
         let none = LoadWindow::new(&ids, experts);
-        let decide = measure(|| {
+        let decide = micros(|| {
             let mut rebalancer =
                 Rebalancer::new(settings, PolicyName::BEST, cluster, Split::Exact, none.clone());
             for _ in 0..64 {
@@ -55,6 +44,6 @@ fn main() {
             let verdict = rebalancer.look(64, &load, inputs, &placement).decide().expect("a verdict");
             assert!(verdict.target.is_some(), "{}", verdict.reason);
         });
-        println!("{layers} x {experts} on {ranks}: {read:.1?}; {decide:.1?}");
+        println!("{layers} x {experts} on {ranks}: {read:.1?} us; {decide:.1?} us");
     }
 }

@@ -1,6 +1,8 @@
 //! Cost of the metrics: `cargo bench --bench metrics`. The page of a model of DeepSeek-V3's size on eight ranks, and what the
 //! engine's thread spends on telling a step; the best and the median of many.
 
+mod timing;
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,12 +12,12 @@ use moeyard::metrics::{ExpertDetail, LoadSnapshot, LoadSource};
 use moeyard::server::{Info, Metrics, RankMemory, SeriesOptions, Sources};
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
+use timing::micros;
 
 const RANKS: usize = 8;
 const EXPERTS: usize = 256;
 /// Sequences that a step continues.
 const BATCH: usize = 64;
-const PATIENCE: Duration = Duration::from_secs(2);
 
 fn layers() -> Vec<usize> {
     (3..61).collect()
@@ -44,19 +46,6 @@ fn metrics(expert_detail: Option<ExpertDetail>) -> Metrics {
     let sources = Sources { load: Some(Arc::new(Busy)), ranks, ..Sources::default() };
     let info = Info { memory: vec![RankMemory::default(); RANKS], ..Info::default() };
     Metrics::new(&info, sources, SeriesOptions { expert_detail, max_series: 20_000 }).expect("metrics")
-}
-
-/// Best and median of the microseconds that `work` takes.
-fn micros(mut work: impl FnMut()) -> (f64, f64) {
-    let mut taken = Vec::new();
-    let begin = Instant::now();
-    while taken.len() < 5 || begin.elapsed() < PATIENCE {
-        let start = Instant::now();
-        work();
-        taken.push(start.elapsed().as_secs_f64() * 1e6);
-    }
-    taken.sort_by(f64::total_cmp);
-    (taken[0], taken[taken.len() / 2])
 }
 
 fn main() {

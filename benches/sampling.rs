@@ -1,16 +1,17 @@
 //! Cost of choosing a token from logits: `cargo bench --bench sampling`. Microseconds per row of a batch, the best and the
 //! median of many batches on one thread; the limit is one read of the row, measured in turns with it.
 
+mod timing;
+
 use std::hint::black_box;
-use std::time::{Duration, Instant};
 
 use moeyard::engine::request::{Request, Sampling};
 use moeyard::engine::sampler::Sampler;
+use timing::micros;
 
 const VOCAB: usize = 131_072;
 const BATCH: usize = 32;
 const HISTORY: usize = 1024;
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Rows of logits near a bell curve of deviation 3, as a model's are; the same in each run.
 fn rows() -> Vec<Vec<f32>> {
@@ -24,17 +25,10 @@ fn rows() -> Vec<Vec<f32>> {
     (0..BATCH).map(|_| (0..VOCAB).map(|_| logit()).collect()).collect()
 }
 
-/// Best and median of the microseconds that `work` takes per row.
-fn micros(mut work: impl FnMut()) -> (f64, f64) {
-    let mut taken = Vec::new();
-    let begin = Instant::now();
-    while taken.len() < 5 || begin.elapsed() < PATIENCE {
-        let start = Instant::now();
-        work();
-        taken.push(start.elapsed().as_secs_f64() * 1e6 / BATCH as f64);
-    }
-    taken.sort_by(f64::total_cmp);
-    (taken[0], taken[taken.len() / 2])
+/// Best and median of the microseconds that a batch takes, per row.
+fn micros_per_row(work: impl FnMut()) -> (f64, f64) {
+    let (best, median) = micros(work);
+    (best / BATCH as f64, median / BATCH as f64)
 }
 
 fn main() {
@@ -62,13 +56,13 @@ fn main() {
     for (name, sampling, logprobs) in cases {
         let request = Request { sampling, logprobs, ..Request::greedy(history.clone(), 1) };
         let mut sampler = Sampler::default();
-        let (best, median) = micros(|| {
+        let (best, median) = micros_per_row(|| {
             for (position, row) in rows.iter().enumerate() {
                 let chosen = sampler.sample(black_box(row), &request, position as u32, &history);
                 black_box(chosen.expect("no rule excludes every token"));
             }
         });
-        let (reading, _) = micros(|| {
+        let (reading, _) = micros_per_row(|| {
             for row in &rows {
                 black_box(row.iter().fold(0u32, |bits, x| bits ^ x.to_bits()));
             }

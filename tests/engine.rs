@@ -5,35 +5,14 @@ use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::engine::plan::StepPlan;
 use moeyard::engine::request::{Capture, Event, FinishReason, Finished, Request, Sampling, TokenEvent};
-use moeyard::engine::scripted::{Fault, LAYERS, Script, TOP_K, setups};
+use moeyard::engine::scripted::{Fault, LAYERS, Script, TOP_K, options, setups};
 use moeyard::engine::stats::{RequestTiming, StepTiming};
 use moeyard::engine::{
-    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, SchedulingPolicy, StepObserver,
-    TimingObserver,
+    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, StepObserver, TimingObserver,
 };
-use moeyard::model::{FormRules, StepOutput};
+use moeyard::model::StepOutput;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-
-fn options() -> EngineOptions {
-    EngineOptions {
-        vocab_size: 60,
-        experts: 8,
-        max_model_len: 200,
-        block_size: 4,
-        kv_blocks: 100,
-        max_num_seqs: 8,
-        max_num_batched_tokens: 64,
-        prefill_chunk_size: 16,
-        max_logit_rows: 8,
-        prefix_caching: true,
-        form_rules: FormRules { generated: true, long_above: None },
-        max_waiting: 100,
-        max_waiting_tokens: 1 << 20,
-        scheduling_policy: SchedulingPolicy::Arrival,
-        step_timeout: Duration::from_secs(60),
-    }
-}
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request::greedy(prompt, max_tokens)

@@ -14,13 +14,12 @@ use moeyard::config::RawOptions;
 use moeyard::config::flags::{DtypeChoice, SplitChoice};
 use moeyard::engine::rebalance::Mode;
 use moeyard::engine::request::{Event, FinishReason, Request, Sampling};
-use moeyard::engine::scripted::{EXPERTS, Fault, LAYERS, Script, experts, setups_with};
+use moeyard::engine::scripted::{self, EXPERTS, Fault, LAYERS, Script, experts, setups_with};
 use moeyard::engine::{
     Engine, EngineHandle, EngineOptions, Experts, Hooks, MigrationProgress, MigrationReport, RequestStream,
-    SchedulingPolicy,
 };
 use moeyard::model::transformer::Transformer;
-use moeyard::model::{Batch, FormRules, Model, StepOutput};
+use moeyard::model::{Batch, Model, StepOutput};
 use moeyard::moe::migrate::{Checksums, Slice, Switch};
 use router_sim::placement::Placement;
 use std::time::Duration;
@@ -277,7 +276,7 @@ fn answers_keep_their_bits_when_migrations_fail() {
         vocab_size: world.family.spec.vocab_size,
         max_model_len: setup.max_model_len,
         block_size: support::BLOCK,
-        ..scripted_options()
+        ..scripted::options()
     };
     let experts = Experts { in_force: world.in_force(), ..experts(3, 4, 1) };
     let ranks = world.into_setups(|model| Box::new(Faulty { model, slices: 0 }));
@@ -320,29 +319,9 @@ fn answers_keep_their_bits_when_migrations_fail() {
 
 const RANKS: usize = 4;
 
-fn scripted_options() -> EngineOptions {
-    EngineOptions {
-        vocab_size: 60,
-        experts: EXPERTS,
-        max_model_len: 200,
-        block_size: 4,
-        kv_blocks: 100,
-        max_num_seqs: 8,
-        max_num_batched_tokens: 64,
-        prefill_chunk_size: 16,
-        max_logit_rows: 8,
-        prefix_caching: true,
-        form_rules: FormRules { generated: true, long_above: None },
-        max_waiting: 100,
-        max_waiting_tokens: 1 << 20,
-        scheduling_policy: SchedulingPolicy::Arrival,
-        step_timeout: Duration::from_secs(60),
-    }
-}
-
 /// An engine of four scripted ranks with eight spare slots, and its script.
 fn scripted(staging_slots: usize, fault: Fault) -> (EngineHandle, Script) {
-    let options = scripted_options();
+    let options = scripted::options();
     let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
     let experts = experts(RANKS, 8, staging_slots);
     let script = Script { fault, ..Script::of(&options) };

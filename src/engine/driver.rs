@@ -274,18 +274,20 @@ impl Driver {
         let rows = if awaited == Awaited::Step { self.plan.rows() } else { 1 };
         let allowance = self.watchdog.allowance(rows);
         let mut left = allowance;
-        loop {
-            let silent: Vec<usize> = match awaited {
-                Awaited::Step => (0..computing.len()).filter(|&rank| computing[rank]).collect(),
-                Awaited::Slices => self.mover.iter().flat_map(Mover::silent).collect(),
-            };
-            if silent.is_empty() {
-                return Ok(());
-            }
+        while match awaited {
+            Awaited::Step => computing.contains(&true),
+            Awaited::Slices => self.mover.as_ref().is_some_and(Mover::awaits_answers),
+        } {
             let Some((rank, answer)) = self.answer(&mut left)? else {
-                let what = match awaited {
-                    Awaited::Step => format!("a step of {rows} rows"),
-                    Awaited::Slices => "moving expert weights".to_owned(),
+                let (silent, what): (Vec<usize>, _) = match awaited {
+                    Awaited::Step => (
+                        (0..computing.len()).filter(|&rank| computing[rank]).collect(),
+                        format!("a step of {rows} rows"),
+                    ),
+                    Awaited::Slices => (
+                        self.mover.iter().flat_map(Mover::silent).collect(),
+                        "moving expert weights".to_owned(),
+                    ),
                 };
                 let seconds = allowance.as_secs_f64();
                 return Err(format!(
@@ -306,6 +308,7 @@ impl Driver {
                 RankAnswer::Failed(failure) => return Err(self.cause(rank, failure)),
             }
         }
+        Ok(())
     }
 
     /// The next answer; `None` when none comes in the time `left`, which becomes less by the waiting.

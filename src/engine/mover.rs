@@ -201,6 +201,11 @@ impl Mover {
         }
     }
 
+    /// Some rank has not answered a slice.
+    pub fn awaits_answers(&self) -> bool {
+        !self.in_flight.is_empty()
+    }
+
     /// Ranks that have not answered a slice.
     pub fn silent(&self) -> impl Iterator<Item = usize> {
         let silent = |rank: &usize| self.in_flight.iter().any(|slice| slice.answers[*rank].is_none());

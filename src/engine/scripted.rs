@@ -5,7 +5,7 @@
 //! positions or forms changes it, and most are caught on the spot by an assertion.
 
 use super::migration::Experts;
-use super::options::EngineOptions;
+use super::options::{EngineOptions, SchedulingPolicy};
 use super::rank::RankSetup;
 use crate::backend::{Backend, DType, SeqSpan};
 use crate::error::{Error, Result};
@@ -374,6 +374,27 @@ impl ScriptedExperts {
             held.clear();
             held.extend_from_slice(wanted);
         }
+    }
+}
+
+/// Options of a small engine that runs the scripted model.
+pub fn options() -> EngineOptions {
+    EngineOptions {
+        vocab_size: 60,
+        experts: EXPERTS,
+        max_model_len: 200,
+        block_size: 4,
+        kv_blocks: 100,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        prefill_chunk_size: 16,
+        max_logit_rows: 8,
+        prefix_caching: true,
+        form_rules: FormRules { generated: true, long_above: None },
+        max_waiting: 100,
+        max_waiting_tokens: 1 << 20,
+        scheduling_policy: SchedulingPolicy::Arrival,
+        step_timeout: Duration::from_secs(60),
     }
 }
 

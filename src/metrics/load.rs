@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use router_sim::load::Phase;
+use router_sim::load::{LoadWindow, Phase};
 use router_sim::placement::Placement;
 
 /// Expert load of the whole world since start.
@@ -50,6 +50,17 @@ impl LoadSnapshot {
     pub fn experts_of(&self, phase: Phase, layer: usize) -> &[u64] {
         let first = (phase as usize * self.layer_ids.len() + layer) * self.experts;
         &self.by_expert[first..first + self.experts]
+    }
+
+    /// The tokens of the experts as placements are planned on.
+    pub fn to_window(&self) -> LoadWindow {
+        let mut window = LoadWindow::new(&self.layer_ids, self.experts);
+        for phase in Phase::ALL {
+            for layer in 0..self.layer_ids.len() {
+                window.counts_mut(phase, layer).copy_from_slice(self.experts_of(phase, layer));
+            }
+        }
+        window
     }
 
     /// Tokens of each rank in MoE layer number `layer`.

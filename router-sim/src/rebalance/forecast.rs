@@ -76,11 +76,6 @@ pub(super) struct LayerGain {
 
 impl Forecaster {
     pub fn new(split: Split, row_us: [f64; 2]) -> Self {
-        // Who shares out by source ranks does so evenly over all of them, near enough.
-        let split = match split {
-            Split::Random { .. } | Split::Nearest { .. } => Split::Even,
-            other => other,
-        };
         Forecaster { split, row_us, shares: Shares::default() }
     }
 
@@ -141,8 +136,7 @@ impl Forecaster {
     }
 
     fn rank_loads(&mut self, layer: LayerPlacement<'_>, counts: &[u64]) -> Result<Vec<u64>> {
-        let slots = self.shares.share(self.split, layer, counts)?;
-        Ok(slots.chunks_exact(layer.slots_per_rank()).map(|slots| slots.iter().sum()).collect())
+        self.shares.rank_loads(self.split, layer, counts)
     }
 }
 

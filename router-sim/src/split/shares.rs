@@ -58,6 +58,25 @@ impl Shares {
         Ok(Optimum { max_load: tokens as f64 / ranks.len() as f64, tokens, ranks })
     }
 
+    /// What each rank computes of a layer's counts `[experts]`; `[ranks]`. Splits that share out by source ranks do so
+    /// evenly over all of them, near enough.
+    ///
+    /// # Errors
+    /// As [`Shares::share`].
+    pub fn rank_loads(
+        &mut self,
+        split: Split,
+        layer: LayerPlacement<'_>,
+        counts: &[u64],
+    ) -> Result<Vec<u64>> {
+        let split = match split {
+            Split::Random { .. } | Split::Nearest { .. } => Split::Even,
+            other => other,
+        };
+        let slots = self.share(split, layer, counts)?;
+        Ok(slots.chunks_exact(layer.slots_per_rank()).map(|slots| slots.iter().sum()).collect())
+    }
+
     /// [`Shares::share`] without its checks. `home` is what slots had best keep, `[slots]` or empty.
     pub(super) fn fill(
         &mut self,

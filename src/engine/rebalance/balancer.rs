@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use router_sim::load::{LoadWindow, Phase};
+use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Placement};
 use router_sim::rebalance::{Due, Inputs, OPERATOR, Rebalancer, RowTime, Verdict};
 use router_sim::trace::{Decision, Event, Failure, Moves, Switch};
@@ -13,7 +13,7 @@ use super::{RebalanceSources, Record};
 use crate::engine::handle::lock;
 use crate::engine::mover::{MigrationOrder, MigrationReport, Mover, Orders};
 use crate::engine::plan::{self, StepPlan};
-use crate::metrics::{LoadSnapshot, Work};
+use crate::metrics::Work;
 
 /// What serving is taken to wait for a switch: ranks exchange a few pointers.
 const SWITCH_US: f64 = 50.0;
@@ -43,7 +43,7 @@ impl Balancer {
     /// Begins to count at the load so far.
     pub fn new(sources: RebalanceSources, record: Arc<Mutex<Record>>, placement: &Placement) -> Balancer {
         let options = sources.options;
-        lock(&record).begin(options.mode, options.policy.name(), options.window_steps);
+        lock(&record).begin(options, sources.split);
         let cluster =
             ClusterShape { ranks: placement.ranks(), redundant: placement.slots() - placement.experts() };
         let decider = options.settings().map(|settings| Decider {
@@ -52,7 +52,7 @@ impl Balancer {
                 options.policy,
                 cluster,
                 sources.split,
-                counts(&sources.load.snapshot()),
+                sources.load.snapshot().to_window(),
             ),
             planner: Planner::start(),
             row_time: RowTime::default(),
@@ -186,9 +186,9 @@ impl Decider {
         let next = plan.step + 1;
         match self.rebalancer.after_step() {
             Due::Nothing => {}
-            Due::Part => self.rebalancer.end_part(next, &counts(&sources.load.snapshot())),
+            Due::Part => self.rebalancer.end_part(next, &sources.load.snapshot().to_window()),
             Due::Look => {
-                let counts = counts(&sources.load.snapshot());
+                let counts = sources.load.snapshot().to_window();
                 let inputs = inputs(self.row_time.take(), mover);
                 self.planner.look(self.rebalancer.look(next, &counts, inputs, &mover.placement()));
             }
@@ -231,15 +231,4 @@ fn inputs(row_us: [f64; 2], mover: &Mover) -> Inputs {
         migration_bytes_per_us: mover.bytes_per_second() / 1e6 * parts,
         switch_us: SWITCH_US,
     }
-}
-
-/// The load since the start.
-fn counts(snapshot: &LoadSnapshot) -> LoadWindow {
-    let mut counts = LoadWindow::new(&snapshot.layer_ids, snapshot.experts);
-    for phase in Phase::ALL {
-        for layer in 0..snapshot.layer_ids.len() {
-            counts.counts_mut(phase, layer).copy_from_slice(snapshot.experts_of(phase, layer));
-        }
-    }
-    counts
 }

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use router_sim::rebalance::{Mode, Verdict};
+use router_sim::split::Split;
 
+use super::RebalanceOptions;
 use crate::engine::migration::MigrationProgress;
 use crate::engine::mover::MigrationReport;
 
@@ -16,6 +18,8 @@ pub struct RebalanceStatus {
     pub policy: &'static str,
     /// Steps of load that it plans on; 0 when the mode is off.
     pub window_steps: u64,
+    /// How rows are shared out among replicas.
+    pub split: Split,
     /// Version of the placement in force.
     pub placement_version: u64,
     /// Since that placement came into force.
@@ -86,10 +90,12 @@ pub(in crate::engine) struct Record {
 
 impl Record {
     /// The engine has a rebalancer; `mode` may be off.
-    pub fn begin(&mut self, mode: Mode, policy: &'static str, window_steps: u64) {
+    pub fn begin(&mut self, options: RebalanceOptions, split: Split) {
+        let RebalanceOptions { mode, policy, window_steps } = options;
+        self.status.split = split;
         self.status.mode = mode;
         if mode != Mode::Off {
-            (self.status.policy, self.status.window_steps) = (policy, window_steps);
+            (self.status.policy, self.status.window_steps) = (policy.name(), window_steps);
             self.looked = Some(Instant::now());
         }
     }

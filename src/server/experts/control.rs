@@ -17,7 +17,7 @@ use super::super::body;
 use super::super::error::{ApiError, clip};
 use super::super::fields::Fields;
 use super::super::state::AppState;
-use super::forecast::{self, Forecast};
+use super::forecast::Forecast;
 use super::query::{one_of, pairs};
 use super::{DEFAULT_WINDOW_S, experts, locked};
 use crate::engine::MoveCost;
@@ -79,7 +79,7 @@ pub(in crate::server) async fn rebalance(
     }
     let current = movable(&state)?;
     plan(state, dry_run, "rebalance", move |state| {
-        let load = forecast::window(&experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()));
+        let load = experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()).to_window();
         if (0..load.layers()).all(|layer| load.totals(layer).sum::<u64>() == 0) {
             return Ok(Err(format!(
                 "no token was routed in the last {DEFAULT_WINDOW_S} s, so there is no load to plan on"
@@ -142,8 +142,9 @@ impl Change {
     fn towards(mut self, state: &AppState, target: Placement) -> Result<Change, ApiError> {
         let current = movable(state)?;
         let MoveCost { arrivals, bytes, rounds } = state.engine.move_cost(&target).map_err(refused)?;
-        let load = forecast::window(&experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()));
-        self.balancedness = Forecast::of(&load, &current, &target).map_err(Error::Routing)?;
+        let load = experts(state)?.recent(DEFAULT_WINDOW_S, Instant::now()).to_window();
+        let split = state.engine.rebalance_status().split;
+        self.balancedness = Forecast::of(&load, split, &current, &target).map_err(Error::Routing)?;
         self.gain_ratio = self.balancedness.map(|forecast| (forecast.gain * 1e4).round() / 1e4);
         (self.moves, self.bytes, self.placement_version) = (arrivals, bytes, current.version());
         if rounds == 0 {

@@ -6,10 +6,8 @@ use router_sim::placement::Placement;
 use router_sim::split::{Shares, Split};
 use serde::Serialize;
 
-use crate::metrics::{LoadSnapshot, Phase};
-
 /// Balancedness (mean rank load over the highest, the mean over layers) of two placements on the same load, with copies
-/// shared out by the exact split.
+/// shared out as the server does.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Forecast {
     pub before: f64,
@@ -25,6 +23,7 @@ impl Forecast {
     /// `None` without tokens.
     pub fn of(
         load: &LoadWindow,
+        split: Split,
         current: &Placement,
         target: &Placement,
     ) -> router_sim::Result<Option<Forecast>> {
@@ -38,8 +37,8 @@ impl Forecast {
                 continue;
             }
             let mean = all / current.ranks() as f64;
-            let before = slowest(&mut shares, current, layer, &tokens)?;
-            let after = slowest(&mut shares, target, layer, &tokens)?;
+            let before = slowest(shares.rank_loads(split, current.layer(layer), &tokens)?);
+            let after = slowest(shares.rank_loads(split, target.layer(layer), &tokens)?);
             forecast.before += mean / before;
             forecast.after += mean / after;
             forecast.bound += mean / replica_bound(&tokens, current.ranks(), current.slots());
@@ -61,44 +60,26 @@ impl Forecast {
 }
 
 /// Rows of the busiest rank.
-fn slowest(
-    shares: &mut Shares,
-    placement: &Placement,
-    layer: usize,
-    tokens: &[u64],
-) -> router_sim::Result<f64> {
-    let per_rank = placement.slots_per_rank();
-    let slots = shares.share(Split::Exact, placement.layer(layer), tokens)?;
-    let busiest = slots.chunks_exact(per_rank).map(|rank| rank.iter().sum::<u64>()).max();
-    Ok(busiest.unwrap_or(0) as f64)
-}
-
-/// A window of load as placements are planned on.
-pub(super) fn window(load: &LoadSnapshot) -> LoadWindow {
-    let mut window = LoadWindow::new(&load.layer_ids, load.experts);
-    for phase in Phase::ALL {
-        for layer in 0..load.layer_ids.len() {
-            window.counts_mut(phase, layer).copy_from_slice(load.experts_of(phase, layer));
-        }
-    }
-    window
+fn slowest(ranks: Vec<u64>) -> f64 {
+    ranks.into_iter().max().unwrap_or(0) as f64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::LoadSnapshot;
 
     #[test]
     fn what_a_copy_of_a_hot_expert_would_save() {
         let mut load = LoadSnapshot::zeros(vec![3], 3, 2);
         load.by_expert = vec![8, 1, 1, 2, 0, 0];
-        let load = window(&load);
+        let load = load.to_window();
         let placement = |map: [i32; 4]| Placement::new(2, 2, 3, vec![3], vec![map.to_vec()]).unwrap();
         let (current, target) = (placement([0, 1, 2, -1]), placement([0, 1, 2, 0]));
-        let forecast = Forecast::of(&load, &current, &target).unwrap().unwrap();
+        let forecast = Forecast::of(&load, Split::Exact, &current, &target).unwrap().unwrap();
         assert_eq!((forecast.before, forecast.after, forecast.bound), (0.5455, 1.0, 1.0));
         assert!((forecast.gain - 5.0 / 11.0).abs() < 1e-12, "{forecast:?}");
-        let nothing = window(&LoadSnapshot::zeros(vec![3], 3, 2));
-        assert_eq!(Forecast::of(&nothing, &current, &target).unwrap(), None);
+        let nothing = LoadSnapshot::zeros(vec![3], 3, 2).to_window();
+        assert_eq!(Forecast::of(&nothing, Split::Exact, &current, &target).unwrap(), None);
     }
 }
