@@ -7,12 +7,13 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::embedded;
+use crate::config::flags::LoadFormat;
 use crate::config::resolve::GenerationConfig;
 use crate::error::{Error, Problems, Result};
 use crate::model::families::{self, Family};
 use crate::server::SamplingDefaults;
 use crate::tokenizer::{Tokenizer, TokenizerFiles};
-use crate::weights::{Checkpoint, validate};
+use crate::weights::{Checkpoint, TOKENIZER, validate};
 
 /// A checkpoint with what its JSON files say.
 pub struct OpenModel {
@@ -41,15 +42,35 @@ impl OpenModel {
     /// # Errors
     /// [`Error::Checkpoint`] with all problems of config.json, of the tensors or of the tokenizer.
     pub fn open(folder: Option<&Path>) -> Result<OpenModel> {
-        let checkpoint = match folder {
-            Some(folder) => Checkpoint::open(folder)?,
-            None => Checkpoint::embedded(embedded::FILES),
+        Self::open_as(folder, LoadFormat::Auto)
+    }
+
+    /// [`OpenModel::open`] with weights as `--load-format` says. Made-up ones come with the embedded model's tokenizer where the
+    /// folder has none.
+    ///
+    /// # Errors
+    /// As there; [`Error::Config`] for the embedded model without its weights.
+    pub fn open_as(folder: Option<&Path>, format: LoadFormat) -> Result<OpenModel> {
+        let checkpoint = match (folder, format) {
+            (Some(folder), LoadFormat::Auto) => Checkpoint::open(folder)?,
+            (None, LoadFormat::Auto) => Checkpoint::embedded(embedded::FILES),
+            (Some(folder), LoadFormat::Dummy) => {
+                tracing::warn!("--load-format dummy: the weights are made up, answers are noise");
+                Checkpoint::dummy(folder)?
+            }
+            (None, LoadFormat::Dummy) => {
+                let why = "dummy needs a folder with a config.json, and none was given";
+                return Err(Error::config("--load-format", why));
+            }
         };
         let family = family(&checkpoint)?;
         for warning in validate(&checkpoint, &family.spec, &family.names)? {
             tracing::warn!("{}: {warning}", checkpoint.name());
         }
-        let tokenizer = Arc::new(tokenizer(&checkpoint, family.spec.vocab_size)?);
+        let embedded = Checkpoint::embedded(embedded::FILES);
+        let borrowed = checkpoint.is_dummy() && checkpoint.text(TOKENIZER)?.is_none();
+        let words = if borrowed { &embedded } else { &checkpoint };
+        let tokenizer = Arc::new(tokenizer(words, family.spec.vocab_size)?);
         let name = match folder {
             Some(folder) => folder_name(folder),
             None => embedded::NAME.to_owned(),
@@ -181,6 +202,7 @@ impl GenerationFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::stored_bytes;
 
     #[test]
     fn the_embedded_model_is_whole() {
@@ -191,6 +213,21 @@ mod tests {
         assert_eq!((generation.sampling.temperature, generation.sampling.top_p), (0.8, 0.95));
         let none = model.generation(&GenerationConfig::None).unwrap();
         assert_eq!((none.sampling, none.eos_token_ids), (SamplingDefaults::default(), vec![1, 6]));
+    }
+
+    #[test]
+    fn made_up_weights_need_nothing_but_a_configuration() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/models/deepseek-v3");
+        let model = OpenModel::open_as(Some(&folder), LoadFormat::Dummy).unwrap();
+        assert_eq!(model.name, "deepseek-v3");
+        let spec = &model.family.spec;
+        let bytes =
+            stored_bytes(&model.checkpoint, spec, &model.family.names).iter().map(|(_, b)| b).sum::<u64>();
+        let parameters = spec.parameters().total() as f64;
+        assert!((bytes as f64 / 2.0 / parameters - 1.0).abs() < 1e-3, "{bytes} bytes for {parameters}");
+        assert!(OpenModel::open(Some(&folder)).is_err());
+        let refused = OpenModel::open_as(None, LoadFormat::Dummy).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains("--load-format: dummy needs a folder"), "{refused}");
     }
 
     #[test]

@@ -125,6 +125,10 @@ pub struct RawOptions {
     /// Record the routing of every step to this file
     #[arg(long, value_name = "FILE", help_heading = "Experts")]
     pub record_routing: Option<PathBuf>,
+    /// Where weights come from: auto (the checkpoint), or dummy (made-up values of the model's shape, for measuring; answers are
+    /// noise) [default: auto]
+    #[arg(long, value_enum, help_heading = "Device")]
+    pub load_format: Option<LoadFormat>,
     /// Look for NaN and infinity in the weights while loading
     #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Device")]
     pub check_weights: Option<bool>,
@@ -179,6 +183,17 @@ pub enum DeviceChoice {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+}
+
+/// `--load-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors files.
+    #[default]
+    Auto,
+    /// Made-up values; the folder needs no weights.
+    Dummy,
 }
 
 /// `--scheduling-policy`.
@@ -272,6 +287,7 @@ impl RawOptions {
             save_placement: self.save_placement.or(file.save_placement),
             placement: self.placement.or(file.placement),
             record_routing: self.record_routing.or(file.record_routing),
+            load_format: self.load_format.or(file.load_format),
             check_weights: self.check_weights.or(file.check_weights),
             generation_config: self.generation_config.or(file.generation_config),
             drain_timeout: self.drain_timeout.or(file.drain_timeout),

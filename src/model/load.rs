@@ -1,12 +1,16 @@
 //! Fills one rank's weights: decides which slice of which tensor it owns, reads it, and packs it for the backend. A rank
-//! reads nothing else, and holds one unpacked matrix at a time.
+//! reads nothing else, and holds few unpacked matrices at a time.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
 
-use router_sim::placement::Placement;
+use router_sim::placement::{EMPTY, Placement};
 use router_sim::split::Split;
 
-use crate::backend::{Backend, DType, HostData, HostMatrix, KvCache, KvShape, Matrix, Tensor};
+use crate::backend::{Backend, DType, HostData, HostMatrix, KvCache, KvShape, Matrix, Mlp, Tensor};
 use crate::error::Result;
 use crate::layers::attention::{Attention, AttentionScratch};
 use crate::layers::attention_gqa::{FullWidthNorm, GqaAttention, GqaScratch, QkNorm};
@@ -252,17 +256,6 @@ impl Loader<'_> {
     fn moe(&self, layer: usize, index: usize, placement: &Placement, sizes: Sizes) -> Result<MoeLayer> {
         let moe = &self.spec.moe;
         let expert_rank = self.rank.world.rank() / self.rank.expert_tp;
-        let slice = self.expert_slice();
-        let slot = |&expert: &i32| match usize::try_from(expert) {
-            Ok(expert) => {
-                let host = self.reader.mlp(MlpKind::Expert(expert), layer, slice.clone())?;
-                self.backend.pack_mlp(&host, self.rank.precision.weights).map(Some)
-            }
-            // Weights may move there: it has the memory for them.
-            Err(_) if sizes.staging_slots > 0 => self.expert_shape().alloc(self.backend).map(Some),
-            Err(_) => Ok(None),
-        };
-        let slots = placement.layer(index).slots_of_rank(expert_rank);
         let choice_bias = match moe.router.choice_bias {
             true => Some(self.vector(Role::ChoiceBias, layer)?),
             false => None,
@@ -274,9 +267,42 @@ impl Loader<'_> {
                 choice_bias,
                 spec: moe.router.clone(),
             },
-            slots: slots.iter().map(slot).collect::<Result<_>>()?,
+            slots: self.slots(layer, placement.layer(index).slots_of_rank(expert_rank), sizes)?,
             activation: moe.activation,
             shared: moe.shared.map(|shared| self.shared(layer, shared)).transpose()?,
+        })
+    }
+
+    /// The experts of one layer's slots. They are read by threads of their own while those read before are packed.
+    fn slots(&self, layer: usize, wanted: &[i32], sizes: Sizes) -> Result<Vec<Option<Mlp>>> {
+        let mut slots = Vec::with_capacity(wanted.len());
+        for &expert in wanted {
+            // Weights may move to an empty slot: it has the memory for them.
+            let empty = expert == EMPTY && sizes.staging_slots > 0;
+            slots.push(empty.then(|| self.expert_shape().alloc(self.backend)).transpose()?);
+        }
+        let (reader, slice) = (self.reader, self.expert_slice());
+        let next = AtomicUsize::new(0);
+        let read = |sender: SyncSender<_>| {
+            while let Some((slot, &expert)) = wanted.iter().enumerate().nth(next.fetch_add(1, Relaxed)) {
+                let Ok(expert) = usize::try_from(expert) else { continue };
+                let host = reader.mlp(MlpKind::Expert(expert), layer, slice.clone());
+                if sender.send((slot, host)).is_err() {
+                    return; // The other end has met an error.
+                }
+            }
+        };
+        thread::scope(|scope| {
+            let (sender, arrivals) = sync_channel(0);
+            for _ in 0..readers(self.rank.world.size()) {
+                let sender = sender.clone();
+                scope.spawn(|| read(sender));
+            }
+            drop(sender);
+            for (slot, host) in arrivals {
+                slots[slot] = Some(self.backend.pack_mlp(&host?, self.rank.precision.weights)?);
+            }
+            Ok(slots)
         })
     }
 
@@ -434,6 +460,12 @@ impl Loader<'_> {
             host: HostScratch::default(),
         })
     }
+}
+
+/// Threads that read the experts of one rank: each holds an unpacked one, so that machines with few cores get one.
+fn readers(ranks: usize) -> usize {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    (cores / ranks.max(1) / 4).clamp(1, 4)
 }
 
 /// Rows of `above`, then rows of `below`.

@@ -40,6 +40,7 @@ pub struct Checkpoint {
     lost: HashSet<String>,
     /// Nothing is known about the tensors of some broken file.
     incomplete: bool,
+    dummy: bool,
     /// Tensors that a shard holds and the index does not list.
     unlisted: Vec<String>,
     problems: Problems,
@@ -83,21 +84,39 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] when `folder` is not a folder that can be listed. Everything else that is wrong is noted in
     /// [`Checkpoint::problems`].
     pub fn open(folder: &Path) -> Result<Checkpoint> {
+        let mut checkpoint = Self::listed(Source::Folder(folder.to_owned()))?;
+        checkpoint.open_weights();
+        Ok(checkpoint)
+    }
+
+    /// Opens a folder whose weights, if it has any, are not looked at: every tensor that the model asks for has made-up values, the
+    /// same for the same name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn dummy(folder: &Path) -> Result<Checkpoint> {
         let source = Source::Folder(folder.to_owned());
+        Ok(Checkpoint { dummy: true, ..Self::listed(source)? })
+    }
+
+    /// Opens a checkpoint that is part of the program.
+    pub fn embedded(files: &'static [EmbeddedFile]) -> Checkpoint {
+        let mut checkpoint = Self::new(Source::Embedded(files));
+        checkpoint.open_weights();
+        checkpoint
+    }
+
+    fn listed(source: Source) -> Result<Checkpoint> {
         if let Err(error) = source.list() {
             let mut problems = Problems::new(source.name());
             problems.add(".", None, "a folder with config.json and *.safetensors", error.to_string());
             return Err(Error::Checkpoint(problems));
         }
-        Ok(Self::from_source(source))
+        Ok(Self::new(source))
     }
 
-    /// Opens a checkpoint that is part of the program.
-    pub fn embedded(files: &'static [EmbeddedFile]) -> Checkpoint {
-        Self::from_source(Source::Embedded(files))
-    }
-
-    fn from_source(source: Source) -> Checkpoint {
+    /// Without its weights.
+    fn new(source: Source) -> Checkpoint {
         let mut checkpoint = Checkpoint {
             problems: Problems::new(source.name()),
             source,
@@ -105,28 +124,35 @@ impl Checkpoint {
             tensors: HashMap::new(),
             lost: HashSet::new(),
             incomplete: false,
+            dummy: false,
             unlisted: Vec::new(),
         };
-        let files = checkpoint.source.list().unwrap_or_default();
-        let has = |name: &str| files.iter().any(|file| file == name);
-        if !has(CONFIG) {
+        if !checkpoint.has(CONFIG) {
             checkpoint.problems.add(CONFIG, None, "the model's configuration", "no such file");
         }
+        checkpoint
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.source.list().is_ok_and(|files| files.iter().any(|file| file == name))
+    }
+
+    fn open_weights(&mut self) {
         // Where both are there, the single file wins, as in transformers.
-        if has(SINGLE) {
-            checkpoint.open_shard(SINGLE, None);
-        } else if has(INDEX) {
-            checkpoint.open_index();
+        if self.has(SINGLE) {
+            self.open_shard(SINGLE, None);
+        } else if self.has(INDEX) {
+            self.open_index();
         } else {
             let weights = |file: &&String| {
                 [".safetensors", ".bin", ".pt", ".pth", ".gguf"].iter().any(|end| file.ends_with(end))
             };
+            let files = self.source.list().unwrap_or_default();
             let found: Vec<&str> = files.iter().filter(weights).map(String::as_str).collect();
             let found = if found.is_empty() { "no weights".to_owned() } else { found.join(", ") };
-            checkpoint.problems.add(".", None, format!("{SINGLE}, or shards with {INDEX}"), found);
-            checkpoint.incomplete = true;
+            self.problems.add(".", None, format!("{SINGLE}, or shards with {INDEX}"), found);
+            self.incomplete = true;
         }
-        checkpoint
     }
 
     /// Opens all shards that the index names, and compares.
@@ -264,6 +290,11 @@ impl Checkpoint {
         let Place { shard, entry } = self.tensors.get(name)?;
         let Shard { file, bytes } = &self.shards[*shard];
         Some(TensorRef { file, dtype: entry.dtype, shape: &entry.shape, bytes: &bytes[entry.bytes.clone()] })
+    }
+
+    /// Whether all values are made up: see [`Checkpoint::dummy`].
+    pub fn is_dummy(&self) -> bool {
+        self.dummy
     }
 
     /// Whether the absence of a tensor is explained by a problem noted already.

@@ -4,6 +4,7 @@
 mod checkpoint;
 mod checksum;
 mod collapse;
+mod dummy;
 mod finite;
 mod inventory;
 mod mmap;

@@ -3,6 +3,7 @@
 //! ([`super::validate`]) and for reading ([`super::WeightReader`]).
 
 use super::checkpoint::{Checkpoint, TensorRef};
+use super::dummy::{self, Dummy};
 use super::names::{ExpertNames, fill};
 use super::quant::{Awq, BadGroup, Float, Fp8, Gptq, MXFP4_BLOCK, Mxfp4, NIBBLES, Plain};
 use crate::error::Problem;
@@ -35,7 +36,11 @@ enum Form<'a> {
     Awq(Awq<'a>),
     Gptq(Gptq<'a>),
     Mxfp4(Mxfp4<'a>),
+    Dummy(Dummy),
 }
+
+/// Where made-up values are.
+const NO_FILE: &str = "no file";
 
 /// Rows dequantised at a time when the run wants bfloat16: bounds the f32 copy in between.
 const ROWS_AT_ONCE: usize = 64;
@@ -56,6 +61,7 @@ impl StoredMatrix<'_> {
             Form::Awq(form) => form.block(rows, cols, out),
             Form::Gptq(form) => form.block(rows, cols, out).map_err(|bad| self.bad_group(bad))?,
             Form::Mxfp4(form) => form.block(rows, cols, out),
+            Form::Dummy(form) => form.block(rows, cols, out),
         }
         Ok(())
     }
@@ -77,6 +83,10 @@ impl StoredMatrix<'_> {
         if let Form::Plain(form) = &self.form
             && form.copy_bf16(rows.clone(), cols.clone(), out)
         {
+            return Ok(());
+        }
+        if let Form::Dummy(form) = &self.form {
+            form.block_bf16(rows, cols, out);
             return Ok(());
         }
         let mut wide = vec![0.0; ROWS_AT_ONCE.min(rows.len()) * cols.len()];
@@ -105,7 +115,7 @@ impl StoredMatrix<'_> {
     pub fn check_data(&self) -> Result<(), Problem> {
         match &self.form {
             Form::Gptq(form) => form.groups_of(0..self.k).map(drop).map_err(|bad| self.bad_group(bad)),
-            Form::Plain(_) | Form::Fp8(_) | Form::Awq(_) | Form::Mxfp4(_) => Ok(()),
+            Form::Plain(_) | Form::Fp8(_) | Form::Awq(_) | Form::Mxfp4(_) | Form::Dummy(_) => Ok(()),
         }
     }
 
@@ -165,12 +175,21 @@ pub struct ExpertShape {
 /// A vector of floating-point numbers as it is stored: element `i` is number `first + i * step` of the tensor.
 #[derive(Debug)]
 pub struct StoredVector<'a> {
-    tensor: TensorRef<'a>,
-    float: Float,
-    first: usize,
-    step: usize,
+    values: Values<'a>,
     /// Elements.
     pub len: usize,
+}
+
+#[derive(Debug)]
+enum Values<'a> {
+    Stored {
+        tensor: TensorRef<'a>,
+        float: Float,
+        first: usize,
+        step: usize,
+    },
+    /// All the same.
+    Dummy(f32),
 }
 
 impl StoredVector<'_> {
@@ -180,17 +199,28 @@ impl StoredVector<'_> {
     /// When the range leaves the vector.
     pub fn read(&self, range: Range<usize>) -> Vec<f32> {
         assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of {}", self.len);
-        range.map(|i| self.float.get(self.tensor.bytes, self.first + i * self.step)).collect()
+        match self.values {
+            Values::Stored { tensor, float, first, step } => {
+                range.map(|i| float.get(tensor.bytes, first + i * step)).collect()
+            }
+            Values::Dummy(value) => vec![value; range.len()],
+        }
     }
 
     /// Bytes of the file that `len` elements take.
     pub fn bytes_of(&self, len: usize) -> u64 {
-        (len * self.float.bytes()) as u64
+        match self.values {
+            Values::Stored { float, .. } => (len * float.bytes()) as u64,
+            Values::Dummy(_) => (len * Float::Bf16.bytes()) as u64,
+        }
     }
 
     /// The file that holds it.
     pub fn file(&self) -> &str {
-        self.tensor.file
+        match self.values {
+            Values::Stored { tensor, .. } => tensor.file,
+            Values::Dummy(_) => NO_FILE,
+        }
     }
 }
 
@@ -214,6 +244,9 @@ impl<'a> Finder<'a> {
     /// The matrix `[n, k]` of a linear module, plain or quantised, judged by the tensors that are there: a quantised
     /// model keeps some modules plain (`modules_to_not_convert`).
     pub fn module(&mut self, module: &str, n: usize, k: usize) -> Option<StoredMatrix<'a>> {
+        if self.checkpoint.is_dummy() {
+            return Some(self.dummy(module.to_owned(), n, k));
+        }
         let weight = format!("{module}.weight");
         let plain = self.checkpoint.tensor(&weight);
         let packed = self.has_packed(module);
@@ -255,6 +288,9 @@ impl<'a> Finder<'a> {
         assert!(expert < experts, "expert {expert} of {experts}");
         let down = which == MlpMatrix::Down;
         let [n, k] = if down { [hidden, intermediate] } else { [intermediate, hidden] };
+        if self.checkpoint.is_dummy() {
+            return Some(self.dummy(format!("layer {layer}, expert {expert}, {which:?}"), n, k));
+        }
         // Rows of gate_up, of which gate and up are halves or alternate.
         let stored_n = if down { n } else { n.saturating_mul(2) };
         let up = usize::from(which == MlpMatrix::Up);
@@ -332,14 +368,29 @@ impl<'a> Finder<'a> {
         };
         let stored_len = if down { len } else { len.saturating_mul(2) };
         let name = format!("{}_bias", fill(template, layer, expert));
+        if self.checkpoint.is_dummy() {
+            return Some(StoredVector { values: Values::Dummy(dummy::vector_value(&name)), len });
+        }
         let tensor = self.tensor(&name, FLOATS, &[experts, stored_len])?;
-        Some(StoredVector { tensor, float: Float::of(tensor.dtype)?, first, step, len })
+        let values = Values::Stored { tensor, float: Float::of(tensor.dtype)?, first, step };
+        Some(StoredVector { values, len })
     }
 
     /// A vector of `len` floating-point numbers.
     pub fn vector(&mut self, name: &str, len: usize) -> Option<StoredVector<'a>> {
+        if self.checkpoint.is_dummy() {
+            return Some(StoredVector { values: Values::Dummy(dummy::vector_value(name)), len });
+        }
         let tensor = self.tensor(name, FLOATS, &[len])?;
-        Some(StoredVector { tensor, float: Float::of(tensor.dtype)?, first: 0, step: 1, len })
+        let values = Values::Stored { tensor, float: Float::of(tensor.dtype)?, first: 0, step: 1 };
+        Some(StoredVector { values, len })
+    }
+
+    /// Made-up values, counted as the bf16 that such a checkpoint would hold.
+    fn dummy(&mut self, name: String, n: usize, k: usize) -> StoredMatrix<'a> {
+        let bytes = n.saturating_mul(k).saturating_mul(Float::Bf16.bytes());
+        self.used.push((name.clone(), bytes));
+        StoredMatrix { n, k, form: Form::Dummy(Dummy::new(&name, k)), bytes, file: NO_FILE, name }
     }
 
     fn fp8(&mut self, module: &str, [n, k]: [usize; 2], block: [usize; 2]) -> Option<(Form<'a>, &'a str)> {

@@ -4,6 +4,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Served, moeyard, moeyard_in};
+use crate::support::fixtures::model_dir;
 
 const SMALL: [&str; 4] = ["--threads", "1", "--kv-cache-memory", "16MiB"];
 
@@ -31,6 +32,24 @@ fn the_engine_is_measured_by_prompt_length_and_batch() {
     }
     moeyard("bench --batch 0".split(' ')).refused(&["--batch: expected 1 or more, found 0"]);
     moeyard("bench --prompt-len 2000".split(' ').chain(SMALL)).refused(&["maximum context length"]);
+}
+
+/// Attention of both kinds, shared experts, fused expert tensors, biases.
+#[test]
+fn a_model_is_measured_without_its_weights() {
+    for name in ["mixtral", "deepseek_v3_fp8", "qwen2_moe", "gpt_oss"] {
+        let folder = TempDir::new().unwrap();
+        let mut config: Value =
+            serde_json::from_slice(&std::fs::read(model_dir(name).join("config.json")).unwrap()).unwrap();
+        config["vocab_size"] = 4096.into(); // that of the embedded tokenizer
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let given = ["bench", folder.path().to_str().unwrap(), "--load-format", "dummy"];
+        let work = "--prompt-len 9 --batch 2 --steps 2 --repeat 1 --context-len 4 --expert-parallel-size 2";
+        let outcome = moeyard(given.into_iter().chain(work.split(' ')).chain(SMALL));
+        assert!(outcome.stderr.contains("the weights are made up"), "{}", outcome.stderr);
+        assert!(outcome.ok().contains("batch 2"), "{name}");
+    }
+    moeyard(["bench", "--load-format", "dummy"]).refused(&["--load-format: dummy needs a folder"]);
 }
 
 #[test]

@@ -95,7 +95,11 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let mut raw = arguments.settings.read()?;
     let largest = work.batch.iter().copied().max().unwrap_or(1);
     raw.max_num_seqs.get_or_insert(largest.max(64));
-    let prepared = Prepared::new(OpenModel::open(arguments.model.as_deref())?, raw, Needs::default())?;
+    let prepared = Prepared::new(
+        OpenModel::open_as(arguments.model.as_deref(), raw.load_format.unwrap_or_default())?,
+        raw,
+        Needs::default(),
+    )?;
     let steps = Arc::new(Steps::default());
     let launched = prepared.launch(Needs::default(), Some(Arc::clone(&steps) as _))?;
     let mut bench = Bench {
