@@ -25,12 +25,13 @@ built() { # KIND: path of the executable that the test or bench `gpu` was built 
 folder=debug
 if [ "$profile" = release ]; then folder=release; fi
 rm -rf "$out"
-mkdir -p "$out/bin" "$out/fixtures" "$out/models"
+mkdir -p "$out/bin" "$out/configs" "$out/fixtures" "$out/models"
 strip -o "$out/bin/moeyard" "target/$folder/moeyard"
 strip -o "$out/bin/gpu" "$(built test)"
 strip -o "$out/bin/gpu_bench" "$(built bench)"
 cp -r tests/fixtures/. "$out/fixtures/"
 cp -r models/. "$out/models/"
+cp -r configs/models/. "$out/configs/"
 cp tests/gpu.sh "$out/"
 
 size_mb=$(du -sm "$out" | cut -f1)

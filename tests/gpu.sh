@@ -2,12 +2,16 @@
 # The self-check and benchmarks of the CUDA backend, in a folder made by scripts/build-gpu-suite.sh. Needs a GPU, its driver and python3;
 # neither Rust nor a network. A table of everything that ran is printed last.
 #
-#   FOLDER/gpu.sh [LOG_FOLDER]
+#   FOLDER/gpu.sh [LOG_FOLDER [PART...]]
+#
+# Parts: operations models sanitizer bench whole; all of them without one.
 set -uo pipefail
 cd "$(dirname "$0")"
 
 logs="${1:-$(mktemp -d)}"
 mkdir -p "$logs"
+if [ $# -gt 1 ]; then parts=" ${*:2} "; else parts=" operations models sanitizer bench whole "; fi
+part() { [[ "$parts" == *" $1 "* ]]; }
 jobs=6
 failures=0
 table=()
@@ -29,10 +33,12 @@ if ldd bin/moeyard | grep -E 'libcuda|libcudart|libnccl|libstdc'; then note "lin
 CUDA_VISIBLE_DEVICES= bin/moeyard generate --device cuda models/demo-mixtral --prompt a >"$logs/no-gpu.txt" 2>&1
 if [ $? = 2 ] && grep -q 'device: cuda: ' "$logs/no-gpu.txt"; then note "a missing GPU is named" ok "$(tail -1 "$logs/no-gpu.txt")"; else note "a missing GPU is named" FAIL "$(tail -1 "$logs/no-gpu.txt")"; fi
 
-start=$SECONDS
-timeout 120 bin/gpu --test-threads 12 >"$logs/operations.txt" 2>&1
-outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
-grep -E 'FAILED|panicked|expected|^---- ' "$logs/operations.txt" | grep -v '^test .* ok$' | head -60
+if part operations; then
+    start=$SECONDS
+    timeout 150 bin/gpu --test-threads 12 >"$logs/operations.txt" 2>&1
+    outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
+    grep -E 'FAILED|panicked|expected|^---- ' "$logs/operations.txt" | grep -v '^test .* ok$' | head -60
+fi
 
 # model, dtype, flags -> $logs/NAME.json
 verify() { # NAME MODEL DTYPE FLAGS...
@@ -52,28 +58,8 @@ judge() { # NAME MODEL DTYPE FLAGS...: verify, then compare with the golden outp
 throttle() { while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done; }
 
 names=()
-start=$SECONDS
 divisions=("--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--tensor-parallel-size 2" "--prefill-chunk-size 5 --max-num-seqs 2")
 compact() { echo "$*" | tr -d ' '; }
-for model in fixtures/*/; do
-    model="${model%/}"
-    [ -f "$model/golden.json" ] && [ -f "$model/config.json" ] || continue
-    for dtype in f32 bf16; do
-        name="$(basename "$model")-$dtype"
-        names+=("$name")
-        throttle
-        judge "$name" "$model" "$dtype" &
-    done
-done
-for model in fixtures/mixtral fixtures/deepseek_v3 fixtures/qwen2_moe; do
-    for flags in "${divisions[@]}"; do
-        name="$(compact "$(basename "$model")-f32$flags")"
-        names+=("$name")
-        throttle
-        # shellcheck disable=SC2086
-        judge "$name" "$model" f32 $flags &
-    done
-done
 
 # The trained demo models continue their golden prompts token by token.
 demo() { # NAME MODEL FLAGS...
@@ -99,33 +85,118 @@ PY
         { echo FAIL; tail -1 "$logs/$name.log" "$logs/$name.txt" | tr '\n' ' '; } >"$logs/$name.outcome"
     fi
 }
-for model in models/*/; do
-    model="${model%/}"
-    for flags in "" "${divisions[@]}"; do
-        name="$(compact "$(basename "$model")-f32$flags")"
-        names+=("$name")
-        throttle
-        # shellcheck disable=SC2086
-        demo "$name" "$model" $flags &
-    done
-done
-wait
-for name in "${names[@]}"; do
-    read -r first <"$logs/$name.outcome"
-    note "$name" "${first:-FAIL}" "$(sed -n 2p "$logs/$name.outcome" | cut -c1-200)"
-done
-note "time of all models" ok "$((SECONDS - start)) s"
 
-# Placement, EP degree and chunks do not change a bit.
-for model in mixtral deepseek_v3 qwen2_moe demo-mixtral demo-deepseek; do
-    for flags in "${divisions[@]}"; do
-        case "$flags" in *tensor*) continue ;; esac
-        cmp -s "$logs/$model-f32.safetensors" "$logs/$(compact "$model-f32$flags").safetensors"
-        outcome "$model: the bits of one rank with $flags" $? ""
+if part models; then
+    start=$SECONDS
+    for model in fixtures/*/; do
+        model="${model%/}"
+        [ -f "$model/golden.json" ] && [ -f "$model/config.json" ] || continue
+        for dtype in f32 bf16; do
+            name="$(basename "$model")-$dtype"
+            names+=("$name")
+            throttle
+            judge "$name" "$model" "$dtype" &
+        done
     done
-done
+    for model in fixtures/mixtral fixtures/deepseek_v3 fixtures/qwen2_moe; do
+        for flags in "${divisions[@]}"; do
+            name="$(compact "$(basename "$model")-f32$flags")"
+            names+=("$name")
+            throttle
+            # shellcheck disable=SC2086
+            judge "$name" "$model" f32 $flags &
+        done
+    done
+    for model in models/*/; do
+        model="${model%/}"
+        for flags in "" "${divisions[@]}"; do
+            name="$(compact "$(basename "$model")-f32$flags")"
+            names+=("$name")
+            throttle
+            # shellcheck disable=SC2086
+            demo "$name" "$model" $flags &
+        done
+    done
+    wait
+    for name in "${names[@]}"; do
+        read -r first <"$logs/$name.outcome"
+        note "$name" "${first:-FAIL}" "$(sed -n 2p "$logs/$name.outcome" | cut -c1-200)"
+    done
+    note "time of all models" ok "$((SECONDS - start)) s"
 
-if [ -x bin/gpu_bench ]; then
+    # Placement, EP degree and chunks do not change a bit.
+    for model in mixtral deepseek_v3 qwen2_moe demo-mixtral demo-deepseek; do
+        for flags in "${divisions[@]}"; do
+            case "$flags" in *tensor*) continue ;; esac
+            cmp -s "$logs/$model-f32.safetensors" "$logs/$(compact "$model-f32$flags").safetensors"
+            outcome "$model: the bits of one rank with $flags" $? ""
+        done
+    done
+fi
+
+# Out-of-bounds and uninitialised accesses, and races in shared memory, in whole models with attention of both kinds.
+sanitize() { # TOOL MODEL
+    local name
+    name="$1 $(basename "$2")"
+    timeout 100 compute-sanitizer --tool "$1" --error-exitcode 9 bin/moeyard verify "$2" --prompts "$2/golden.json" --out "$logs/$1.json" \
+        --device cuda --dtype bf16 --max-model-len 256 --kv-cache-memory 16MiB >"$logs/$(compact "$name").txt" 2>&1
+    outcome "$name" $? "$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$(compact "$name").txt" | head -1)"
+}
+if part sanitizer; then
+    if command -v compute-sanitizer >/dev/null; then
+        for model in fixtures/mixtral fixtures/deepseek_v3; do
+            for tool in memcheck racecheck; do sanitize "$tool" "$model"; done
+        done
+    else
+        note "compute-sanitizer" skip "it is not here"
+    fi
+fi
+
+# Models of real sizes with made-up weights: prefill and decode of the engine, and the share of what the memory allows.
+whole() { # NAME FLAGS...
+    local name="$1"
+    shift
+    start=$SECONDS
+    if timeout 200 bin/moeyard bench "$logs/$name" --load-format dummy --device cuda --json "$logs/$name.json" "$@" >"$logs/$name.txt" 2>&1; then
+        note "$name, whole" ok "$((SECONDS - start)) s"
+        python3 - "$logs/$name/config.json" "$logs/$name.json" "${MOEYARD_COPY_GBS:-4150}" <<'PY' | tee -a "$logs/bench.txt"
+import json, sys
+config, found, copy = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])), float(sys.argv[3])
+hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+experts = config.get("num_local_experts") or config["n_routed_experts"]
+top_k, width = config["num_experts_per_tok"], config.get("moe_intermediate_size", config["intermediate_size"])
+heads = config["num_attention_heads"]
+dense = config.get("first_k_dense_replace", 0)
+if "kv_lora_rank" in config:
+    rank, q, rope, nope, v = (config[k] for k in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+    # The absorbed form reads both halves of kv_b once.
+    attention = hidden * (q + rank + rope) + q * heads * (nope + rope) + heads * (nope + v) * rank + heads * v * hidden
+else:
+    dim, kv = config.get("head_dim") or hidden // heads, config["num_key_value_heads"]
+    attention = hidden * dim * (heads + 2 * kv) + heads * dim * hidden
+expert = 3 * hidden * width
+shared = expert * config.get("n_shared_experts", 0) or 0
+fixed = 2 * (layers * attention + dense * 3 * hidden * config["intermediate_size"] + (layers - dense) * shared + vocab * hidden)
+fixed += 4 * (layers - dense) * experts * hidden
+print(f"{'decode, whole model':<46} {'ms':>10} {'tokens/s':>10} {'GB/s':>10} {'of copy':>9}")
+for row in found["decode"]:
+    batch, ms = row["batch"], row["p50_ms"]
+    # Distinct experts that random choices meet.
+    distinct = experts * (1 - (1 - top_k / experts) ** batch)
+    read = fixed + 2 * (layers - dense) * distinct * expert
+    print(f"{'batch ' + str(batch):<46} {ms:>10.2f} {row['tokens_per_second']:>10.1f} {read / ms / 1e6:>10.0f} {read / ms / 1e4 / copy:>8.0f}%")
+active = layers * attention + dense * 3 * hidden * config["intermediate_size"] + (layers - dense) * (top_k * expert + shared)
+print(f"{'prefill, whole model':<46} {'ms':>10} {'tokens/s':>10} {'TFLOP/s':>10}")
+for row in found["prefill"]:
+    # Without attention's own products.
+    tokens, ms = row["prompt_tokens"], row["p50_ms"]
+    print(f"{str(tokens) + ' tokens':<46} {ms:>10.2f} {row['tokens_per_second']:>10.1f} {2 * active * tokens / ms / 1e9:>10.1f}")
+PY
+    else
+        note "$name, whole" FAIL "$(tail -1 "$logs/$name.txt" | cut -c1-300)"
+    fi
+}
+if part bench; then
     timeout 150 bin/gpu_bench 2>&1 | tee "$logs/bench.txt"
     outcome "benchmarks" "${PIPESTATUS[0]}" ""
     # cuBLAS and a peer on the same card, where torch is at hand: the two products of the Mixtral experts above, without activation.
@@ -171,6 +242,18 @@ if hasattr(torch, "_grouped_mm"):
         )
         report(f"torch._grouped_mm Mixtral-8x7B, {tokens} tokens", us(both), 6 * rows * hidden * width)
 PY
+fi
+
+if part whole; then
+    shape() { # MODEL NAME LAYERS: a copy of its configuration with so many layers
+        mkdir -p "$logs/$2"
+        sed "s/\"num_hidden_layers\": *[0-9]*/\"num_hidden_layers\": $3/" "configs/$1/config.json" >"$logs/$2/config.json"
+    }
+    large=(--max-model-len 10240 --max-num-batched-tokens 8192 --prefill-chunk-size 8192 --max-num-seqs 64 --repeat 3)
+    shape mixtral-8x7b mixtral-8x7b 32
+    whole mixtral-8x7b "${large[@]}" --prompt-len 2048,8192 --batch 1,8,64 --context-len 512 --steps 40
+    shape deepseek-v3 deepseek-v3-of-6-layers 6
+    whole deepseek-v3-of-6-layers "${large[@]}" --prompt-len 2048 --batch 1,64 --context-len 512 --steps 40
 fi
 
 printf '\n%s\n' "--- $(date -u +%F) $(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
