@@ -7,8 +7,18 @@ use std::process::Command;
 use std::thread;
 
 /// One translation unit per kernel family, the slowest to compile first.
-const FAMILIES: &[&str] =
-    &["gemm_sm90", "gemm_bf16", "attention_bf16", "attention", "gemm_f32", "rows", "norm", "moe", "device"];
+const FAMILIES: &[&str] = &[
+    "gemm_sm90",
+    "gemm_bf16",
+    "attention_bf16",
+    "attention",
+    "gemm_f32",
+    "rows",
+    "norm",
+    "moe",
+    "plan",
+    "device",
+];
 /// Each nvcc takes about a gigabyte.
 const JOBS: usize = 2;
 

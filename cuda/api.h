@@ -165,6 +165,23 @@ typedef struct {
 } MoeyardCombine;
 MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
 
+// ---- plan.cu
+
+// Groups the choices of all tokens by slot. Row r of slot s, offsets[s] <= r < offsets[s + 1], is token tokens[r]; choice j of
+// token t is in row rows[t * top_k + j]. Rows are in order of (slot, token, j).
+#define MOEYARD_PLAN_CHUNK 1024
+typedef struct {
+  MoeyardMatrix ids;        // [tokens, top_k]
+  const uint32_t* slot_of;  // by expert
+  int32_t* offsets;         // slots + 1
+  uint32_t* tokens;
+  uint32_t* rows;
+  int32_t* counts;  // working space, slots for every MOEYARD_PLAN_CHUNK choices; unused for one
+  int32_t slots;    // at most 2048
+  int32_t reserved;
+} MoeyardPlan;
+MOEYARD_API int moeyard_plan(const MoeyardPlan* args, void* stream);
+
 // ---- attention.cu, attention_bf16.cu
 
 // cache row `slots[i]` of each part = row i

@@ -23,6 +23,7 @@ static_assert(sizeof(MoeyardGemm) == 176);
 static_assert(sizeof(MoeyardGate) == 80);
 static_assert(sizeof(MoeyardRoute) == 136);
 static_assert(sizeof(MoeyardCombine) == 112);
+static_assert(sizeof(MoeyardPlan) == 80);
 static_assert(sizeof(MoeyardKvWrite) == 136);
 static_assert(sizeof(MoeyardSpan) == 20);
 static_assert(sizeof(MoeyardKvPart) == 32);

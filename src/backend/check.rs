@@ -3,7 +3,7 @@
 
 use super::{
     AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp, KvCache,
-    KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, Precision, RopeArgs, View, ViewMut,
+    KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, Precision, RopeArgs, View, ViewMut,
 };
 use crate::spec::{GroupScore, NormKind, Router, Score};
 
@@ -413,6 +413,32 @@ pub fn mlp(x: &View<'_>, w: &Mlp, out: &ViewMut<'_>) {
     float("mlp out", &out.as_view());
     shape("mlp out", &out.as_view(), x.rows(), x.cols());
     mlp_rows(x, w, out);
+}
+
+/// [`super::DevicePlan::planned_experts`]. The ids themselves are out of reach here: [`super::Backend::route`] writes none beyond the
+/// experts.
+pub fn planned_experts(args: &PlannedArgs<'_>, out: &ViewMut<'_>) {
+    let (tokens, top_k, slots) = (args.x.rows(), args.ids.cols(), args.slots.len());
+    float("planned x", &args.x);
+    dtype("planned ids", &args.ids, DType::I32);
+    shape("planned ids", &args.ids, tokens, top_k);
+    dtype("planned weights", &args.weights, DType::F32);
+    shape("planned weights", &args.weights, tokens, top_k);
+    dtype("planned out", &out.as_view(), DType::F32);
+    shape("planned out", &out.as_view(), tokens, args.x.cols());
+    for work in [&args.grouped, &args.computed] {
+        dtype("planned working space", &work.as_view(), args.x.dtype());
+        shape("planned working space", &work.as_view(), tokens * top_k, args.x.cols());
+    }
+    let first = args.slots.iter().flatten().next();
+    for (e, &slot) in args.slot_of.iter().enumerate() {
+        assert!((slot as usize) < slots, "expert {e}: slot {slot} of {slots}");
+        let w = args.slots[slot as usize].as_ref();
+        let w = w.unwrap_or_else(|| panic!("expert {e} lives in slot {slot}, which is empty"));
+        mlp_rows(&args.x, w, out);
+        let (own, others) = (w.parts[0].dtype(), first.unwrap_or(w).parts[0].dtype());
+        assert!(own == others, "slot {slot}: {own:?} weights among those of {others:?}");
+    }
 }
 
 /// [`super::Backend::combine`].

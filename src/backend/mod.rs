@@ -9,6 +9,7 @@ pub mod check;
 pub mod cpu;
 pub mod cuda;
 mod event;
+mod planned;
 mod precision;
 pub mod reference;
 mod tensor;
@@ -16,6 +17,7 @@ mod tensor;
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
 pub use event::Event;
+pub use planned::{DevicePlan, PlannedArgs};
 pub use precision::Precision;
 pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
@@ -435,6 +437,11 @@ pub trait Backend: Send + Sync {
 
     /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.
     fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()>;
+
+    /// Experts of rows that this backend groups by itself, where it can.
+    fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        None
+    }
 
     /// `out[t] = sum_j weights[t, j] * (sum_x rows[index(t, j, x)])`, j ascending, x ascending, out f32.
     fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()>;

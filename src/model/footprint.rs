@@ -138,9 +138,10 @@ impl Share<'_> {
         let owned = rows.div_ceil(tp);
         // residual, normed, output, shared expert in f32; rounded rows; gathered rows and partial sums of the group
         let stream = owned * hidden * (4 * 4 + wire) + rows * hidden * (wire + 4);
-        // sent, arrived, grouped, computed, returned; ids, weights and logits of the router
+        // sent, arrived, grouped, computed, returned; logits of the router; ids and weights of every layer
         let moe = &spec.moe;
-        let routed = owned * (moe.top_k * (5 * hidden * wire + 8) + 4 * moe.experts);
+        let choices = spec.moe_layers().len() * moe.top_k * 8;
+        let routed = owned * (moe.top_k * 5 * hidden * wire + 4 * moe.experts + choices);
         // What a backend keeps inside: routed rows in the form its kernels want, and between an expert's two matrices.
         let slice = shard::even(moe.intermediate, 0, self.degrees.expert_tp).len();
         let inside = owned * moe.top_k * (hidden + slice) * 4;

@@ -456,7 +456,15 @@ impl Loader<'_> {
             output: exact(owned)?,
             chosen: exact(owned.min(sizes.max_logit_rows))?,
             attention,
-            moe: MoeScratch::new(self.backend, dtype, owned, hidden, &self.spec.moe, split)?,
+            moe: MoeScratch::new(
+                self.backend,
+                dtype,
+                self.spec.moe_layers().len(),
+                owned,
+                hidden,
+                &self.spec.moe,
+                split,
+            )?,
             host: HostScratch::default(),
         })
     }

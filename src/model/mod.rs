@@ -52,7 +52,7 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Empties the record for `rows` rows from `first_row` on; layers are appended as they run.
+    /// Empties the record for `rows` rows from `first_row` on.
     pub fn clear(&mut self, first_row: usize, rows: usize, top_k: usize) {
         (self.first_row, self.rows, self.top_k) = (first_row, rows, top_k);
         self.ids.clear();

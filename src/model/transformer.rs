@@ -82,7 +82,6 @@ pub(super) struct HostScratch {
     rope_rows: Vec<u32>,
     phases: Vec<Phase>,
     chosen: Vec<u32>,
-    weights: Vec<f32>,
 }
 
 impl Model for Transformer {
@@ -94,7 +93,7 @@ impl Model for Transformer {
         let owned = owned_range(&self.scratch.host.counts, self.rank.tp.rank());
         self.rope.rows_of(batch.attention.spans, &mut self.scratch.host.rope_rows);
         phases_of(batch.attention.spans, owned.clone(), &mut self.scratch.host.phases);
-        out.routing.clear(owned.start, if batch.want_routing { owned.len() } else { 0 }, self.top_k);
+        self.scratch.moe.start(owned.len());
 
         let backend = self.rank.backend.clone();
         if !owned.is_empty() {
@@ -115,15 +114,14 @@ impl Model for Transformer {
                 FeedForward::Dense(mlp) => step.dense(&layer.post_attention_norm, mlp)?,
                 FeedForward::Moe(moe) => {
                     step.moe(&layer.post_attention_norm, moe, &self.placement, &self.load)?;
-                    if batch.want_routing {
-                        step.record(&mut out.routing)?;
-                    }
                 }
             }
         }
-        self.logits(batch.logit_rows, owned, out)?;
+        self.logits(batch.logit_rows, owned.clone(), out)?;
+        // What a device still has to do counts here, whatever it is.
+        self.settle()?;
         self.rank.lap(Work::Dense);
-        Ok(())
+        self.record(owned, batch.want_routing, &mut out.routing)
     }
 
     fn transfer(&mut self, slice: &Slice) -> Result<Checksums> {
@@ -160,6 +158,32 @@ impl DecoderLayer {
 }
 
 impl Transformer {
+    /// Counts the choices of layers whose rows the device grouped by itself: fetched at once, after everything else was given to it.
+    fn settle(&mut self) -> Result<()> {
+        let Transformer { rank, layers, placement, load, scratch, .. } = self;
+        let Scratch { moe: moe_scratch, host, .. } = scratch;
+        let planned =
+            || layers.iter().filter_map(DecoderLayer::moe).filter(|moe| moe.is_planned(rank, placement));
+        if planned().next().is_none() {
+            return Ok(());
+        }
+        moe_scratch.fetch(rank.backend.as_ref())?;
+        planned().for_each(|moe| moe.settle(placement, &host.phases, load, moe_scratch));
+        Ok(())
+    }
+
+    /// Hands out the choices of all layers.
+    fn record(&mut self, owned: Range<usize>, wanted: bool, routing: &mut Routing) -> Result<()> {
+        routing.clear(owned.start, if wanted { owned.len() } else { 0 }, self.top_k);
+        if wanted {
+            let routed = self.scratch.moe.routed();
+            routing.ids.extend(routed.all_ids().iter().map(|&id| id as u32));
+            routed.fetch_weights(self.rank.backend.as_ref(), &mut routing.weights)?;
+        }
+        self.rank.lap(Work::Router);
+        Ok(())
+    }
+
     /// Norms the wanted owned rows and runs the head on them.
     fn logits(&mut self, wanted: &[u32], owned: Range<usize>, out: &mut StepOutput) -> Result<()> {
         let backend = self.rank.backend.as_ref();
@@ -280,21 +304,6 @@ impl LayerStep<'_> {
             self.rank.backend.add_scaled(summed.head(n), self.residual_scale, residual.head_mut(n))?;
         }
         self.rank.lap(if self.rank.tp.size() == 1 { work } else { Work::AllReduce });
-        Ok(())
-    }
-
-    /// Appends the layer's choices to `routing`.
-    fn record(&mut self, routing: &mut Routing) -> Result<()> {
-        let Scratch { moe, host, .. } = &mut *self.scratch;
-        let routed = moe.routed();
-        routing.ids.extend(routed.ids().iter().map(|&id| id as u32));
-        host.weights.clear();
-        host.weights.resize(routed.ids().len(), 0.0);
-        if !host.weights.is_empty() {
-            self.rank.backend.download(routed.weights(), bytemuck::cast_slice_mut(&mut host.weights))?;
-        }
-        routing.weights.extend_from_slice(&host.weights);
-        self.rank.lap(Work::Router);
         Ok(())
     }
 }

@@ -59,6 +59,18 @@ impl Dispatch {
         self.place_received(shape, layer, split);
     }
 
+    /// Fills `offsets` alone, for a rank that holds every expert once: expert e in slot `slot_of[e]` of `slots`.
+    pub fn count_alone(&mut self, slot_of: &[u32], slots: usize, ids: &[i32]) {
+        self.offsets.clear();
+        self.offsets.resize(slots + 1, 0);
+        for &expert in ids {
+            self.offsets[slot_of[expert as usize] as usize + 1] += 1;
+        }
+        for slot in 0..slots {
+            self.offsets[slot + 1] += self.offsets[slot];
+        }
+    }
+
     /// Gives every (token, k) its slot, in canonical order.
     fn deal(&mut self, shape: DispatchShape, layer: LayerPlacement<'_>, split: &mut SplitPlan, ids: &[i32]) {
         split.deal(shape.rank);

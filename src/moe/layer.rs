@@ -3,7 +3,7 @@
 use router_sim::placement::Placement;
 use router_sim::split::{Split, SplitPlan};
 
-use crate::backend::{Backend, CombineArgs, DType, ExpertsArgs, Mlp, View, ViewMut};
+use crate::backend::{Backend, CombineArgs, DType, DevicePlan, ExpertsArgs, Mlp, PlannedArgs, View, ViewMut};
 use crate::error::Result;
 use crate::layers::linear::Linear;
 use crate::layers::mlp::GatedMlp;
@@ -53,10 +53,11 @@ pub struct MoeScratch {
 }
 
 impl MoeScratch {
-    /// Buffers for up to `rows` owned rows; those of received rows grow with the load they meet.
+    /// Buffers for up to `rows` owned rows in each of `layers` layers; those of received rows grow with the load they meet.
     pub fn new(
         backend: &dyn Backend,
         dtype: DType,
+        layers: usize,
         rows: usize,
         hidden: usize,
         moe: &Moe,
@@ -64,7 +65,7 @@ impl MoeScratch {
     ) -> Result<Self> {
         let wire = |rows| RowBuffer::new(backend, dtype, rows, hidden);
         Ok(MoeScratch {
-            routed: Routed::new(backend, rows, moe.experts, moe.top_k)?,
+            routed: Routed::new(backend, layers, rows, moe.experts, moe.top_k)?,
             counts: Vec::new(),
             world_counts: Vec::new(),
             split: SplitPlan::new(split),
@@ -79,9 +80,19 @@ impl MoeScratch {
         })
     }
 
-    /// Choices of the layer that ran last.
+    /// Choices of the step.
     pub fn routed(&self) -> &Routed {
         &self.routed
+    }
+
+    /// Copies the choices of all layers to the host. Waits for the device.
+    pub fn fetch(&mut self, backend: &dyn Backend) -> Result<()> {
+        self.routed.fetch_all(backend)
+    }
+
+    /// Begins a step of `rows` owned rows.
+    pub fn start(&mut self, rows: usize) {
+        self.routed.start(rows);
     }
 }
 
@@ -109,7 +120,15 @@ impl MoeLayer {
     ) -> Result<()> {
         let backend = rank.backend.clone();
         let backend = backend.as_ref();
-        self.router.forward(backend, rows.exact, &mut scratch.routed)?;
+        self.router.forward(backend, rows.exact, self.index, &mut scratch.routed)?;
+        if let (Some(slot_of), Some(planner)) = (self.planned(rank, placement), backend.device_plan()) {
+            rank.lap(Work::Router);
+            self.compute_planned(planner, slot_of, rows.rounded, scratch, out.reborrow())?;
+            self.add_shared(backend, rows, scratch, out)?;
+            rank.lap(Work::Expert);
+            return Ok(());
+        }
+        scratch.routed.fetch(backend, self.index..self.index + 1)?;
         rank.lap(Work::Router);
         self.plan(rank, placement, scratch)?;
         self.count(rows.phases, load, scratch);
@@ -123,7 +142,7 @@ impl MoeLayer {
             CombineArgs {
                 rows: scratch.returned.head(scratch.dispatch.send_tokens.len()),
                 index: &scratch.dispatch.combine,
-                weights: scratch.routed.weights(),
+                weights: scratch.routed.weights(self.index),
                 parts: rank.expert_tp,
             },
             out.reborrow(),
@@ -134,14 +153,68 @@ impl MoeLayer {
         Ok(())
     }
 
+    /// Whether [`MoeLayer::forward`] leaves it to the device to group rows: the host sees the choices after the step only.
+    pub fn is_planned(&self, rank: &Rank, placement: &Placement) -> bool {
+        self.planned(rank, placement).is_some() && rank.backend.device_plan().is_some()
+    }
+
+    /// The slot of each expert, where this rank holds every expert, once.
+    fn planned<'a>(&self, rank: &Rank, placement: &'a Placement) -> Option<&'a [u32]> {
+        if rank.world.size() == 1 { placement.layer(self.index).only_slots() } else { None }
+    }
+
+    /// The experts' sums for the owned rows, without the host having seen the choices.
+    fn compute_planned(
+        &self,
+        planner: &dyn DevicePlan,
+        slot_of: &[u32],
+        x: View<'_>,
+        scratch: &mut MoeScratch,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let MoeScratch { routed, grouped, returned, .. } = scratch;
+        let rows = x.rows() * routed.top_k();
+        let args = PlannedArgs {
+            x,
+            ids: routed.device_ids(self.index),
+            weights: routed.weights(self.index),
+            slot_of,
+            slots: &self.slots,
+            activation: self.activation,
+            grouped: grouped.head_mut(rows),
+            computed: returned.head_mut(rows),
+        };
+        planner.planned_experts(args, out)
+    }
+
+    /// Counts what [`MoeLayer::forward`] of a planned layer could not, now that the host has the choices of the step.
+    ///
+    /// # Panics
+    /// When some expert has more than one slot.
+    pub fn settle(
+        &self,
+        placement: &Placement,
+        phases: &[Phase],
+        load: &LoadCounters,
+        scratch: &mut MoeScratch,
+    ) {
+        let slot_of = placement.layer(self.index).only_slots().expect("a planned layer has no replicas");
+        let MoeScratch { routed, dispatch, .. } = scratch;
+        for (i, &id) in routed.ids(self.index).iter().enumerate() {
+            load.count(phases[i / routed.top_k()], self.index, id as usize, 0);
+        }
+        dispatch.count_alone(slot_of, self.slots.len(), routed.ids(self.index));
+        load.set_computed(self.index, &dispatch.offsets);
+    }
+
     /// Agrees with all ranks on who computes what.
     fn plan(&self, rank: &mut Rank, placement: &Placement, scratch: &mut MoeScratch) -> Result<()> {
         let world = rank.world.size();
         let experts = placement.experts();
-        let top_k = scratch.routed.weights().cols();
+        let top_k = scratch.routed.top_k();
         scratch.counts.clear();
         scratch.counts.resize(experts, 0);
-        for &id in scratch.routed.ids() {
+        for &id in scratch.routed.ids(self.index) {
             scratch.counts[id as usize] += 1;
         }
         scratch.world_counts.resize(experts * world, 0);
@@ -149,14 +222,14 @@ impl MoeLayer {
         let layer = placement.layer(self.index);
         scratch.split.rebuild(layer, &scratch.world_counts);
         let shape = DispatchShape { world, rank: rank.world.rank(), expert_tp: rank.expert_tp, top_k };
-        scratch.dispatch.plan(shape, layer, &mut scratch.split, scratch.routed.ids());
+        scratch.dispatch.plan(shape, layer, &mut scratch.split, scratch.routed.ids(self.index));
         Ok(())
     }
 
     /// Counts every choice once, at the row's owner.
     fn count(&self, phases: &[Phase], load: &LoadCounters, scratch: &MoeScratch) {
-        let top_k = scratch.routed.weights().cols();
-        for (i, (&id, &rank)) in scratch.routed.ids().iter().zip(&scratch.dispatch.destinations).enumerate() {
+        let (top_k, ids) = (scratch.routed.top_k(), scratch.routed.ids(self.index));
+        for (i, (&id, &rank)) in ids.iter().zip(&scratch.dispatch.destinations).enumerate() {
             load.count(phases[i / top_k], self.index, id as usize, rank as usize);
         }
     }

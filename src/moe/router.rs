@@ -1,6 +1,8 @@
 //! The token router of one layer: logits in f32 whatever the activation type, then the choice.
 
-use crate::backend::{Backend, DType, Tensor, View, ViewMut};
+use std::ops::Range;
+
+use crate::backend::{Backend, DType, Tensor, View};
 use crate::error::Result;
 use crate::layers::RowBuffer;
 use crate::layers::linear::Linear;
@@ -16,56 +18,133 @@ pub struct Router {
     pub spec: spec::Router,
 }
 
-/// Choices of the rows of one step, on the device and on the host.
+/// Choices of the rows of one step in all layers: on the device, and on the host as far as they were fetched.
 pub struct Routed {
     logits: RowBuffer,
+    /// `[layers * rows, top_k]`, where `rows` is that of the step.
     ids: RowBuffer,
     weights: RowBuffer,
+    layers: usize,
+    rows: usize,
     top_k: usize,
     host_ids: Vec<i32>,
 }
 
 impl Routed {
-    /// Buffers for `rows` rows.
-    pub fn new(backend: &dyn Backend, rows: usize, experts: usize, top_k: usize) -> Result<Self> {
+    /// Buffers for `rows` rows in each of `layers` layers.
+    pub fn new(
+        backend: &dyn Backend,
+        layers: usize,
+        rows: usize,
+        experts: usize,
+        top_k: usize,
+    ) -> Result<Self> {
         Ok(Routed {
             logits: RowBuffer::new(backend, DType::F32, rows, experts)?,
-            ids: RowBuffer::new(backend, DType::I32, rows, top_k)?,
-            weights: RowBuffer::new(backend, DType::F32, rows, top_k)?,
+            ids: RowBuffer::new(backend, DType::I32, layers * rows, top_k)?,
+            weights: RowBuffer::new(backend, DType::F32, layers * rows, top_k)?,
+            layers,
+            rows: 0,
             top_k,
-            host_ids: Vec::with_capacity(rows * top_k),
+            host_ids: Vec::with_capacity(layers * rows * top_k),
         })
     }
 
-    /// Expert ids `[rows * top_k]`, best first in each row.
-    pub fn ids(&self) -> &[i32] {
+    /// Begins a step of `rows` rows.
+    pub fn start(&mut self, rows: usize) {
+        self.rows = rows;
+        self.host_ids.clear();
+        self.host_ids.resize(self.layers * rows * self.top_k, 0);
+    }
+
+    /// Copies the ids that `layers` chose to the host. Waits for the device.
+    pub fn fetch(&mut self, backend: &dyn Backend, layers: Range<usize>) -> Result<()> {
+        let (range, ids) = (self.range(&layers), self.range_of_ids(&layers));
+        if range.is_empty() {
+            return Ok(());
+        }
+        backend.download(
+            self.ids.head(range.end).rows_range(range),
+            bytemuck::cast_slice_mut(&mut self.host_ids[ids]),
+        )
+    }
+
+    /// [`Routed::fetch`] of all layers.
+    pub fn fetch_all(&mut self, backend: &dyn Backend) -> Result<()> {
+        self.fetch(backend, 0..self.layers)
+    }
+
+    /// Copies the factors of all layers to the host: `[layers][rows][top_k]`. Waits for the device.
+    pub fn fetch_weights(&self, backend: &dyn Backend, weights: &mut Vec<f32>) -> Result<()> {
+        let rows = self.layers * self.rows;
+        weights.clear();
+        weights.resize(rows * self.top_k, 0.0);
+        if rows == 0 {
+            return Ok(());
+        }
+        backend.download(self.weights.head(rows), bytemuck::cast_slice_mut(weights))
+    }
+
+    /// Fetched ids of all layers, `[layers][rows][top_k]`.
+    pub fn all_ids(&self) -> &[i32] {
         &self.host_ids
     }
 
+    /// Fetched ids of one layer, `[rows * top_k]`, best first in each row.
+    pub fn ids(&self, layer: usize) -> &[i32] {
+        &self.host_ids[self.range_of_ids(&(layer..layer + 1))]
+    }
+
+    /// The same on the device, `[rows, top_k]` I32.
+    pub fn device_ids(&self, layer: usize) -> View<'_> {
+        let range = self.range(&(layer..layer + 1));
+        self.ids.head(range.end).rows_range(range)
+    }
+
     /// Factors of the expert outputs, `[rows, top_k]` f32.
-    pub fn weights(&self) -> View<'_> {
-        self.weights.head(self.host_ids.len() / self.top_k)
+    pub fn weights(&self, layer: usize) -> View<'_> {
+        let range = self.range(&(layer..layer + 1));
+        self.weights.head(range.end).rows_range(range)
+    }
+
+    /// Choices per row.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// Rows of the buffers that are some layers'.
+    fn range(&self, layers: &Range<usize>) -> Range<usize> {
+        layers.start * self.rows..layers.end * self.rows
+    }
+
+    fn range_of_ids(&self, layers: &Range<usize>) -> Range<usize> {
+        let Range { start, end } = self.range(layers);
+        start * self.top_k..end * self.top_k
     }
 }
 
 impl Router {
-    /// Chooses experts for every row of `x` (f32, normed).
-    pub fn forward(&self, backend: &dyn Backend, x: View<'_>, routed: &mut Routed) -> Result<()> {
+    /// Chooses experts for every row of `x` (f32, normed), on the device; `layer` counts MoE layers.
+    pub fn forward(
+        &self,
+        backend: &dyn Backend,
+        x: View<'_>,
+        layer: usize,
+        routed: &mut Routed,
+    ) -> Result<()> {
         let rows = x.rows();
-        routed.host_ids.clear();
-        routed.host_ids.resize(rows * routed.top_k, 0);
+        assert_eq!(rows, routed.rows, "rows of a step");
         if rows == 0 {
             return Ok(());
         }
         self.linear.forward(backend, x, routed.logits.head_mut(rows))?;
-        let ids: ViewMut<'_> = routed.ids.head_mut(rows);
+        let range = routed.range(&(layer..layer + 1));
         backend.route(
             routed.logits.head(rows),
             self.choice_bias.as_ref().map(Tensor::view),
             &self.spec,
-            ids,
-            routed.weights.head_mut(rows),
-        )?;
-        backend.download(routed.ids.head(rows), bytemuck::cast_slice_mut(&mut routed.host_ids))
+            routed.ids.head_mut(range.end).rows_range(range.clone()),
+            routed.weights.head_mut(range.end).rows_range(range),
+        )
     }
 }

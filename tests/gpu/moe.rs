@@ -1,10 +1,11 @@
 //! Router and combine.
 
 use libtest_mimic::Trial;
-use moeyard::backend::{CombineArgs, DType};
-use moeyard::spec::{ExpertGroups, GroupScore, Renormalize, Router, Score};
+use moeyard::backend::{CombineArgs, DType, ExpertsArgs, Mlp, PlannedArgs};
+use moeyard::spec::{Activation, ExpertGroups, GroupScore, Renormalize, Router, Score};
 
-use crate::pair::{CLOSE, EXACT, Numbers, gpu, poisoned, same, tensor, values};
+use crate::pair::{CLOSE, Device, EXACT, Numbers, ROUNDED, gpu, poisoned, same, same_on, tensor, values};
+use crate::products::host_mlp;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -13,6 +14,8 @@ pub fn trials() -> Vec<Trial> {
         trial("moe::ties_go_to_the_lowest_id", ties_go_to_the_lowest_id),
         trial("moe::logits_that_are_no_numbers_choose_experts_that_exist", logits_that_are_no_numbers),
         trial("moe::combine", combine),
+        trial("moe::planned_experts", planned_experts),
+        trial("moe::the_device_plans_as_the_host_does", the_device_plans_as_the_host_does),
     ]
 }
 
@@ -151,6 +154,141 @@ fn combine() {
                 device.combine(args, out.view_mut()).unwrap();
                 values(device, out.view())
             });
+        }
+    }
+}
+
+/// Choices of a layer and where its experts live.
+struct Layer {
+    tokens: usize,
+    top_k: usize,
+    ids: Vec<f32>,
+    weights: Vec<f32>,
+    x: Vec<f32>,
+    slot_of: Vec<u32>,
+    slots: usize,
+}
+
+/// `top_k` different experts per token, those of low numbers more often; experts in any slots, one of them empty.
+fn layer(numbers: &mut Numbers, tokens: usize, experts: usize, top_k: usize, hidden: usize) -> Layer {
+    let mut ids = Vec::new();
+    for _ in 0..tokens {
+        let mut chosen: Vec<usize> = Vec::new();
+        while chosen.len() < top_k {
+            let below = 1 + numbers.below(experts);
+            let e = numbers.below(below);
+            if !chosen.contains(&e) {
+                chosen.push(e);
+            }
+        }
+        ids.extend(chosen.iter().map(|&e| e as f32));
+    }
+    let slots = experts + 1;
+    let mut order: Vec<u32> = (0..slots as u32).collect();
+    for i in (1..slots).rev() {
+        order.swap(i, numbers.below(i + 1));
+    }
+    let weights = numbers.vec(tokens * top_k);
+    let x = numbers.vec(tokens * hidden);
+    Layer { tokens, top_k, ids, weights, x, slot_of: order[..experts].to_vec(), slots }
+}
+
+impl Layer {
+    fn planned(&self, device: Device<'_>, dtype: DType, slots: &[Option<Mlp>], hidden: usize) -> Vec<f32> {
+        let x = tensor(device, dtype, self.tokens, hidden, &self.x);
+        let ids = tensor(device, DType::I32, self.tokens, self.top_k, &self.ids);
+        let weights = tensor(device, DType::F32, self.tokens, self.top_k, &self.weights);
+        let rows = self.tokens * self.top_k;
+        let [mut grouped, mut computed] = [0, 1].map(|_| poisoned(device, dtype, rows, hidden));
+        let mut out = poisoned(device, DType::F32, self.tokens, hidden);
+        let args = PlannedArgs {
+            x: x.view(),
+            ids: ids.view(),
+            weights: weights.view(),
+            slot_of: &self.slot_of,
+            slots,
+            activation: Activation::SiluMul,
+            grouped: grouped.view_mut(),
+            computed: computed.view_mut(),
+        };
+        device.device_plan().unwrap().planned_experts(args, out.view_mut()).unwrap();
+        values(device, out.view())
+    }
+
+    /// The same with a stable sort on the host.
+    fn by_host(&self, device: Device<'_>, dtype: DType, slots: &[Option<Mlp>], hidden: usize) -> Vec<f32> {
+        let x = tensor(device, dtype, self.tokens, hidden, &self.x);
+        let weights = tensor(device, DType::F32, self.tokens, self.top_k, &self.weights);
+        let slot = |choice: usize| self.slot_of[self.ids[choice] as usize] as usize;
+        let mut order: Vec<usize> = (0..self.ids.len()).collect();
+        order.sort_by_key(|&choice| slot(choice));
+        let tokens: Vec<u32> = order.iter().map(|choice| (choice / self.top_k) as u32).collect();
+        let mut index = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(row, &choice)| index[choice] = row as u32);
+        let offsets: Vec<usize> =
+            (0..=self.slots).map(|s| order.iter().filter(|&&choice| slot(choice) < s).count()).collect();
+        let [mut grouped, mut computed] = [0, 1].map(|_| poisoned(device, dtype, order.len(), hidden));
+        let mut out = poisoned(device, DType::F32, self.tokens, hidden);
+        device.gather_rows(x.view(), &tokens, grouped.view_mut()).unwrap();
+        let args =
+            ExpertsArgs { rows: grouped.view(), offsets: &offsets, slots, activation: Activation::SiluMul };
+        device.experts(args, computed.view_mut()).unwrap();
+        let args = CombineArgs { rows: computed.view(), index: &index, weights: weights.view(), parts: 1 };
+        device.combine(args, out.view_mut()).unwrap();
+        values(device, out.view())
+    }
+
+    /// The slot table, with the same expert in several slots where there are many.
+    fn slots(
+        &self,
+        device: Device<'_>,
+        dtype: DType,
+        host: &[moeyard::backend::HostMlp],
+    ) -> Vec<Option<Mlp>> {
+        let mut slots: Vec<Option<Mlp>> = (0..self.slots).map(|_| None).collect();
+        for (e, &slot) in self.slot_of.iter().enumerate() {
+            slots[slot as usize] = Some(device.pack_mlp(&host[e % host.len()], dtype).unwrap());
+        }
+        slots
+    }
+}
+
+fn planned_experts() {
+    let owner = gpu();
+    let mut numbers = Numbers::new(34);
+    for dtype in [DType::F32, DType::Bf16] {
+        let (hidden, width) = (64, 32);
+        let host: Vec<_> = (0..7).map(|_| host_mlp(&mut numbers, hidden, width, true, dtype)).collect();
+        for (tokens, experts, top_k) in [(1, 8, 2), (3, 8, 1), (64, 8, 2), (5, 64, 6), (130, 64, 8)] {
+            let layer = layer(&mut numbers, tokens, experts, top_k, hidden);
+            same_on(
+                owner.as_ref(),
+                &format!("{dtype:?} {tokens} of {experts}, top {top_k}"),
+                ROUNDED,
+                |device| {
+                    let slots = layer.slots(device, dtype, &host);
+                    layer.planned(device, dtype, &slots, hidden)
+                },
+            );
+        }
+    }
+}
+
+/// One block of the plan, several, and more slots than a warp and than a block has threads.
+fn the_device_plans_as_the_host_does() {
+    let owner = gpu();
+    let device = owner.as_ref();
+    let mut numbers = Numbers::new(35);
+    let (hidden, width) = (64, 32);
+    let host: Vec<_> = (0..7).map(|_| host_mlp(&mut numbers, hidden, width, false, DType::Bf16)).collect();
+    for (experts, top_k) in [(1, 1), (8, 2), (64, 6), (300, 8)] {
+        for tokens in [1, 2, 31, 128, 513, 1025, 5000] {
+            let layer = layer(&mut numbers, tokens, experts, top_k, hidden);
+            let slots = layer.slots(device, DType::Bf16, &host);
+            let bits = |xs: Vec<f32>| xs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let found = bits(layer.planned(device, DType::Bf16, &slots, hidden));
+            let expected = bits(layer.by_host(device, DType::Bf16, &slots, hidden));
+            assert!(found == expected, "{tokens} tokens, top {top_k} of {experts}");
         }
     }
 }

@@ -81,7 +81,7 @@ fn linear_of_strided_rows() {
     }
 }
 
-fn host_mlp(numbers: &mut Numbers, hidden: usize, width: usize, bias: bool, dtype: DType) -> HostMlp {
+pub fn host_mlp(numbers: &mut Numbers, hidden: usize, width: usize, bias: bool, dtype: DType) -> HostMlp {
     HostMlp {
         gate: host_matrix(numbers, width, hidden, dtype),
         up: host_matrix(numbers, width, hidden, dtype),

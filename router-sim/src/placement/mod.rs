@@ -273,6 +273,11 @@ impl<'a> LayerPlacement<'a> {
         self.replicas.slots.len() > self.experts()
     }
 
+    /// The slot of each expert, where no expert has more than one.
+    pub fn only_slots(&self) -> Option<&'a [u32]> {
+        (!self.is_replicated()).then_some(&self.replicas.slots)
+    }
+
     /// The slots of an expert, ascending; never empty.
     pub fn replicas(&self, expert: usize) -> &'a [u32] {
         &self.replicas.slots[self.replicas.starts[expert] as usize..self.replicas.starts[expert + 1] as usize]

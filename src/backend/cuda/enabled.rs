@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::{result, sys};
 
 use crate::backend::{
-    AttentionBatch, Backend, CombineArgs, DType, DeviceId, Event, ExpertsArgs, GqaArgs, HostMatrix, HostMlp,
-    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut, check,
+    AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
+    HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs,
+    Tensor, View, ViewMut, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
@@ -26,6 +27,8 @@ use memory::{Buffer, Resident, Staging, Upload};
 /// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
+    /// Where the rows of the layer at work go.
+    plan: Mutex<Buffer>,
     scratch: Mutex<Scratch>,
     /// Part addresses of the experts of each layer, by the address of its slot table.
     slot_tables: Mutex<HashMap<usize, Resident>>,
@@ -85,6 +88,7 @@ impl CudaBackend {
         let staging = Mutex::new(Staging::new(&gpu)?);
         Ok(CudaBackend {
             gpu,
+            plan: Mutex::default(),
             scratch: Mutex::default(),
             slot_tables: Mutex::default(),
             staging,
@@ -360,7 +364,16 @@ impl Backend for CudaBackend {
     fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()> {
         self.mlp_of(x, w, activation, out)
     }
+    fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        Some(self)
+    }
     fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         self.combine_rows(args, out)
+    }
+}
+
+impl DevicePlan for CudaBackend {
+    fn planned_experts(&self, args: PlannedArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        self.planned(args, out)
     }
 }

@@ -101,6 +101,11 @@ pub(super) fn write_ints(values: &[i32], view: ViewMut<'_>) {
     fill(view, values.iter().copied());
 }
 
+/// Integers of a view.
+pub(super) fn read_ints(view: View<'_>) -> Vec<i32> {
+    elements(view).collect()
+}
+
 /// Integers from one view to another.
 pub(super) fn copy_ints(src: View<'_>, dst: ViewMut<'_>) {
     fill(dst, elements::<i32>(src));

@@ -14,8 +14,9 @@ mod tests;
 
 use super::cpu::memory;
 use super::{
-    AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix, HostMlp,
-    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut, check,
+    AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, ExpertsArgs, GqaArgs, HostMatrix,
+    HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs, Tensor,
+    View, ViewMut, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, Router};
@@ -282,9 +283,31 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
+    fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        Some(self)
+    }
+
     fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::combine(&args, &out);
         moe::combine(&args).write(out);
         Ok(())
+    }
+}
+
+impl DevicePlan for ReferenceBackend {
+    fn planned_experts(&self, args: PlannedArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::planned_experts(&args, &out);
+        let PlannedArgs { x, mut computed, .. } = args;
+        let ids = host::read_ints(args.ids);
+        // Row t * top_k + j is choice j of token t: its own place, as nothing here is faster in groups.
+        let index: Vec<u32> = (0..ids.len() as u32).collect();
+        for (row, &expert) in ids.iter().enumerate() {
+            let (token, slot) = (row / args.ids.cols(), args.slot_of[expert as usize] as usize);
+            let w = args.slots[slot].as_ref().expect("checked above");
+            let y = moe::mlp(x.rows_range(token..token + 1), w, args.activation);
+            y.write(computed.reborrow().rows_range(row..row + 1));
+        }
+        let rows = computed.as_view();
+        self.combine(CombineArgs { rows, index: &index, weights: args.weights, parts: 1 }, out)
     }
 }

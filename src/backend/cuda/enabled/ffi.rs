@@ -212,6 +212,22 @@ pub struct Combine {
     pub parts: i32,
 }
 
+/// `MOEYARD_PLAN_CHUNK`
+pub const PLAN_CHUNK: usize = 1024;
+
+/// `MoeyardPlan`
+#[repr(C)]
+pub struct Plan {
+    pub ids: Matrix,
+    pub slot_of: usize,
+    pub offsets: usize,
+    pub tokens: usize,
+    pub rows: usize,
+    pub counts: usize,
+    pub slots: i32,
+    pub reserved: i32,
+}
+
 /// `MoeyardKvWrite`
 #[repr(C)]
 pub struct KvWrite {
@@ -292,6 +308,7 @@ unsafe extern "C" {
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
+    pub fn moeyard_plan(args: *const Plan, stream: *mut c_void) -> c_int;
     pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention(args: *const Attention, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention_bf16(args: *const Attention, stream: *mut c_void) -> c_int;
@@ -313,6 +330,7 @@ const _: () = {
     assert!(size_of::<GateRows>() == 80);
     assert!(size_of::<Route>() == 136);
     assert!(size_of::<Combine>() == 112);
+    assert!(size_of::<Plan>() == 80);
     assert!(size_of::<KvWrite>() == 136);
     assert!(size_of::<Span>() == 20);
     assert!(size_of::<KvPart>() == 32);

@@ -2,9 +2,12 @@
 
 use super::ffi;
 use super::{CudaBackend, Lock as _};
-use crate::backend::{CombineArgs, View, ViewMut, check};
+use crate::backend::{CombineArgs, DType, PlannedArgs, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::{GroupScore, Renormalize, Router, Score};
+
+/// Most slots that the plan counts in shared memory.
+const MAX_PLANNED_SLOTS: usize = 2048;
 
 impl CudaBackend {
     pub(super) fn choose(
@@ -53,13 +56,65 @@ impl CudaBackend {
     pub(super) fn combine_rows(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::combine(&args, &out);
         let index = self.staging.lock_now().push(bytemuck::cast_slice(args.index))?;
+        self.combine_by(args.rows, index, args.weights, args.parts, out)
+    }
+
+    /// Sums rows by an index on the device.
+    fn combine_by(
+        &self,
+        rows: View<'_>,
+        index: usize,
+        weights: View<'_>,
+        parts: usize,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
         let args = ffi::Combine {
-            rows: ffi::Matrix::of(&args.rows),
-            weights: ffi::Matrix::of(&args.weights),
+            rows: ffi::Matrix::of(&rows),
+            weights: ffi::Matrix::of(&weights),
             out: ffi::Matrix::of(&out.as_view()),
             index,
-            parts: ffi::int(args.parts),
+            parts: ffi::int(parts),
         };
         self.gpu.launch("combine", ffi::moeyard_combine, &args)
+    }
+
+    pub(super) fn planned(&self, args: PlannedArgs<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::planned_experts(&args, &out);
+        let (choices, slots) = (args.ids.rows() * args.ids.cols(), args.slots.len());
+        if slots > MAX_PLANNED_SLOTS {
+            let why = format!("{slots} slots of a layer on one GPU, at most {MAX_PLANNED_SLOTS}");
+            return Err(self.gpu.failure(why));
+        }
+        if choices == 0 {
+            return Ok(());
+        }
+        let table = self.slot_table(args.slots, args.slot_of)?.expect("every expert has a slot");
+        // Offsets, tokens, rows, and the counts of blocks where there are several.
+        let blocks = choices.div_ceil(ffi::PLAN_CHUNK);
+        let parts = [slots + 1, choices, choices, if blocks > 1 { blocks * slots } else { 0 }];
+        let mut plan = self.plan.lock_now();
+        let plan = plan.take(&self.gpu, DType::I32, 1, parts.iter().sum())?;
+        let mut end = plan.as_view().address();
+        let [offsets, tokens, rows, counts] = parts.map(|n| {
+            end += n * DType::I32.bytes();
+            end - n * DType::I32.bytes()
+        });
+        let plan = ffi::Plan {
+            ids: ffi::Matrix::of(&args.ids),
+            slot_of: table.slot_of(),
+            offsets,
+            tokens,
+            rows,
+            counts,
+            slots: ffi::int(slots),
+            reserved: 0,
+        };
+        self.gpu.launch("plan", ffi::moeyard_plan, &plan)?;
+        let PlannedArgs { mut grouped, mut computed, .. } = args;
+        self.copy(args.x, tokens, grouped.reborrow())?;
+        let experts = args.slot_of.len();
+        let output = computed.reborrow();
+        self.experts_on_device(grouped.as_view(), &table, experts, offsets, args.activation, output)?;
+        self.combine_by(computed.as_view(), rows, args.weights, 1, out)
     }
 }

@@ -71,19 +71,38 @@ impl Batches {
 
 /// The slots' share of the rows.
 #[derive(Clone, Copy)]
-struct Groups<'a> {
-    offsets: &'a [usize],
+enum Groups<'a> {
+    /// As the host planned it: rows `offsets[s]..offsets[s + 1]` are slot s's.
+    Known { offsets: &'a [usize] },
+    /// As only the device knows it, of `experts` in `slots`.
+    OnDevice { rows: usize, experts: usize, slots: usize },
 }
 
 impl Groups<'_> {
-    /// Rows of a slot that has any, on average.
-    fn mean(self) -> usize {
-        let busy = self.offsets.windows(2).filter(|w| w[0] < w[1]).count();
-        self.offsets[self.offsets.len() - 1].div_ceil(busy.max(1))
+    fn slots(self) -> usize {
+        match self {
+            Groups::Known { offsets } => offsets.len() - 1,
+            Groups::OnDevice { slots, .. } => slots,
+        }
     }
 
+    /// Rows of a slot that has any, on average; if it is not known which have, of one that could have.
+    fn mean(self) -> usize {
+        match self {
+            Groups::Known { offsets } => {
+                let busy = offsets.windows(2).filter(|w| w[0] < w[1]).count();
+                offsets[offsets.len() - 1].div_ceil(busy.max(1))
+            }
+            Groups::OnDevice { rows, experts, .. } => rows.div_ceil(rows.min(experts).max(1)),
+        }
+    }
+
+    /// Tiles of `size` rows; at least as many as there turn out to be.
     fn tiles(self, size: usize) -> usize {
-        self.offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(size)).sum()
+        match self {
+            Groups::Known { offsets } => offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(size)).sum(),
+            Groups::OnDevice { rows, experts, .. } => rows / size + rows.min(experts),
+        }
     }
 }
 
@@ -182,7 +201,7 @@ impl CudaBackend {
         let weights =
             Weights::One { matrix: w.data.view().address(), bias: bias.map_or(0, |bias| bias.address()) };
         let shape = Shape { n: w.n, k: w.k, dtype: w.data.dtype() };
-        self.multiply(x, weights, shape, Groups { offsets: &[0, x.rows()] }, Batches::ONE, none(), out)
+        self.multiply(x, weights, shape, Groups::Known { offsets: &[0, x.rows()] }, Batches::ONE, none(), out)
     }
 
     /// `count` products side by side: columns `b * k..` of `x` (where `x_step` elements apart) with rows `b * w_step..` of `w`.
@@ -191,7 +210,7 @@ impl CudaBackend {
         let matrix = w.view().address() + heads.first_row * row * w.dtype().bytes();
         let batches = Batches { count: heads.count, x: heads.x_step, w: heads.row_step * row, out: heads.n };
         let shape = Shape { n: heads.n, k: heads.k, dtype: w.dtype() };
-        let groups = Groups { offsets: &[0, x.rows()] };
+        let groups = Groups::Known { offsets: &[0, x.rows()] };
         self.multiply(x, Weights::One { matrix, bias: 0 }, shape, groups, batches, none(), out)
     }
 
@@ -230,7 +249,7 @@ impl CudaBackend {
             x_batch: batches.x as i64,
             w_batch: batches.w as i64,
             out_batch: batches.out as i64,
-            slots: ffi::int(groups.offsets.len() - 1),
+            slots: ffi::int(groups.slots()),
             batches: ffi::int(batches.count),
             n: ffi::int(shape.n),
             k: ffi::int(shape.k),
@@ -249,24 +268,25 @@ impl CudaBackend {
 
     pub(super) fn experts_of(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::experts(&args, &out);
-        let Some(first) = args.slots.iter().flatten().next() else { return Ok(()) };
-        let shape = MlpShape::of(first);
-        for (s, slot) in args.slots.iter().enumerate() {
-            let same = slot.as_ref().is_none_or(|w| MlpShape::of(w) == shape);
-            assert!(same, "slot {s}: an expert of another shape than {shape:?}");
-        }
-        let slots = args.slots.len();
-        let table = self.slot_table(args.slots)?;
+        let Some(table) = self.slot_table(args.slots, &[])? else { return Ok(()) };
         let offsets: Vec<i32> = args.offsets.iter().map(|&o| ffi::int(o)).collect();
         let offsets = self.staging.lock_now().push(bytemuck::cast_slice(&offsets))?;
-        let array = |part: usize| table + part * slots * size_of::<usize>();
-        let weights = |part: usize| Weights::Slots {
-            matrices: array(part),
-            biases: if shape.bias { array(part + 2) } else { 0 },
-            offsets,
-        };
-        let groups = Groups { offsets: args.offsets };
-        self.gated(args.rows, [weights(0), weights(1)], shape, groups, args.activation, out)
+        let groups = Groups::Known { offsets: args.offsets };
+        self.gated(args.rows, table.weights(offsets), table.shape, groups, args.activation, out)
+    }
+
+    /// The experts of `rows`, which are grouped by slot, by offsets on the device.
+    pub(super) fn experts_on_device(
+        &self,
+        rows: View<'_>,
+        table: &SlotTable,
+        experts: usize,
+        offsets: usize,
+        activation: Activation,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        let groups = Groups::OnDevice { rows: rows.rows(), experts, slots: table.slots };
+        self.gated(rows, table.weights(offsets), table.shape, groups, activation, out)
     }
 
     pub(super) fn mlp_of(
@@ -279,7 +299,7 @@ impl CudaBackend {
         check::mlp(&x, w, &out);
         let address = |part: usize| w.parts.get(part).map_or(0, |t| t.view().address());
         let weights = |part: usize| Weights::One { matrix: address(part), bias: address(part + 2) };
-        let groups = Groups { offsets: &[0, x.rows()] };
+        let groups = Groups::Known { offsets: &[0, x.rows()] };
         self.gated(x, [weights(0), weights(1)], MlpShape::of(w), groups, activation, out)
     }
 
@@ -319,18 +339,53 @@ impl CudaBackend {
         self.multiply(product.as_view(), down, second, groups, Batches::ONE, none(), out)
     }
 
-    /// Device address of the slots' part addresses: an array over slots for each of four parts. It is uploaded again only when an
-    /// expert has moved.
-    fn slot_table(&self, slots: &[Option<Mlp>]) -> Result<usize> {
-        let mut addresses = vec![0usize; 4 * slots.len()];
+    /// What kernels need to know of a layer's slots: the addresses of their parts, an array over slots for each of four, then the
+    /// slot of each expert. It is uploaded again only when an expert has moved. `None` where all slots are empty.
+    pub(super) fn slot_table(&self, slots: &[Option<Mlp>], slot_of: &[u32]) -> Result<Option<SlotTable>> {
+        let Some(first) = slots.iter().flatten().next() else { return Ok(None) };
+        let shape = MlpShape::of(first);
+        let addresses = SlotTable::PARTS * slots.len();
+        let mut words =
+            vec![0usize; addresses + (slot_of.len() * size_of::<u32>()).div_ceil(size_of::<usize>())];
         for (s, slot) in slots.iter().enumerate() {
-            for (p, part) in slot.iter().flat_map(|w| w.parts.iter().enumerate()) {
-                addresses[p * slots.len() + s] = part.view().address();
+            let Some(w) = slot else { continue };
+            assert!(MlpShape::of(w) == shape, "slot {s}: an expert of another shape than {shape:?}");
+            for (p, part) in w.parts.iter().enumerate() {
+                words[p * slots.len() + s] = part.view().address();
             }
         }
+        let rest: &mut [u32] = bytemuck::cast_slice_mut(&mut words[addresses..]);
+        rest[..slot_of.len()].copy_from_slice(slot_of);
         let mut tables = self.slot_tables.lock_now();
         let table = tables.entry(slots.as_ptr() as usize).or_default();
-        table.put(&self.gpu, &mut self.staging.lock_now(), bytemuck::cast_slice(&addresses))
+        let address = table.put(&self.gpu, &mut self.staging.lock_now(), bytemuck::cast_slice(&words))?;
+        Ok(Some(SlotTable { address, slots: slots.len(), shape }))
+    }
+}
+
+/// A layer's slots in device memory; see [`CudaBackend::slot_table`].
+pub struct SlotTable {
+    address: usize,
+    slots: usize,
+    shape: MlpShape,
+}
+
+impl SlotTable {
+    const PARTS: usize = 4;
+
+    /// Address of the slot of each expert.
+    pub fn slot_of(&self) -> usize {
+        self.address + SlotTable::PARTS * self.slots * size_of::<usize>()
+    }
+
+    /// Both matrices, of rows at `offsets` on the device.
+    fn weights(&self, offsets: usize) -> [Weights; 2] {
+        let array = |part: usize| self.address + part * self.slots * size_of::<usize>();
+        [0, 1].map(|part| Weights::Slots {
+            matrices: array(part),
+            biases: if self.shape.bias { array(part + 2) } else { 0 },
+            offsets,
+        })
     }
 }
 
@@ -382,7 +437,21 @@ mod tests {
             (&[0, 5000], false, Tile::Bf16(128)),
             (&[0, 8192, 8192], true, Tile::Warpgroups),
         ] {
-            assert_eq!(Tile::of_bf16(Groups { offsets }, warpgroups), expected, "{offsets:?}");
+            assert_eq!(Tile::of_bf16(Groups::Known { offsets }, warpgroups), expected, "{offsets:?}");
+        }
+    }
+
+    /// Whatever the router chooses: the tile does not depend on it, and the grid has room for it.
+    #[test]
+    fn rows_that_only_the_device_knows_have_room() {
+        let mean = |rows, experts, slots| Groups::OnDevice { rows, experts, slots }.mean();
+        assert_eq!((mean(2, 8, 8), mean(128, 8, 10), mean(9, 8, 8)), (1, 16, 2));
+        for offsets in [[0, 1, 2, 3], [0, 0, 0, 3], [0, 64, 65, 129], [0, 1, 200, 201], [0, 65, 130, 195]] {
+            let known = Groups::Known { offsets: &offsets };
+            let hidden = Groups::OnDevice { rows: offsets[3], experts: 3, slots: 3 };
+            for size in [8, 64, 128] {
+                assert!(known.tiles(size) <= hidden.tiles(size), "{offsets:?} in tiles of {size}");
+            }
         }
     }
 }
