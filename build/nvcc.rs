@@ -10,6 +10,9 @@ use std::thread;
 const FAMILIES: &[&str] = &[
     "gemm_sm90",
     "gemm_bf16",
+    "attention_sm90",
+    "attention_mla",
+    "attention_decode",
     "attention_bf16",
     "attention",
     "gemm_f32",
@@ -122,7 +125,7 @@ fn architectures() -> Result<Vec<String>, String> {
 /// Kernels for Hopper's own instructions are empty on any other architecture.
 fn written_for<'a>(family: &str, archs: &'a [String]) -> &'a [String] {
     match archs.iter().position(|arch| arch == "90a") {
-        Some(at) if family == "gemm_sm90" => &archs[at..=at],
+        Some(at) if ["gemm_sm90", "attention_sm90", "attention_mla"].contains(&family) => &archs[at..=at],
         _ => archs,
     }
 }

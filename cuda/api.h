@@ -182,7 +182,7 @@ typedef struct {
 } MoeyardPlan;
 MOEYARD_API int moeyard_plan(const MoeyardPlan* args, void* stream);
 
-// ---- attention.cu, attention_bf16.cu
+// ---- attention.cu, attention_bf16.cu, attention_sm90.cu, attention_decode.cu, attention_mla.cu
 
 // cache row `slots[i]` of each part = row i
 typedef struct {
@@ -227,16 +227,25 @@ typedef struct {
   int32_t window;  // 0: none
   int32_t kv_type;
   float scale;
-  // moeyard_attention_bf16 only. 0: a block walks all positions. Else at least the chunks of 512 positions that a span meets, each
-  // walked by a block of its own; spans have one row then, and `partials` holds chunks * (value.dim + 2) floats per span and head.
+  // For single rows. Above 0, at least the chunks of 512 positions that a span meets, each walked by a block of its own; if more than
+  // one, `partials` holds chunks * (value.dim + 2) floats per span and head. 0 (moeyard_attention_mla): a block walks all positions, and
+  // `partials` holds 64 * value.dim floats per span and 64 heads.
   int32_t chunks;
   int32_t reserved;
   float* partials;
 } MoeyardAttention;
 MOEYARD_API int moeyard_attention(const MoeyardAttention* args, void* stream);
-// The same on the tensor cores, queries and weights rounded to bf16: a paged bf16 cache, one part of 64 or 128 columns per key, at most 64
-// query heads per KV head, and spans whose rows times query heads per KV head are at most 64.
+// The same on the tensor cores, over a bf16 cache. `scale` is positive, and queries and the output are 16-byte aligned rows. The kernels
+// for rows of a sequence take spans in ascending order.
+// A paged cache, one part of 64 or 128 columns per key; spans whose rows times query heads per KV head are at most 64.
 MOEYARD_API int moeyard_attention_bf16(const MoeyardAttention* args, void* stream);
+// On compute capability 9.0 only. As above, or keys of 128 columns that are not paged and 64 that are, with values of 128 that are not;
+// spans whose rows times query heads per KV head are at most 128.
+MOEYARD_API int moeyard_attention_sm90(const MoeyardAttention* args, void* stream);
+// As moeyard_attention_bf16, for spans of one row; any number of query heads per KV head.
+MOEYARD_API int moeyard_attention_decode(const MoeyardAttention* args, void* stream);
+// On compute capability 9.0 only, for spans of one row: keys of 512 and 64 paged columns that all heads share, and the former as values.
+MOEYARD_API int moeyard_attention_mla(const MoeyardAttention* args, void* stream);
 // Bytes of shared memory that moeyard_attention needs per block: host function, no stream.
 MOEYARD_API size_t moeyard_attention_shared_bytes(const MoeyardAttention* args);
 

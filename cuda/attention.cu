@@ -1,5 +1,5 @@
 // The paged KV cache and softmax attention for every shape, in f32 arithmetic: grouped queries, both forms of MLA, windows,
-// sinks, any head width.
+// sinks, any head width. Queries and weights are rounded to the cache's type, the weights' sum is not.
 //
 // A block works on eight (row, query head) pairs that share a KV head, one warp each, and walks the positions in tiles of 32
 // whose borders are multiples of 32: what a pair sums, and in which order, depends on its own position alone.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
   float* query = queries + warp * width;
   for (int part = 0, at = 0; part < 2; at += a.key[part++].dim)
     for (int c = lane; c < a.key[part].dim; c += WARP)
-      query[at + c] = load(a.query[part], row, int64_t(head) * a.query_stride[part] + c);
+      query[at + c] = widen(narrow<T>(load(a.query[part], row, int64_t(head) * a.query_stride[part] + c)));
 
   float max = -INFINITY, sum = 0.0f, out[VALUES] = {};
   if (a.sinks) {
@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
     float weight = expf(score - top), keep = expf(max - top);
     sum = sum * keep + warp_sum(weight);
     max = top;
+    weight = widen(narrow<T>(weight));
     for (int i = 0; i < VALUES; ++i) out[i] *= keep;
     for (int t = 0; t < TILE; ++t) {
       float p = __shfl_sync(FULL, weight, t);

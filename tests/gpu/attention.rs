@@ -14,9 +14,14 @@ pub fn trials() -> Vec<Trial> {
         trial("attention::gqa_with_windows_and_sinks", gqa_with_windows_and_sinks),
         trial("attention::gqa_over_long_contexts", gqa_over_long_contexts),
         trial("attention::mla", mla),
+        trial("attention::mla_over_long_contexts", mla_over_long_contexts),
         trial(
             "attention::a_row_has_the_same_bits_alone_and_in_any_chunk",
             a_row_has_the_same_bits_alone_and_in_any_chunk,
+        ),
+        trial(
+            "attention::a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk",
+            a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk,
         ),
     ]
 }
@@ -144,9 +149,18 @@ fn gqa() {
         &[(40, 1, 3), (0, 5, 5), (100, 1, 9)],
         &[(31, 70, 101), (5, 1, 4), (63, 2, 65)],
     ];
-    for (heads, kv_heads, dim) in
-        [(1, 1, 1), (2, 1, 16), (4, 2, 20), (8, 8, 64), (12, 1, 32), (8, 2, 128), (6, 3, 96), (2, 2, 256)]
-    {
+    for (heads, kv_heads, dim) in [
+        (1, 1, 1),
+        (2, 1, 16),
+        (4, 2, 20),
+        (8, 8, 64),
+        (12, 1, 32),
+        (8, 2, 128),
+        (6, 3, 96),
+        (2, 2, 256),
+        (20, 1, 64),
+        (64, 1, 128),
+    ] {
         for sequences in batches {
             let batch = Batch::new(&mut numbers, sequences);
             for dtype in [DType::F32, DType::Bf16] {
@@ -188,6 +202,56 @@ fn gqa_over_long_contexts() {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Mla {
+    heads: usize,
+    latent: usize,
+    nope: usize,
+    rope: usize,
+    v: usize,
+}
+
+/// As DeepSeek-V3 has them, but for the number of heads.
+const DEEPSEEK: Mla = Mla { heads: 16, latent: 512, nope: 128, rope: 64, v: 128 };
+
+impl Mla {
+    fn q_width(self) -> usize {
+        self.heads * (self.nope + self.rope)
+    }
+
+    fn scale(self) -> f32 {
+        ((self.nope + self.rope) as f32).powf(-0.5)
+    }
+}
+
+fn check_mla(batch: &Batch, m: Mla, precision: Precision, numbers: &mut Numbers) {
+    let (latents, ropes) =
+        (numbers.vec(batch.positions() * m.latent), numbers.vec(batch.positions() * m.rope));
+    let q: Vec<f32> = numbers.vec(batch.rows() * m.q_width()).iter().map(|x| x * 3.0).collect();
+    let kv_b = host_matrix(numbers, m.heads * (m.nope + m.v), m.latent, precision.weights);
+    let what = format!(
+        "{} heads, {} {} {} {}, {precision:?}, {:?}",
+        m.heads, m.latent, m.nope, m.rope, m.v, batch.spans
+    );
+    let allowed = if precision.activations == DType::Bf16 { MMA } else { 3e-5 };
+    same(&what, allowed, |device| {
+        let weights = device.pack_mla(&kv_b, m.heads, m.nope, m.v, precision.weights).unwrap();
+        let shape = KvShape::Mla { latent: m.latent, rope_dim: m.rope };
+        let cache = batch.cache(device, shape, precision.activations, &ropes, &latents);
+        let q = tensor(device, DType::F32, batch.rows(), m.q_width(), &q);
+        let mut out = poisoned(device, precision.activations, batch.rows(), m.heads * m.v);
+        let args = MlaArgs {
+            q: q.view(),
+            cache: &cache,
+            weights: &weights,
+            batch: batch.batch(&batch.spans),
+            scale: m.scale(),
+        };
+        device.attention_mla(args, out.view_mut()).unwrap();
+        values(device, out.view())
+    });
+}
+
 fn mla() {
     let mut numbers = Numbers::new(23);
     let batches: [&[(usize, usize, usize)]; 5] = [
@@ -198,38 +262,29 @@ fn mla() {
         &[(10, 30, 25), (60, 1, 7), (0, 20, 20), (3, 4, 4)],
         &[(20, 3, 0), (0, 9, 9)],
     ];
-    for (heads, latent, nope, rope, v) in
-        [(2, 16, 8, 4, 8), (3, 33, 12, 6, 10), (4, 64, 32, 16, 32), (16, 512, 128, 64, 128)]
-    {
+    for m in [
+        Mla { heads: 2, latent: 16, nope: 8, rope: 4, v: 8 },
+        Mla { heads: 3, latent: 33, nope: 12, rope: 6, v: 10 },
+        Mla { heads: 4, latent: 64, nope: 32, rope: 16, v: 32 },
+        DEEPSEEK,
+    ] {
         for sequences in batches {
             let batch = Batch::new(&mut numbers, sequences);
-            let (latents, ropes) =
-                (numbers.vec(batch.positions() * latent), numbers.vec(batch.positions() * rope));
-            let q: Vec<f32> =
-                numbers.vec(batch.rows() * heads * (nope + rope)).iter().map(|x| x * 3.0).collect();
             for precision in Precision::ALL {
-                let kv_b = host_matrix(&mut numbers, heads * (nope + v), latent, precision.weights);
-                let what = format!("{heads} heads, {latent} {nope} {rope} {v}, {precision:?}, {sequences:?}");
-                let allowed = if precision.activations == DType::Bf16 { 2e-2 } else { 3e-5 };
-                same(&what, allowed, |device| {
-                    let weights = device.pack_mla(&kv_b, heads, nope, v, precision.weights).unwrap();
-                    let shape = KvShape::Mla { latent, rope_dim: rope };
-                    let cache = batch.cache(device, shape, precision.activations, &ropes, &latents);
-                    let q = tensor(device, DType::F32, batch.rows(), heads * (nope + rope), &q);
-                    let mut out = poisoned(device, precision.activations, batch.rows(), heads * v);
-                    let args = MlaArgs {
-                        q: q.view(),
-                        cache: &cache,
-                        weights: &weights,
-                        batch: batch.batch(&batch.spans),
-                        scale: ((nope + rope) as f32).powf(-0.5),
-                    };
-                    device.attention_mla(args, out.view_mut()).unwrap();
-                    values(device, out.view())
-                });
+                check_mla(&batch, m, precision, &mut numbers);
             }
         }
     }
+}
+
+/// Several chunks of 512 positions; more heads than a block of the tensor-core kernel takes, and not a multiple of that.
+fn mla_over_long_contexts() {
+    let mut numbers = Numbers::new(26);
+    let bf16 = Precision { weights: DType::Bf16, activations: DType::Bf16 };
+    let batch = Batch::new(&mut numbers, &[(1100, 1, 3), (511, 1, 2), (470, 70, 520)]);
+    check_mla(&batch, Mla { heads: 4, ..DEEPSEEK }, bf16, &mut numbers);
+    let batch = Batch::new(&mut numbers, &[(130, 1, 3), (63, 1, 2), (0, 20, 20)]);
+    check_mla(&batch, Mla { heads: 70, ..DEEPSEEK }, bf16, &mut numbers);
 }
 
 fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
@@ -280,6 +335,49 @@ fn row_bits(gpu: Device<'_>, numbers: &mut Numbers, heads: usize, kv_heads: usiz
                 let expected = &whole[rows.start * heads * dim..rows.end * heads * dim];
                 assert_eq!(run(rows.clone(), window), expected, "{dtype:?} rows {rows:?}, window {window:?}");
             }
+        }
+    }
+}
+
+/// Rows of both forms; generated rows alone, a few (a block per chunk of positions), and many (a block for all chunks).
+fn a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk() {
+    let owner = gpu();
+    let gpu = owner.as_ref();
+    let mut numbers = Numbers::new(27);
+    let (positions, m) = (1300, DEEPSEEK);
+    let batch = Batch::new(&mut numbers, &[(0, positions, positions)]);
+    let (latents, ropes) = (numbers.vec(positions * m.latent), numbers.vec(positions * m.rope));
+    let q = numbers.vec(positions * m.q_width());
+    let kv_b = host_matrix(&mut numbers, m.heads * (m.nope + m.v), m.latent, DType::Bf16);
+    let weights = gpu.pack_mla(&kv_b, m.heads, m.nope, m.v, DType::Bf16).unwrap();
+    let shape = KvShape::Mla { latent: m.latent, rope_dim: m.rope };
+    let cache = batch.cache(gpu, shape, DType::Bf16, &ropes, &latents);
+    let q = tensor(gpu, DType::F32, positions, m.q_width(), &q);
+    let run = |rows: std::ops::Range<usize>, prompt_len: usize| {
+        let spans = [SeqSpan {
+            row: 0,
+            rows: rows.len() as u32,
+            position: rows.start as u32,
+            prompt_len: prompt_len as u32,
+            first_block: 0,
+        }];
+        let mut out = poisoned(gpu, DType::Bf16, rows.len(), m.heads * m.v);
+        let args = MlaArgs {
+            q: q.view().rows_range(rows),
+            cache: &cache,
+            weights: &weights,
+            batch: batch.batch(&spans),
+            scale: m.scale(),
+        };
+        gpu.attention_mla(args, out.view_mut()).unwrap();
+        values(gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+    };
+    let width = m.heads * m.v;
+    for prompt_len in [0, positions] {
+        let whole = run(0..positions, prompt_len);
+        for rows in [0..1, 511..512, 512..513, 1299..1300, 31..33, 500..640, 1..100, 900..1300] {
+            let expected = &whole[rows.start * width..rows.end * width];
+            assert_eq!(run(rows.clone(), prompt_len), expected, "rows {rows:?}, prompt of {prompt_len}");
         }
     }
 }

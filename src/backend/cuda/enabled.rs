@@ -5,6 +5,7 @@ mod attention;
 mod ffi;
 mod gpu;
 mod memory;
+mod mla;
 mod moe;
 mod products;
 

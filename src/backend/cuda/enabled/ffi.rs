@@ -312,6 +312,9 @@ unsafe extern "C" {
     pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention(args: *const Attention, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention_bf16(args: *const Attention, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention_sm90(args: *const Attention, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention_decode(args: *const Attention, stream: *mut c_void) -> c_int;
+    pub fn moeyard_attention_mla(args: *const Attention, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention_shared_bytes(args: *const Attention) -> usize;
 }
 

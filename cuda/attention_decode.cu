@@ -1,0 +1,175 @@
+// Attention of single rows over a paged bf16 cache on the tensor cores: grouped queries with heads of 64 or 128, windows, sinks.
+//
+// A block takes one chunk of 512 positions for one KV head and up to 16 of its query heads. Keys and values are read once, three
+// tiles deep; every warp computes all scores, which cost nothing beside the reading, and the values of its own columns, so that
+// warps wait for copies alone.
+#include "merge.cuh"
+
+using namespace moeyard;
+
+namespace {
+
+constexpr int WARPS = 4, THREADS = WARPS * WARP, UNITS = 16, STAGES = 3;
+
+template <int D> struct Shape {
+  static constexpr int PIECES = D / 8;  // of 16 bytes in a row
+  static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int COLUMNS = D / WARPS;
+  static __device__ uint32_t at(uint32_t base, int row, int piece) {
+    return base + uint32_t(row) * (D * 2) + uint32_t((piece ^ (row & 7)) * 16);
+  }
+};
+
+// A warp's share of the copies of a tile: 16 rows, of which the block copies WARPS * AT_ONCE at a time.
+template <int D> struct Copies {
+  using S = Shape<D>;
+  static constexpr int AT_ONCE = WARP / S::PIECES, TIMES = TILE / (WARPS * AT_ONCE);
+  const MoeyardAttention& a;
+  const MoeyardSpan& span;
+  const bf16 *keys, *values;
+  int end, row;  // of the cache, for the next tile: lane l knows the one of this warp's row l % 16
+
+  __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
+    int piece = threadIdx.x % S::PIECES;
+    keys = static_cast<const bf16*>(a.key[0].data) + int64_t(kv_head) * a.key[0].head_stride + piece * 8;
+    values = static_cast<const bf16*>(a.value.data) + int64_t(kv_head) * a.value.head_stride + piece * 8;
+  }
+
+  __device__ static int row_in_tile(int i) {
+    int warp = threadIdx.x / WARP;
+    return i / AT_ONCE * WARPS * AT_ONCE + warp * AT_ONCE + i % AT_ONCE;
+  }
+
+  // Some time before `issue`, so that the block table does not hold up the copies.
+  __device__ void look_up(int start) {
+    int position = start + row_in_tile(threadIdx.x % 16);
+    row = position < end ? cache_row(a, span, position) : 0;
+  }
+
+  __device__ void issue(int start, uint32_t stage) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TIMES; ++i) {
+      int own = i * AT_ONCE + lane / S::PIECES, t = row_in_tile(own);
+      int64_t from = __shfl_sync(FULL, row, own);
+      bool valid = start + t < end;
+      copy_async(S::at(stage, t, lane % S::PIECES), keys + from * a.key[0].stride, valid);
+      copy_async(S::at(stage + S::TILE_BYTES, t, lane % S::PIECES), values + from * a.value.stride, valid);
+    }
+  }
+};
+
+template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
+  using S = Shape<D>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const MoeyardSpan span = a.spans[blockIdx.x];
+  int group = a.heads / a.kv_heads, tiles_of_units = (group + UNITS - 1) / UNITS;
+  int kv_head = blockIdx.y / tiles_of_units, first_unit = blockIdx.y % tiles_of_units * UNITS;
+  int position = int(span.position), oldest = first_seen(a, span);
+  int chunk = oldest / CHUNK + int(blockIdx.z);
+  if (chunk * CHUNK > position) return;
+  int first = max(oldest, chunk * CHUNK) / TILE * TILE, end = min(position + 1, (chunk + 1) * CHUNK);
+  int tiles = (end - first + TILE - 1) / TILE;
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  uint32_t base = shared_address(shared);
+
+  Copies<D> copies(a, span, kv_head, end);
+  copies.look_up(first);
+  for (int t = 0; t < STAGES - 1; ++t) {
+    if (t < tiles) copies.issue(first + t * TILE, base + t * S::STAGE_BYTES);
+    copy_commit();
+    copies.look_up(first + (t + 1) * TILE);
+  }
+
+  int unit[2] = {first_unit + lane / 4, first_unit + lane / 4 + 8};
+  uint32_t query[D / 16][4];
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int head = kv_head * group + unit[e % 2], d = i * 16 + e / 2 * 8 + lane % 4 * 2;
+      query[i][e] = unit[e % 2] < group ? load_pair(a.query[0], span.row, int64_t(head) * a.query_stride[0] + d) : 0;
+    }
+
+  Sight sight = {{oldest, oldest}, {position, position}};
+  float scale = a.scale * LOG2E;
+  State state[2] = {nothing(), nothing()};
+  float out[S::COLUMNS / 8][4] = {};
+  for (int t = 0; t < tiles; ++t) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();
+    int ahead = t + STAGES - 1, start = first + t * TILE;
+    if (ahead < tiles) copies.issue(first + ahead * TILE, base + ahead % STAGES * S::STAGE_BYTES);
+    copy_commit();
+    copies.look_up(first + (ahead + 1) * TILE);
+    uint32_t keys = base + t % STAGES * S::STAGE_BYTES, values = keys + S::TILE_BYTES;
+    float score[TILE / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE / 16; ++j) {
+        uint32_t b[4];
+        load_matrix_x4(b, S::at(keys, j * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
+        multiply_add(score[2 * j], query[i], b[0], b[1]);
+        multiply_add(score[2 * j + 1], query[i], b[2], b[3]);
+      }
+    if (start < oldest || start + TILE > end) hide(score, start, sight);
+    float keep[2];
+    weigh_tile(score, scale, state, keep);
+    rescale(out, keep);
+#pragma unroll
+    for (int j = 0; j < TILE / 16; ++j) {
+      uint32_t p[4];
+      operand(p, score, j);
+#pragma unroll
+      for (int d = 0; d < S::COLUMNS / 8; d += 2) {
+        uint32_t v[4];
+        int piece = warp * (S::COLUMNS / 8) + d + lane / 16;
+        load_matrix_x4_transposed(v, S::at(values, j * 16 + lane / 8 % 2 * 8 + lane % 8, piece));
+        multiply_add(out[d], p, v[0], v[1]);
+        multiply_add(out[d + 1], p, v[2], v[3]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (unit[r] >= group) continue;
+    int head = kv_head * group + unit[r], column = warp * S::COLUMNS + lane % 4 * 2;
+    if (a.chunks > 1) {
+      float* to = partial<D>(a, blockIdx.x, head, blockIdx.z);
+#pragma unroll
+      for (int d = 0; d < S::COLUMNS / 8; ++d)
+        *reinterpret_cast<float2*>(to + column + d * 8) = {out[d][r * 2], out[d][r * 2 + 1]};
+      if (warp == 0 && lane % 4 == 0) *reinterpret_cast<float2*>(to + D) = {state[r].max, state[r].sum};
+      continue;
+    }
+    // The only chunk: joining it to nothing changes no bit.
+    float last = last_factor(state[r], a.sinks, head);
+#pragma unroll
+    for (int d = 0; d < S::COLUMNS / 8; ++d)
+      store_pair(a.out, span.row, int64_t(head) * D + column + d * 8, out[d][r * 2] * last, out[d][r * 2 + 1] * last);
+  }
+}
+
+template <int D> int launch(const MoeyardAttention& a, void* stream) {
+  constexpr int BYTES = Shape<D>::SHARED_BYTES;
+  cudaError_t error = cudaFuncSetAttribute(attention<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+  if (error) return int(error);
+  int group = a.heads / a.kv_heads;
+  dim3 grid(a.span_count, a.kv_heads * ((group + UNITS - 1) / UNITS), a.chunks);
+  attention<D><<<grid, THREADS, BYTES, stream_of(stream)>>>(a);
+  int code = launched();
+  return code || a.chunks == 1 ? code : merge_chunks<D>(a, stream);
+}
+
+}  // namespace
+
+extern "C" int moeyard_attention_decode(const MoeyardAttention* a, void* stream) {
+  if (a->span_count == 0) return 0;
+  switch (a->value.dim) {
+    case 64: return launch<64>(*a, stream);
+    case 128: return launch<128>(*a, stream);
+    default: return int(cudaErrorInvalidValue);
+  }
+}

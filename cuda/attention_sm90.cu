@@ -1,0 +1,263 @@
+// Attention of several rows of a sequence on Hopper, with the warpgroup instructions of sm_90a: grouped queries over the paged cache
+// with heads of 64 or 128, windows, sinks; and the expanded form of MLA, whose keys are 128 columns of rows in order of position
+// and 64 of the paged cache. A row has the bits that attention_bf16.cu and attention_decode.cu give it.
+//
+// A block works on 128 (row, query head) pairs that share a KV head, 64 for each of two warpgroups, and walks all positions they see.
+// While a tile's scores become weights, the tensor cores work on the scores of the next one.
+#include "attention_wgmma.cuh"
+#include "softmax.cuh"
+
+using namespace moeyard;
+
+namespace {
+
+constexpr int GROUPS = 2, UNITS = GROUPS * 64, THREADS = GROUPS * 128;
+
+// Widths of keys and values.
+template <int KEY, int VALUE> struct Shape {
+  static constexpr bool EXPANDED = KEY != VALUE;
+  static constexpr int KEY_BYTES = KEY / 64 * PANEL_BYTES, VALUE_BYTES = VALUE / 64 * PANEL_BYTES;
+  static constexpr int QUERY_BYTES = GROUPS * KEY_BYTES;
+  static constexpr int VALUES = VALUE / 2;  // floats of the output per thread
+  static constexpr int TOTALS_BYTES = VALUES * THREADS * 4;
+  static constexpr int SHARED_BYTES = QUERY_BYTES + 2 * (KEY_BYTES + VALUE_BYTES) + TOTALS_BYTES + 1024;
+};
+
+// A thread's share of the copies of a tile: the same piece of 16 bytes of two rows in every panel.
+template <int KEY, int VALUE> struct Copies {
+  using S = Shape<KEY, VALUE>;
+  const MoeyardAttention& a;
+  const MoeyardSpan& span;
+  const bf16 *keys, *rope, *values;
+  int end, piece, row;
+  int paged[2] = {};  // cache rows of the tile of keys copied last
+
+  __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
+    piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    auto start = [&](const MoeyardKvPart& part) {
+      const bf16* from = static_cast<const bf16*>(part.data) + int64_t(kv_head) * part.head_stride + piece * 8;
+      return part.paged ? from : from + int64_t(span.base) * part.stride;
+    };
+    keys = start(a.key[0]), rope = start(a.key[1]), values = start(a.value);
+  }
+
+  template <int PANELS>
+  __device__ void copy(const bf16* from, int64_t stride, int i, int at, bool valid, uint32_t to) {
+    const bf16* source = from + at * stride;
+#pragma unroll
+    for (int p = 0; p < PANELS; ++p)
+      copy_async(swizzled(to + p * PANEL_BYTES, row + i * 32, piece), source + p * 64, valid);
+  }
+
+  __device__ void issue_keys(int start, uint32_t to) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int position = start + row + i * 32;
+      bool valid = position < end;
+      paged[i] = valid ? cache_row(a, span, position) : 0;
+      if constexpr (S::EXPANDED) {
+        copy<KEY / 64 - 1>(keys, a.key[0].stride, i, valid ? position : 0, valid, to);
+        copy<1>(rope, a.key[1].stride, i, paged[i], valid, to + (KEY / 64 - 1) * PANEL_BYTES);
+      } else {
+        copy<KEY / 64>(keys, a.key[0].stride, i, paged[i], valid, to);
+      }
+    }
+  }
+
+  // Of the tile whose keys came last.
+  __device__ void issue_values(int start, uint32_t to) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int position = start + row + i * 32;
+      bool valid = position < end;
+      copy<VALUE / 64>(values, a.value.stride, i, S::EXPANDED ? (valid ? position : 0) : paged[i], valid, to);
+    }
+  }
+};
+
+// The queries' columns come in two parts where the keys do.
+template <int KEY, int VALUE>
+__device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, uint32_t to) {
+  constexpr int PIECES = KEY / 8;
+  int group = a.heads / a.kv_heads, units = int(span.rows) * group;
+  for (int i = threadIdx.x; i < UNITS * PIECES; i += THREADS) {
+    int unit = i / PIECES, piece = i % PIECES, column = piece * 8, part = column >= a.key[0].dim;
+    uint4 x = {};
+    if (unit < units) {
+      int64_t head = kv_head * group + unit % group;
+      if (part) column -= a.key[0].dim;
+      x = load_eight(a.query[part], int64_t(span.row) + unit / group, head * a.query_stride[part] + column);
+    }
+    uint32_t panel = to + unit / 64 * Shape<KEY, VALUE>::KEY_BYTES + piece / 8 * PANEL_BYTES;
+    store_shared(swizzled(panel, unit % 64, piece % 8), x);
+  }
+}
+
+template <int KEY> __device__ inline void multiply_tile(float (&score)[TILE / 8][4], uint32_t queries, uint32_t keys) {
+  uint64_t q = descriptor(queries), k = descriptor(keys);
+  multiply_keys<true>(score, q, k);
+#pragma unroll
+  for (int step = 1; step < KEY / 16; ++step) {
+    int at = step / 4 * (PANEL_BYTES >> 4) + step % 4 * 2;
+    multiply_keys<false>(score, q + at, k + at);
+  }
+}
+
+template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = Shape<KEY, VALUE>;
+  extern __shared__ unsigned char shared[];
+  // The last rows see most and start first.
+  int kv_head = int(blockIdx.x) % a.kv_heads, index = a.span_count - 1 - int(blockIdx.x) / a.kv_heads;
+  const MoeyardSpan span = a.spans[index];
+  int group = a.heads / a.kv_heads, units = int(span.rows) * group;
+  int first = a.window ? max(0, int(span.position) - a.window + 1) : 0, end = int(span.position + span.rows);
+  first = first / TILE * TILE;
+  uint32_t start_of_shared = shared_address(shared), base = (start_of_shared + 1023) / 1024 * 1024;
+  uint32_t keys = base + S::QUERY_BYTES, values = keys + 2 * S::KEY_BYTES;
+  uint32_t after = values + 2 * S::VALUE_BYTES - start_of_shared;
+  float* totals = reinterpret_cast<float*>(shared + after) + threadIdx.x;
+
+  Copies<KEY, VALUE> copies(a, span, kv_head, end);
+  int tiles = (end - first + TILE - 1) / TILE;
+  copies.issue_keys(first, keys);
+  copies.issue_values(first, values);
+  copy_commit();
+  if (tiles > 1) copies.issue_keys(first + TILE, keys + S::KEY_BYTES);
+  copy_commit();
+  fetch_queries<KEY, VALUE>(a, span, kv_head, base);
+
+  // Of this lane's two pairs, and of its warpgroup.
+  int warpgroup = threadIdx.x / 128, lane = threadIdx.x % WARP;
+  int pair[2] = {int(threadIdx.x) / WARP * 16 + lane / 4, int(threadIdx.x) / WARP * 16 + lane / 4 + 8};
+  Sight sight;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sight.last[r] = pair[r] < units ? int(span.position) + pair[r] / group : -1;
+    sight.oldest[r] = a.window ? sight.last[r] - a.window + 1 : 0;
+  }
+  int own_units = min(units, (warpgroup + 1) * 64);
+  bool working = warpgroup * 64 < units;
+  int own_end = working ? int(span.position) + (own_units - 1) / group + 1 : first;
+  int own_tiles = (own_end - first + TILE - 1) / TILE;
+  int lowest = int(span.position) + warpgroup * 64 / group;  // of the rows' positions
+  uint32_t queries = base + warpgroup * S::KEY_BYTES;
+  float scale = a.scale * LOG2E;
+  State total[2] = {nothing(), nothing()}, state[2] = {nothing(), nothing()};
+  float out[VALUE / 8][4] = {};
+  bool merged = false;
+
+  // A tile's scores become weights; what was summed of earlier tiles is to be multiplied by `keep`.
+  float score[TILE / 8][4], keep[2];
+  auto soften = [&](int start) __attribute__((always_inline)) {
+    if (start + TILE - 1 > lowest || (a.window && start <= own_end - 1 - a.window)) hide(score, start, sight);
+    weigh_tile(score, scale, state, keep);
+  };
+  uint32_t weights[TILE / 16][4];
+  auto pack_weights = [&]() __attribute__((always_inline)) {
+#pragma unroll
+    for (int i = 0; i < TILE / 16; ++i) operand(weights[i], score, i);
+  };
+
+  copy_wait<1>();
+  fence_for_wgmma();
+  __syncthreads();
+  if (working) {
+    wgmma_begin();
+    multiply_tile<KEY>(score, queries, keys);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(score);
+    soften(first);
+    pack_weights();
+  }
+  for (int t = 0; t < tiles; ++t) {
+    copy_wait<0>();
+    fence_for_wgmma();
+    __syncthreads();
+    int start = first + t * TILE, now = t % 2;
+    // Values first: they are of the tile whose keys came last.
+    if (t + 1 < tiles) copies.issue_values(start + TILE, values + (now ^ 1) * S::VALUE_BYTES);
+    if (t + 2 < tiles) copies.issue_keys(start + 2 * TILE, keys + now * S::KEY_BYTES);
+    copy_commit();
+    if (t >= own_tiles) continue;
+    uint64_t v = value_descriptor(values + now * S::VALUE_BYTES);
+    auto multiply_all_values = [&]() __attribute__((always_inline)) {
+#pragma unroll
+      for (int i = 0; i < TILE / 16; ++i) multiply_values(out, weights[i], v + i * (16 * 128 >> 4));
+      wgmma_commit();
+    };
+    settle(out);
+    if (t + 1 == own_tiles) {
+      wgmma_begin();
+      multiply_all_values();
+      wgmma_wait<0>();
+      settle(out);
+      continue;
+    }
+    wgmma_begin();
+    multiply_tile<KEY>(score, queries, keys + (now ^ 1) * S::KEY_BYTES);
+    wgmma_commit();
+    multiply_all_values();
+    wgmma_wait<1>();
+    settle(score);
+    bool chunk_ends = (start + TILE) % CHUNK == 0;
+    State before[2] = {state[0], state[1]};
+    if (chunk_ends) state[0] = state[1] = nothing();
+    soften(start + TILE);
+    wgmma_wait<0>();
+    settle(out);
+    if (chunk_ends) {  // it joins those before
+      Factors f[2] = {join(total[0], before[0]), join(total[1], before[1])};
+#pragma unroll
+      for (int i = 0; i < S::VALUES; ++i) {
+        float early = merged ? totals[i * THREADS] : 0.0f;
+        totals[i * THREADS] = joined(early, out[i / 4][i % 4], f[i / 2 % 2]);
+        out[i / 4][i % 4] = 0.0f;
+      }
+      merged = true;
+    } else {
+      rescale(out, keep);
+    }
+    pack_weights();
+  }
+  if (!working) return;
+  Factors f[2] = {join(total[0], state[0]), join(total[1], state[1])};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (pair[r] >= units) continue;
+    int head = kv_head * group + pair[r] % group;
+    int64_t row = span.row + pair[r] / group;
+    float last = last_factor(total[r], a.sinks, head);
+#pragma unroll
+    for (int d = 0; d < VALUE / 8; ++d) {
+      float value[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float before = merged ? totals[(d * 4 + r * 2 + e) * THREADS] : 0.0f;
+        value[e] = joined(before, out[d][r * 2 + e], f[r]) * last;
+      }
+      store_pair(a.out, row, int64_t(head) * VALUE + d * 8 + lane % 4 * 2, value[0], value[1]);
+    }
+  }
+#endif
+}
+
+template <int KEY, int VALUE> int launch(const MoeyardAttention& a, void* stream) {
+  constexpr int BYTES = Shape<KEY, VALUE>::SHARED_BYTES;
+  cudaError_t error = cudaFuncSetAttribute(attention<KEY, VALUE>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+  if (error) return int(error);
+  attention<KEY, VALUE><<<a.span_count * a.kv_heads, THREADS, BYTES, stream_of(stream)>>>(a);
+  return launched();
+}
+
+}  // namespace
+
+extern "C" int moeyard_attention_sm90(const MoeyardAttention* a, void* stream) {
+  if (a->span_count == 0) return 0;
+  int key = a->key[0].dim + a->key[1].dim, value = a->value.dim;
+  if (key == 64 && value == 64) return launch<64, 64>(*a, stream);
+  if (key == 128 && value == 128) return launch<128, 128>(*a, stream);
+  if (key == 192 && value == 128) return launch<192, 128>(*a, stream);
+  return int(cudaErrorInvalidValue);
+}

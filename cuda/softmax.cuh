@@ -1,0 +1,173 @@
+// What the attention kernels over a bf16 cache share, so that they give a row the same bits: softmax over tiles of 64 positions,
+// kept apart for every chunk of 512 and joined in ascending order. All borders are absolute positions, so a row's result does not
+// depend on the rows beside it, on how a prompt was cut into steps, or on whether one block walked all chunks or each chunk had a
+// block of its own (flash decoding, Dao et al. 2023).
+//
+// Scores lie in registers as the tensor cores leave them: lane l holds columns 8 j + l % 4 * 2 and the next one of rows l / 4
+// (elements 0 and 1 of group j) and l / 4 + 8 (elements 2 and 3).
+#pragma once
+#include "mma.cuh"
+
+namespace moeyard {
+
+constexpr int TILE = 64, CHUNK = 512;
+
+// 2^x; 0 for -inf and for what would be a denormal.
+__device__ inline float power(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The exponent's reference: a row that has seen nothing yet weighs everything by 0.
+__device__ inline float anchor(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// A softmax in the making: maximum of the scores (times log2 e) and sum of the weights relative to it.
+struct State {
+  float max, sum;
+};
+__device__ inline State nothing() { return {-INFINITY, 0.0f}; }
+
+// Factors by which two parts' values are multiplied when `late` joins `early`.
+struct Factors {
+  float early, late;
+};
+
+// Spelled out, lest the compiler fuses one product here and the other there.
+__device__ inline float joined(float early, float late, Factors f) {
+  return fmaf(early, f.early, __fmul_rn(late, f.late));
+}
+
+__device__ inline Factors join(State& early, State late) {
+  float max = fmaxf(early.max, late.max), at = anchor(max);
+  Factors f = {power(early.max - at), power(late.max - at)};
+  early = {max, joined(early.sum, late.sum, f)};
+  return f;
+}
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// 1 / sum with the sink, times what the sink's weight leaves of the values.
+__device__ inline float last_factor(State s, const float* sinks, int head) {
+  if (!sinks) return 1.0f / s.sum;
+  float sink = sinks[head] * LOG2E, max = fmaxf(s.max, sink), keep = power(s.max - max);
+  return keep / fmaf(s.sum, keep, power(sink - max));
+}
+
+// What a lane's two rows may see: positions from `oldest` to `last`.
+struct Sight {
+  int oldest[2], last[2];
+};
+
+template <int N> __device__ inline void hide(float (&score)[N][4], int start, const Sight& sight) {
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int seen = start + j * 8 + int(threadIdx.x) % 4 * 2 + e % 2;
+      if (seen < sight.oldest[e / 2] || seen > sight.last[e / 2]) score[j][e] = -INFINITY;
+    }
+}
+
+// The largest score of both rows.
+template <int N> __device__ inline void highest(const float (&score)[N][4], float (&top)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = fmaxf(score[0][2 * r], score[0][2 * r + 1]);
+#pragma unroll
+    for (int j = 1; j < N; ++j) top[r] = fmaxf(top[r], fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(FULL, top[r], 1));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(FULL, top[r], 2));
+  }
+}
+
+// Scores become weights relative to `at`; their sums. `scale` is positive and includes log2 e.
+template <int N>
+__device__ inline void weigh(float (&score)[N][4], float scale, const float (&at)[2], float (&sum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      score[j][2 * r] = power(fmaf(score[j][2 * r], scale, -at[r]));
+      score[j][2 * r + 1] = power(fmaf(score[j][2 * r + 1], scale, -at[r]));
+      even += score[j][2 * r];
+      odd += score[j][2 * r + 1];
+    }
+    sum[r] = even + odd;
+    sum[r] += __shfl_xor_sync(FULL, sum[r], 1);
+    sum[r] += __shfl_xor_sync(FULL, sum[r], 2);
+  }
+}
+
+// A tile's scores become weights, and `state` includes them; what was summed before is to be multiplied by `keep`.
+__device__ inline void weigh_tile(float (&score)[TILE / 8][4], float scale, State (&state)[2], float (&keep)[2]) {
+  float top[2], at[2], sum[2];
+  highest(score, top);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = fmaxf(state[r].max, top[r] * scale);
+    at[r] = anchor(top[r]);
+    keep[r] = power(state[r].max - at[r]);
+  }
+  weigh(score, scale, at, sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) state[r] = {top[r], fmaf(state[r].sum, keep[r], sum[r])};
+}
+
+// Most tiles do not raise a maximum.
+template <int N> __device__ inline void rescale(float (&out)[N][4], const float (&keep)[2]) {
+  if (!__any_sync(FULL, keep[0] != 1.0f || keep[1] != 1.0f)) return;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[j][e] *= keep[e / 2];
+}
+
+__device__ inline uint32_t pack(float low, float high) {
+  __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&both);
+}
+
+// Weights of positions 16 i to 16 i + 15 of a tile as the first operand of a product.
+__device__ inline void operand(uint32_t (&p)[4], const float (&score)[TILE / 8][4], int i) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    p[2 * half] = pack(score[2 * i + half][0], score[2 * i + half][1]);
+    p[2 * half + 1] = pack(score[2 * i + half][2], score[2 * i + half][3]);
+  }
+}
+
+// Row of a paged cache.
+__device__ inline int cache_row(const MoeyardAttention& a, const MoeyardSpan& span, int position) {
+  return int(a.block_table[span.first_block + position / a.block_size]) * a.block_size + position % a.block_size;
+}
+
+// Eight elements of a 16-byte aligned matrix, rounded to bf16.
+__device__ inline uint4 load_eight(const MoeyardMatrix& m, int64_t row, int64_t col) {
+  int64_t at = row * m.stride + col;
+  if (m.type == MOEYARD_BF16) return *reinterpret_cast<const uint4*>(static_cast<const bf16*>(m.data) + at);
+  const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at);
+  float4 x = from[0], y = from[1];
+  return {pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)};
+}
+// Two elements from an even column of such a matrix, rounded to bf16.
+__device__ inline uint32_t load_pair(const MoeyardMatrix& m, int64_t row, int64_t col) {
+  int64_t at = row * m.stride + col;
+  if (m.type == MOEYARD_BF16) return *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(m.data) + at);
+  float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(m.data) + at);
+  return pack(x.x, x.y);
+}
+__device__ inline void store_pair(const MoeyardMatrix& m, int64_t row, int64_t col, float x, float y) {
+  int64_t at = row * m.stride + col;
+  if (m.type == MOEYARD_BF16) *reinterpret_cast<uint32_t*>(static_cast<bf16*>(m.data) + at) = pack(x, y);
+  else *reinterpret_cast<float2*>(static_cast<float*>(m.data) + at) = {x, y};
+}
+
+__device__ inline void store_shared(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ inline void store_shared(uint32_t to, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
+}
+
+}  // namespace moeyard
