@@ -54,6 +54,7 @@ typedef struct {
   MoeyardMatrix table, out;
   const uint32_t* ids;
   float scale;
+  int32_t reserved;
 } MoeyardEmbed;
 MOEYARD_API int moeyard_embed(const MoeyardEmbed* args, void* stream);
 
@@ -75,6 +76,7 @@ typedef struct {
   int32_t width;
   int32_t centred;  // subtract the mean: a layer norm
   float eps;
+  int32_t reserved;
 } MoeyardNorm;
 MOEYARD_API int moeyard_norm(const MoeyardNorm* args, void* stream);
 
@@ -96,6 +98,7 @@ typedef struct {
   MoeyardMatrix x, table;
   const uint32_t* rows;
   int32_t heads, head_stride, offset, dim, interleaved;
+  int32_t reserved;
 } MoeyardRope;
 MOEYARD_API int moeyard_rope(const MoeyardRope* args, void* stream);
 
@@ -124,6 +127,7 @@ typedef struct {
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
+  int32_t reserved;
 } MoeyardGemm;
 MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 // Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
@@ -138,6 +142,7 @@ typedef struct {
   MoeyardMatrix in, out;
   int32_t activation;
   float limit, alpha;
+  int32_t reserved;
 } MoeyardGate;
 MOEYARD_API int moeyard_gate(const MoeyardGate* args, void* stream);
 
@@ -162,6 +167,7 @@ typedef struct {
   MoeyardMatrix rows, weights, out;
   const uint32_t* index;
   int32_t parts;
+  int32_t reserved;
 } MoeyardCombine;
 MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
 

@@ -12,6 +12,7 @@ mod event;
 mod planned;
 mod precision;
 pub mod reference;
+mod step;
 mod tensor;
 
 use crate::error::Result;
@@ -19,6 +20,7 @@ use crate::spec::{Activation, NormKind, Router};
 pub use event::Event;
 pub use planned::{DevicePlan, PlannedArgs};
 pub use precision::Precision;
+pub use step::StepCounts;
 pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
 /// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, already dequantised, before a backend packs it.
@@ -285,6 +287,17 @@ pub trait Backend: Send + Sync {
     fn wait(&self, event: &Event) -> Result<()> {
         let _ = event;
         Ok(())
+    }
+
+    /// Runs `body`, which gives this backend one step of work. A backend may put the work off until `body` has returned or asks for
+    /// a result, and knows a step again that is the same as an earlier one, whatever its tensors hold.
+    fn step(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        body()
+    }
+
+    /// What became of those steps. A backend that knows none again counts none.
+    fn step_counts(&self) -> StepCounts {
+        StepCounts::default()
     }
 
     // ---- memory

@@ -134,13 +134,12 @@ impl Ranks {
         let mut threads = Vec::new();
         for (index, setup) in setups.into_iter().enumerate() {
             let (work_sender, work_receiver) = sync_channel(1);
-            let vocab_size = setup.output.logits.cols();
             let rank = Rank {
                 index,
                 setup,
                 observer: hooks.steps.clone(),
                 sampler: Sampler::default(),
-                row: vec![0.0; vocab_size],
+                logits: Vec::new(),
             };
             let answers = sender.clone();
             let thread = std::thread::Builder::new()
@@ -191,9 +190,12 @@ struct Rank {
     setup: RankSetup,
     observer: Option<Arc<dyn StepObserver>>,
     sampler: Sampler,
-    /// One logit row in host memory; `[vocab]`.
-    row: Vec<f32>,
+    /// Some logit rows in host memory; `[rows][vocab]`.
+    logits: Vec<f32>,
 }
+
+/// Logits that are copied to the host at once: enough that a GPU is asked rarely, few enough for the caches of a CPU.
+const LOGIT_BYTES: usize = 4 << 20;
 
 impl Rank {
     fn run(mut self, work: Receiver<Work>, answers: Sender<(usize, RankAnswer)>) {
@@ -270,14 +272,21 @@ impl Rank {
         let RankSetup { backend, output, dp_rank, .. } = &self.setup;
         let sub = &plan.sub_plans[*dp_rank];
         report.rows.clear();
-        for (i, row) in output.logit_rows.iter().enumerate() {
-            let job = sub.logit_rows.binary_search(row);
-            let job =
-                job.unwrap_or_else(|_| panic!("rank {} returned logits of row {row} unasked", self.index));
-            let logits = output.logits.view().rows_range(i..i + 1);
-            backend.download(logits, bytemuck::cast_slice_mut(&mut self.row))?;
-            let (index, job) = (job as u32, &sub.jobs[job]);
-            report.rows.push(self.sampler.run(index, job, sub.history_of(job), &self.row));
+        let vocab = output.logits.cols();
+        let at_once = (LOGIT_BYTES / (vocab * DType::F32.bytes())).max(1);
+        for (piece, wanted) in output.logit_rows.chunks(at_once).enumerate() {
+            let first = piece * at_once;
+            self.logits.resize(wanted.len() * vocab, 0.0);
+            let logits = output.logits.view().rows_range(first..first + wanted.len());
+            backend.download(logits, bytemuck::cast_slice_mut(&mut self.logits))?;
+            for (row, logits) in wanted.iter().zip(self.logits.chunks_exact(vocab)) {
+                let job = sub
+                    .logit_rows
+                    .binary_search(row)
+                    .unwrap_or_else(|_| panic!("rank {} returned logits of row {row} unasked", self.index));
+                let (index, job) = (job as u32, &sub.jobs[job]);
+                report.rows.push(self.sampler.run(index, job, sub.history_of(job), logits));
+            }
         }
         Ok(())
     }

@@ -95,29 +95,13 @@ impl Model for Transformer {
         phases_of(batch.attention.spans, owned.clone(), &mut self.scratch.host.phases);
         self.scratch.moe.start(owned.len());
 
-        let backend = self.rank.backend.clone();
-        if !owned.is_empty() {
-            let residual = self.scratch.residual.head_mut(owned.len());
-            self.embedding.forward(backend.as_ref(), &batch.tokens[owned.clone()], residual)?;
+        // Decode steps of one rank are much alike, and nobody waits for a part of one.
+        if rows > 0 && rows == batch.attention.spans.len() && self.rank.world.size() == 1 {
+            let backend = self.rank.backend.clone();
+            backend.step(&mut || self.compute(batch, owned.clone(), out))?;
+        } else {
+            self.compute(batch, owned.clone(), out)?;
         }
-        self.rank.lap(Work::Dense);
-        for layer in &mut self.layers {
-            let mut step = LayerStep {
-                rank: &mut self.rank,
-                rows,
-                owned: owned.len(),
-                residual_scale: self.residual_scale,
-                scratch: &mut self.scratch,
-            };
-            step.attend(layer, batch, &self.rope)?;
-            match &layer.ffn {
-                FeedForward::Dense(mlp) => step.dense(&layer.post_attention_norm, mlp)?,
-                FeedForward::Moe(moe) => {
-                    step.moe(&layer.post_attention_norm, moe, &self.placement, &self.load)?;
-                }
-            }
-        }
-        self.logits(batch.logit_rows, owned.clone(), out)?;
         // What a device still has to do counts here, whatever it is.
         self.settle()?;
         self.rank.lap(Work::Dense);
@@ -158,6 +142,33 @@ impl DecoderLayer {
 }
 
 impl Transformer {
+    /// All layers and the logits.
+    fn compute(&mut self, batch: &Batch<'_>, owned: Range<usize>, out: &mut StepOutput) -> Result<()> {
+        let (backend, rows) = (self.rank.backend.clone(), batch.tokens.len());
+        if !owned.is_empty() {
+            let residual = self.scratch.residual.head_mut(owned.len());
+            self.embedding.forward(backend.as_ref(), &batch.tokens[owned.clone()], residual)?;
+        }
+        self.rank.lap(Work::Dense);
+        for layer in &mut self.layers {
+            let mut step = LayerStep {
+                rank: &mut self.rank,
+                rows,
+                owned: owned.len(),
+                residual_scale: self.residual_scale,
+                scratch: &mut self.scratch,
+            };
+            step.attend(layer, batch, &self.rope)?;
+            match &layer.ffn {
+                FeedForward::Dense(mlp) => step.dense(&layer.post_attention_norm, mlp)?,
+                FeedForward::Moe(moe) => {
+                    step.moe(&layer.post_attention_norm, moe, &self.placement, &self.load)?;
+                }
+            }
+        }
+        self.logits(batch.logit_rows, owned, out)
+    }
+
     /// Counts the choices of layers whose rows the device grouped by itself: fetched at once, after everything else was given to it.
     fn settle(&mut self) -> Result<()> {
         let Transformer { rank, layers, placement, load, scratch, .. } = self;

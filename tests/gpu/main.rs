@@ -7,6 +7,7 @@ mod moe;
 mod pair;
 mod products;
 mod ranks;
+mod steps;
 
 use libtest_mimic::{Arguments, Trial};
 use moeyard::backend::cuda;
@@ -18,7 +19,14 @@ fn main() {
         Ok(gpus) => eprintln!("on {}", gpus[0].name),
         Err(why) => eprintln!("ignored: {why}"),
     }
-    let groups = [dense::trials(), products::trials(), attention::trials(), moe::trials(), ranks::trials()];
+    let groups = [
+        dense::trials(),
+        products::trials(),
+        attention::trials(),
+        moe::trials(),
+        ranks::trials(),
+        steps::trials(),
+    ];
     let trials = groups.into_iter().flatten().map(|trial| trial.with_ignored_flag(gpus.is_err())).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -4,6 +4,7 @@
 mod attention;
 mod ffi;
 mod gpu;
+mod launches;
 mod memory;
 mod mla;
 mod moe;
@@ -17,7 +18,7 @@ use cudarc::driver::{result, sys};
 use crate::backend::{
     AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
     HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs,
-    Tensor, View, ViewMut, check,
+    StepCounts, Tensor, View, ViewMut, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
@@ -55,11 +56,17 @@ struct Scratch {
     partials: Buffer,
 }
 
-/// Host arrays that are the same in every layer of a step.
+/// Host arrays that are the same in every layer of a step. They stay at their addresses from step to step.
 #[derive(Default)]
 struct Residents {
+    /// Token of each batch row.
+    tokens: Resident,
     /// Cache row of each batch row.
     slots: Resident,
+    /// Rows whose logits are wanted.
+    chosen: Resident,
+    /// Rows of a kind that attention brings together.
+    gathered: Resident,
     blocks: Resident,
     spans: Resident,
     single: Resident,
@@ -121,9 +128,18 @@ impl CudaBackend {
         self.gpu.launch("copy", ffi::moeyard_copy, &ffi::Copy { src, dst, index, rows, half: -1 })
     }
 
+    /// Device address of a host array: in a step one that lasts.
+    fn array(&self, bytes: &[u8], resident: fn(&mut Residents) -> &mut Resident) -> Result<usize> {
+        let mut staging = self.staging.lock_now();
+        if self.gpu.open_sequence().is_none() {
+            return staging.push(bytes);
+        }
+        resident(&mut self.residents.lock_now()).put(&self.gpu, &mut staging, bytes)
+    }
+
     /// `dst[i] = src[index[i]]`, converted.
     fn gather(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()> {
-        let index = self.staging.lock_now().push(bytemuck::cast_slice(index))?;
+        let index = self.array(bytemuck::cast_slice(index), |residents| &mut residents.gathered)?;
         self.copy(src, index, dst)
     }
 
@@ -142,8 +158,29 @@ impl CudaBackend {
             width: ffi::int(args.width),
             centred: i32::from(args.kind == NormKind::Layer),
             eps: args.eps,
+            reserved: 0,
         };
         self.gpu.launch("norm", ffi::moeyard_norm, &args)
+    }
+}
+
+/// Launches are put off while this lives. Without an end they are forgotten.
+struct OpenStep<'a>(&'a Gpu);
+
+impl<'a> OpenStep<'a> {
+    fn begin(gpu: &'a Gpu) -> Self {
+        gpu.begin_step();
+        OpenStep(gpu)
+    }
+
+    fn end(self) -> Result<()> {
+        self.0.end_step()
+    }
+}
+
+impl Drop for OpenStep<'_> {
+    fn drop(&mut self) {
+        self.0.abandon_step();
     }
 }
 
@@ -192,17 +229,29 @@ impl Backend for CudaBackend {
         }
         let mark = event.get::<StreamEvent>().expect("set above");
         self.gpu.enter()?;
+        let stream = self.gpu.stream()?;
         // SAFETY: both live; an event that was recorded before is moved to the new point.
-        let done = unsafe { result::event::record(mark.event, self.gpu.stream()) };
+        let done = unsafe { result::event::record(mark.event, stream) };
         self.gpu.driver("recording an event", done)
     }
     fn wait(&self, event: &Event) -> Result<()> {
         let Some(mark) = event.get::<StreamEvent>() else { return Ok(()) };
         self.gpu.enter()?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        let stream = self.gpu.stream()?;
         // SAFETY: both live.
-        let done = unsafe { result::stream::wait_event(self.gpu.stream(), mark.event, flags) };
+        let done = unsafe { result::stream::wait_event(stream, mark.event, flags) };
         self.gpu.driver("waiting for an event", done)
+    }
+
+    fn step(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let step = OpenStep::begin(&self.gpu);
+        body()?;
+        step.end()
+    }
+
+    fn step_counts(&self) -> StepCounts {
+        self.gpu.step_counts()
     }
 
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
@@ -222,7 +271,8 @@ impl Backend for CudaBackend {
     }
     fn gather_rows(&self, src: View<'_>, index: &[u32], dst: ViewMut<'_>) -> Result<()> {
         check::gather_rows(&src, index, &dst);
-        self.gather(src, index, dst)
+        let index = self.array(bytemuck::cast_slice(index), |residents| &mut residents.chosen)?;
+        self.copy(src, index, dst)
     }
 
     fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
@@ -253,9 +303,9 @@ impl Backend for CudaBackend {
 
     fn embed(&self, table: View<'_>, ids: &[u32], scale: f32, out: ViewMut<'_>) -> Result<()> {
         check::embed(&table, ids, &out);
-        let ids = self.staging.lock_now().push(bytemuck::cast_slice(ids))?;
+        let ids = self.array(bytemuck::cast_slice(ids), |residents| &mut residents.tokens)?;
         let (table, out) = (ffi::Matrix::of(&table), ffi::Matrix::of(&out.as_view()));
-        self.gpu.launch("embedding", ffi::moeyard_embed, &ffi::Embed { table, out, ids, scale })
+        self.gpu.launch("embedding", ffi::moeyard_embed, &ffi::Embed { table, out, ids, scale, reserved: 0 })
     }
     fn norm(&self, x: View<'_>, args: NormArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::norm(&x, &args, &out.as_view());
@@ -307,6 +357,7 @@ impl Backend for CudaBackend {
             offset: ffi::int(args.offset),
             dim: ffi::int(args.dim),
             interleaved: i32::from(args.interleaved),
+            reserved: 0,
         };
         self.gpu.launch("rotary embedding", ffi::moeyard_rope, &args)
     }

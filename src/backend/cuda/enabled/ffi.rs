@@ -2,11 +2,13 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
+use bytemuck::{NoUninit, Pod, Zeroable};
+
 use crate::backend::{DType, View};
 
 /// `MoeyardMatrix`
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub struct Matrix {
     pub data: usize,
     pub stride: i64,
@@ -55,6 +57,7 @@ pub fn type_code(dtype: DType) -> i32 {
 
 /// `MoeyardCopy`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Copy {
     pub src: Matrix,
     pub dst: Matrix,
@@ -65,6 +68,7 @@ pub struct Copy {
 
 /// `MoeyardTransposeHeads`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct TransposeHeads {
     pub src: Matrix,
     pub dst: Matrix,
@@ -76,15 +80,18 @@ pub struct TransposeHeads {
 
 /// `MoeyardEmbed`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Embed {
     pub table: Matrix,
     pub out: Matrix,
     pub ids: usize,
     pub scale: f32,
+    pub reserved: i32,
 }
 
 /// `MoeyardMap`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Map {
     pub x: Matrix,
     pub y: Matrix,
@@ -94,7 +101,7 @@ pub struct Map {
 
 /// `MoeyardMapKind`
 #[repr(i32)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, NoUninit)]
 pub enum MapKind {
     AddScaled = 0,
     Scale = 1,
@@ -104,6 +111,7 @@ pub enum MapKind {
 
 /// `MoeyardNorm`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Norm {
     pub x: Matrix,
     pub out: Matrix,
@@ -112,10 +120,12 @@ pub struct Norm {
     pub width: i32,
     pub centred: i32,
     pub eps: f32,
+    pub reserved: i32,
 }
 
 /// `MoeyardSquareSum`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct SquareSum {
     pub x: Matrix,
     pub out: Matrix,
@@ -123,6 +133,7 @@ pub struct SquareSum {
 
 /// `MoeyardScaleBySquareSum`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct ScaleBySquareSum {
     pub sums: Matrix,
     pub x: Matrix,
@@ -133,6 +144,7 @@ pub struct ScaleBySquareSum {
 
 /// `MoeyardRope`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Rope {
     pub x: Matrix,
     pub table: Matrix,
@@ -142,10 +154,12 @@ pub struct Rope {
     pub offset: i32,
     pub dim: i32,
     pub interleaved: i32,
+    pub reserved: i32,
 }
 
 /// `MoeyardGemm`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Gemm {
     pub x: Matrix,
     pub out: Matrix,
@@ -166,11 +180,12 @@ pub struct Gemm {
     pub row_tile: i32,
     pub row_tiles: i32,
     pub gate: Gate,
+    pub reserved: i32,
 }
 
 /// The last three fields of `MoeyardGemm` and `MoeyardGate`: what becomes of a gate and an up.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, NoUninit)]
 pub struct Gate {
     pub activation: i32,
     pub limit: f32,
@@ -179,14 +194,17 @@ pub struct Gate {
 
 /// `MoeyardGate`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct GateRows {
     pub input: Matrix,
     pub out: Matrix,
     pub gate: Gate,
+    pub reserved: i32,
 }
 
 /// `MoeyardRoute`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Route {
     pub logits: Matrix,
     pub ids: Matrix,
@@ -204,12 +222,14 @@ pub struct Route {
 
 /// `MoeyardCombine`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Combine {
     pub rows: Matrix,
     pub weights: Matrix,
     pub out: Matrix,
     pub index: usize,
     pub parts: i32,
+    pub reserved: i32,
 }
 
 /// `MOEYARD_PLAN_CHUNK`
@@ -217,6 +237,7 @@ pub const PLAN_CHUNK: usize = 1024;
 
 /// `MoeyardPlan`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Plan {
     pub ids: Matrix,
     pub slot_of: usize,
@@ -230,6 +251,7 @@ pub struct Plan {
 
 /// `MoeyardKvWrite`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct KvWrite {
     pub source: [Matrix; 2],
     pub part: [Matrix; 2],
@@ -238,7 +260,7 @@ pub struct KvWrite {
 
 /// `MoeyardSpan`
 #[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub struct Span {
     pub row: u32,
     pub rows: u32,
@@ -249,7 +271,7 @@ pub struct Span {
 
 /// `MoeyardKvPart`
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub struct KvPart {
     pub data: usize,
     pub stride: i64,
@@ -266,6 +288,7 @@ impl KvPart {
 
 /// `MoeyardAttention`
 #[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
 pub struct Attention {
     pub query: [Matrix; 2],
     pub out: Matrix,

@@ -1,13 +1,15 @@
 //! One rank's hold on a GPU: the primary context, a stream, and errors that say what failed.
 
 use std::ffi::{CStr, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use cudarc::driver::{CudaContext, CudaStream};
 
-use super::ffi;
+use super::launches::{Failed, Graphs, Launches};
+use super::{Lock as _, ffi};
+use crate::backend::StepCounts;
 use crate::backend::cuda::GpuInfo;
 use crate::error::{Error, Result};
 
@@ -91,11 +93,30 @@ fn has_warpgroups(archs: &str, capability: (u32, u32)) -> bool {
     capability == (9, 0) && archs.split(',').any(|arch| arch == "90a")
 }
 
+/// Launches of a step that are not put off: the GPU works on them while the host puts the others together.
+const STEP_HEAD: usize = 16;
+
+/// Held while a stream is captured, which is when the driver refuses to wait for the whole GPU.
+static CAPTURE: Mutex<()> = Mutex::new(());
+
 /// A context and a stream of its own. All work of a rank runs in the order in which it was given.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     info: GpuInfo,
+    step: Mutex<Step>,
+}
+
+/// What was put off in the step that is open.
+#[derive(Default)]
+struct Step {
+    open: bool,
+    /// Launches that still go to the stream at once.
+    head: usize,
+    launches: Launches,
+    /// Which sequence of launches is being put together; never the same again.
+    sequence: u64,
+    graphs: Graphs,
 }
 
 impl Gpu {
@@ -108,9 +129,11 @@ impl Gpu {
         };
         let failed =
             |e| Error::Device { device: format!("cuda:{ordinal}"), why: format!("opening it: {}", name(e)) };
+        // Making a stream waits for the GPU.
+        let _alone = CAPTURE.lock_now();
         let context = CudaContext::new(ordinal as usize).map_err(failed)?;
         let stream = context.new_stream().map_err(failed)?;
-        Ok(Gpu { context, stream, info })
+        Ok(Gpu { context, stream, info, step: Mutex::default() })
     }
 
     pub fn info(&self) -> &GpuInfo {
@@ -122,7 +145,14 @@ impl Gpu {
         has_warpgroups(ARCHS, self.info.capability)
     }
 
-    pub fn stream(&self) -> sys::CUstream {
+    /// The stream, for anything that is not a launch: what was put off goes there first.
+    pub fn stream(&self) -> Result<sys::CUstream> {
+        self.flush()?;
+        Ok(self.stream.cu_stream())
+    }
+
+    /// The stream, for copies into memory that nothing put off reads.
+    pub fn stream_beside_step(&self) -> sys::CUstream {
         self.stream.cu_stream()
     }
 
@@ -140,27 +170,120 @@ impl Gpu {
         Error::Device { device: format!("cuda:{}", self.info.ordinal), why }
     }
 
-    /// Puts a kernel into the stream.
-    pub fn launch<A>(&self, what: &str, launcher: ffi::Launcher<A>, args: &A) -> Result<()> {
+    /// Puts a kernel into the stream, or into the step that is open.
+    pub fn launch<A: bytemuck::NoUninit>(
+        &self,
+        what: &'static str,
+        launcher: ffi::Launcher<A>,
+        args: &A,
+    ) -> Result<()> {
+        {
+            let mut step = self.step.lock_now();
+            if step.open && step.head == 0 {
+                step.launches.push(what, launcher, args);
+                return Ok(());
+            }
+            step.head = step.head.saturating_sub(1);
+        }
         self.enter()?;
         // SAFETY: the launcher reads its own argument struct, which lives until it returns; what the struct points to is
         // device memory of tensors that outlive the call, and memory is freed only after the context has come to rest.
-        match unsafe { launcher(args, self.stream().cast::<c_void>()) } {
+        match unsafe { launcher(args, self.stream.cu_stream().cast::<c_void>()) } {
             0 => Ok(()),
-            code => Err(self.failure(format!("{what}: {}", runtime_error(code)))),
+            code => Err(self.launch_failure(Failed { what, code })),
         }
+    }
+
+    fn launch_failure(&self, Failed { what, code }: Failed) -> Error {
+        self.failure(format!("{what}: {}", runtime_error(code)))
+    }
+
+    /// From here on launches are put off, all but the first few.
+    ///
+    /// # Panics
+    /// When a step is open.
+    pub fn begin_step(&self) {
+        let mut step = self.step.lock_now();
+        assert!(!step.open, "a step within a step");
+        step.open = true;
+        step.head = STEP_HEAD;
+    }
+
+    /// Runs what was put off: as a graph where the same sequence of launches came before.
+    pub fn end_step(&self) -> Result<()> {
+        self.enter()?;
+        let mut step = self.step.lock_now();
+        step.open = false;
+        step.sequence += 1;
+        let Step { launches, graphs, .. } = &mut *step;
+        let done = self.run(launches, graphs);
+        launches.clear();
+        done
+    }
+
+    fn run(&self, launches: &Launches, graphs: &mut Graphs) -> Result<()> {
+        if launches.is_empty() {
+            return Ok(());
+        }
+        let replay = |graphs: &mut Graphs| self.driver("replaying a step", graphs.replay(launches));
+        if replay(graphs)? {
+            return Ok(());
+        }
+        if graphs.comes_again(launches) {
+            let _alone = CAPTURE.lock_now();
+            graphs.capture(launches, &self.stream);
+            if replay(graphs)? {
+                return Ok(());
+            }
+        }
+        graphs.count_run();
+        launches.run(self.stream.cu_stream()).map_err(|failed| self.launch_failure(failed))
+    }
+
+    /// Forgets what was put off, where a step is still open.
+    pub fn abandon_step(&self) {
+        let mut step = self.step.lock_now();
+        step.open = false;
+        step.launches.clear();
+    }
+
+    /// Gives what was put off to the stream; the step goes on.
+    pub fn flush(&self) -> Result<()> {
+        let mut step = self.step.lock_now();
+        if step.launches.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        step.sequence += 1;
+        let done = step.launches.run(self.stream.cu_stream());
+        step.launches.clear();
+        done.map_err(|failed| self.launch_failure(failed))
+    }
+
+    /// Whether launches are put off now, and in which sequence.
+    pub fn open_sequence(&self) -> Option<u64> {
+        let step = self.step.lock_now();
+        step.open.then_some(step.sequence)
+    }
+
+    /// What became of the steps so far.
+    pub fn step_counts(&self) -> StepCounts {
+        self.step.lock_now().graphs.counts()
     }
 
     /// Waits until everything given to this rank's stream is done.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        let stream = self.stream()?;
         // SAFETY: the stream lives as long as `self`.
-        self.driver("waiting for it", unsafe { result::stream::synchronize(self.stream()) })
+        self.driver("waiting for it", unsafe { result::stream::synchronize(stream) })
     }
 
     /// Waits until the whole GPU is idle, other ranks' streams included.
     pub fn come_to_rest(&self) -> Result<()> {
         self.enter()?;
+        self.flush()?;
+        let _alone = CAPTURE.lock_now();
         self.driver("waiting for it", result::ctx::synchronize())
     }
 

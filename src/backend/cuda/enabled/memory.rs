@@ -49,8 +49,9 @@ impl DeviceMemory {
             return Ok(());
         }
         self.gpu.enter()?;
+        let stream = self.gpu.stream()?;
         // SAFETY: the block is `bytes` long.
-        let done = unsafe { result::memset_d8_async(self.address, 0, self.bytes, self.gpu.stream()) };
+        let done = unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream) };
         self.gpu.driver("zeroing", done)
     }
 }
@@ -183,8 +184,14 @@ impl Staging {
         Ok(to)
     }
 
-    /// Copies `bytes` to device memory.
+    /// Copies `bytes` to device memory, after everything given to the stream before.
     pub fn send(&mut self, bytes: &[u8], to: usize) -> Result<()> {
+        self.gpu.flush()?;
+        self.send_beside_step(bytes, to)
+    }
+
+    /// [`Staging::send`] into memory that nothing reads that was put off.
+    fn send_beside_step(&mut self, bytes: &[u8], to: usize) -> Result<()> {
         let mut done = 0;
         for chunk in bytes.chunks(self.piece()) {
             let at = self.reserve(chunk.len())?;
@@ -201,9 +208,10 @@ impl Staging {
         self.gpu.enter()?;
         let region = self.pinned.region(at, bytes.len());
         region.copy_from_slice(bytes);
+        let stream = self.gpu.stream_beside_step();
         // SAFETY: `reserve` gave this region, which is not written before the stream has passed the copy; `to` is device memory
         // of that size.
-        let sent = unsafe { result::memcpy_htod_async(to as sys::CUdeviceptr, region, self.gpu.stream()) };
+        let sent = unsafe { result::memcpy_htod_async(to as sys::CUdeviceptr, region, stream) };
         self.gpu.driver("copying to it", sent)
     }
 
@@ -215,8 +223,9 @@ impl Staging {
             self.gpu.enter()?;
             let region = self.pinned.region(at, chunk.len());
             let source = (from + done) as sys::CUdeviceptr;
+            let stream = self.gpu.stream()?;
             // SAFETY: as in `send_region`, the other way; the region is read after the copy has ended.
-            let got = unsafe { result::memcpy_dtoh_async(region, source, self.gpu.stream()) };
+            let got = unsafe { result::memcpy_dtoh_async(region, source, stream) };
             self.gpu.driver("copying from it", got)?;
             self.gpu.synchronize()?;
             chunk.copy_from_slice(region);
@@ -309,26 +318,36 @@ pub fn download(gpu: &Gpu, staging: &mut Staging, src: View<'_>, bytes: &mut [u8
     Ok(())
 }
 
-/// A host array that rarely changes and stays on the device until it does.
+/// A host array that rarely changes and stays on the device until it does, at one address while it fits.
 #[derive(Default)]
 pub struct Resident {
     bytes: Vec<u8>,
     memory: Option<DeviceMemory>,
+    /// The sequence of launches that were put off and may read it.
+    reader: Option<u64>,
 }
+
+/// Bytes of a resident at first.
+const RESIDENT: usize = 4096;
 
 impl Resident {
     /// Device address of a copy of `bytes`. The old content may still be read by work given to the stream before.
     pub fn put(&mut self, gpu: &Arc<Gpu>, staging: &mut Staging, bytes: &[u8]) -> Result<usize> {
+        let sequence = gpu.open_sequence();
         if self.memory.is_none() || self.bytes != bytes {
+            if sequence.is_some() && self.reader == sequence {
+                gpu.flush()?;
+            }
             if self.memory.as_ref().is_none_or(|m| m.bytes() < bytes.len()) {
                 self.memory = None;
-                self.memory = Some(DeviceMemory::new(gpu, bytes.len().next_power_of_two().max(ALIGN))?);
+                self.memory = Some(DeviceMemory::new(gpu, bytes.len().next_power_of_two().max(RESIDENT))?);
             }
             let memory = self.memory.as_ref().expect("made above");
-            staging.send(bytes, memory.address())?;
+            staging.send_beside_step(bytes, memory.address())?;
             self.bytes.clear();
             self.bytes.extend_from_slice(bytes);
         }
+        self.reader = gpu.open_sequence();
         Ok(self.memory.as_ref().expect("made above").address())
     }
 }

@@ -74,6 +74,7 @@ impl CudaBackend {
             out: ffi::Matrix::of(&out.as_view()),
             index,
             parts: ffi::int(parts),
+            reserved: 0,
         };
         self.gpu.launch("combine", ffi::moeyard_combine, &args)
     }

@@ -258,6 +258,7 @@ impl CudaBackend {
             row_tile: ffi::int(tile.rows()),
             row_tiles: ffi::int(groups.tiles(tile.rows())),
             gate,
+            reserved: 0,
         };
         match tile {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
@@ -333,6 +334,7 @@ impl CudaBackend {
                 input: ffi::Matrix::of(&between.as_view()),
                 out: ffi::Matrix::of(&product.as_view()),
                 gate: gate(activation),
+                reserved: 0,
             };
             self.gpu.launch("gated activation", ffi::moeyard_gate, &args)?;
         }
@@ -345,8 +347,7 @@ impl CudaBackend {
         let Some(first) = slots.iter().flatten().next() else { return Ok(None) };
         let shape = MlpShape::of(first);
         let addresses = SlotTable::PARTS * slots.len();
-        let mut words =
-            vec![0usize; addresses + (slot_of.len() * size_of::<u32>()).div_ceil(size_of::<usize>())];
+        let mut words = vec![0usize; addresses + size_of_val(slot_of).div_ceil(size_of::<usize>())];
         for (s, slot) in slots.iter().enumerate() {
             let Some(w) = slot else { continue };
             assert!(MlpShape::of(w) == shape, "slot {s}: an expert of another shape than {shape:?}");
