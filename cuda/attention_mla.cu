@@ -20,20 +20,39 @@ constexpr int EXCHANGE_BYTES = 2 * GROUPS * HEADS * 4;  // maxima and sums
 constexpr int SHARED_BYTES = 3 * STAGE_BYTES + WEIGHT_BYTES + EXCHANGE_BYTES + 1024;
 constexpr int QUARTERS = COLUMNS / 8;             // float4 of the values per thread
 
-__device__ void fetch(const MoeyardAttention& a, const MoeyardSpan& span, int start, int end, uint32_t to) {
-  int piece = threadIdx.x % 8;
-#pragma unroll
-  for (int t = threadIdx.x / 8; t < TILE; t += THREADS / 8) {
-    int position = start + t;
-    bool valid = position < end;
-    int64_t row = valid ? cache_row(a, span, position) : 0;
-    const bf16* latent = static_cast<const bf16*>(a.key[0].data) + row * a.key[0].stride + piece * 8;
-    const bf16* rope = static_cast<const bf16*>(a.key[1].data) + row * a.key[1].stride + piece * 8;
-#pragma unroll
-    for (int p = 0; p < PANELS; ++p)
-      copy_async(swizzled(to + p * PANEL_BYTES, t, piece), p < LATENT / 64 ? latent + p * 64 : rope, valid);
+// A thread's share of the copies of a tile: the same piece of 16 bytes of two positions in every panel.
+struct Copies {
+  const MoeyardAttention& a;
+  const MoeyardSpan& span;
+  int end, piece, row;
+  int next[2];  // cache rows of the tile copied next
+
+  __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int end) : a(a), span(span), end(end) {
+    piece = threadIdx.x % 8, row = threadIdx.x / 8;
   }
-}
+
+  // Some time before `issue`, so that the block table does not hold up the copies.
+  __device__ void look_up(int start) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int position = start + row + i * 32;
+      next[i] = position < end ? cache_row(a, span, position) : 0;
+    }
+  }
+
+  __device__ void issue(int start, uint32_t to) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int t = row + i * 32;
+      bool valid = start + t < end;
+      const bf16* latent = static_cast<const bf16*>(a.key[0].data) + next[i] * a.key[0].stride + piece * 8;
+      const bf16* rope = static_cast<const bf16*>(a.key[1].data) + next[i] * a.key[1].stride + piece * 8;
+#pragma unroll
+      for (int p = 0; p < PANELS; ++p)
+        copy_async(swizzled(to + p * PANEL_BYTES, t, piece), p < LATENT / 64 ? latent + p * 64 : rope, valid);
+    }
+  }
+};
 
 __device__ void fetch_queries(const MoeyardAttention& a, int64_t row, int first_head, uint32_t to) {
   constexpr int PIECES = WIDTH / 8;
@@ -80,8 +99,11 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
   float* maxima = reinterpret_cast<float*>(shared + (weights + WEIGHT_BYTES - start_of_shared));
   float* sums = maxima + GROUPS * HEADS;
 
-  fetch(a, span, first, end, stages);
+  Copies copies(a, span, end);
+  copies.look_up(first);
+  copies.issue(first, stages);
   copy_commit();
+  copies.look_up(first + TILE);
   fetch_queries(a, span.row, first_head, queries);
 
   int group = threadIdx.x / 128, lane = threadIdx.x % WARP;
@@ -97,9 +119,6 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
     __syncthreads();
     int start = first + t * TILE;
     uint32_t stage = stages + t % 2 * STAGE_BYTES;
-    if (t + 1 < tiles) fetch(a, span, start + TILE, end, stages + (t + 1) % 2 * STAGE_BYTES);
-    copy_commit();
-
     float score[HALF / 8][4];
     uint64_t q = descriptor(queries), k = descriptor(stage + group * (HALF * 128));
     wgmma_begin();
@@ -110,6 +129,10 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
       multiply_keys<false>(score, q + at, k + at);
     }
     wgmma_commit();
+    // Both warpgroups are done with the tile that these copies overwrite.
+    if (t + 1 < tiles) copies.issue(start + TILE, stages + (t + 1) % 2 * STAGE_BYTES);
+    copy_commit();
+    copies.look_up(start + 2 * TILE);
     wgmma_wait<0>();
     settle(score);
     if (start + TILE > end) hide(score, start + group * HALF, sight);

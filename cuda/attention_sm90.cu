@@ -30,7 +30,7 @@ template <int KEY, int VALUE> struct Copies {
   const MoeyardSpan& span;
   const bf16 *keys, *rope, *values;
   int end, piece, row;
-  int paged[2] = {};  // cache rows of the tile of keys copied last
+  int next[2], paged[2];  // cache rows of the tile of keys copied next, and of the one copied last
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
     piece = threadIdx.x % 8, row = threadIdx.x / 8;
@@ -49,12 +49,21 @@ template <int KEY, int VALUE> struct Copies {
       copy_async(swizzled(to + p * PANEL_BYTES, row + i * 32, piece), source + p * 64, valid);
   }
 
+  // Some time before `issue_keys`, so that the block table does not hold up the copies.
+  __device__ void look_up(int start) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int position = start + row + i * 32;
+      next[i] = position < end ? cache_row(a, span, position) : 0;
+    }
+  }
+
   __device__ void issue_keys(int start, uint32_t to) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int position = start + row + i * 32;
       bool valid = position < end;
-      paged[i] = valid ? cache_row(a, span, position) : 0;
+      paged[i] = next[i];
       if constexpr (S::EXPANDED) {
         copy<KEY / 64 - 1>(keys, a.key[0].stride, i, valid ? position : 0, valid, to);
         copy<1>(rope, a.key[1].stride, i, paged[i], valid, to + (KEY / 64 - 1) * PANEL_BYTES);
@@ -64,7 +73,7 @@ template <int KEY, int VALUE> struct Copies {
     }
   }
 
-  // Of the tile whose keys came last.
+  // Of the tile whose keys were copied last.
   __device__ void issue_values(int start, uint32_t to) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -120,11 +129,14 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
 
   Copies<KEY, VALUE> copies(a, span, kv_head, end);
   int tiles = (end - first + TILE - 1) / TILE;
+  copies.look_up(first);
   copies.issue_keys(first, keys);
   copies.issue_values(first, values);
   copy_commit();
+  copies.look_up(first + TILE);
   if (tiles > 1) copies.issue_keys(first + TILE, keys + S::KEY_BYTES);
   copy_commit();
+  copies.look_up(first + 2 * TILE);
   fetch_queries<KEY, VALUE>(a, span, kv_head, base);
 
   // Of this lane's two pairs, and of its warpgroup.
@@ -176,11 +188,17 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     fence_for_wgmma();
     __syncthreads();
     int start = first + t * TILE, now = t % 2;
-    // Values first: they are of the tile whose keys came last.
-    if (t + 1 < tiles) copies.issue_values(start + TILE, values + (now ^ 1) * S::VALUE_BYTES);
-    if (t + 2 < tiles) copies.issue_keys(start + 2 * TILE, keys + now * S::KEY_BYTES);
-    copy_commit();
-    if (t >= own_tiles) continue;
+    // Every warpgroup is done with the tiles that these copies overwrite.
+    auto fetch_ahead = [&]() __attribute__((always_inline)) {
+      if (t + 1 < tiles) copies.issue_values(start + TILE, values + (now ^ 1) * S::VALUE_BYTES);
+      if (t + 2 < tiles) copies.issue_keys(start + 2 * TILE, keys + now * S::KEY_BYTES);
+      copy_commit();
+      copies.look_up(start + 3 * TILE);
+    };
+    if (t >= own_tiles) {
+      fetch_ahead();
+      continue;
+    }
     uint64_t v = value_descriptor(values + now * S::VALUE_BYTES);
     auto multiply_all_values = [&]() __attribute__((always_inline)) {
 #pragma unroll
@@ -191,6 +209,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     if (t + 1 == own_tiles) {
       wgmma_begin();
       multiply_all_values();
+      fetch_ahead();
       wgmma_wait<0>();
       settle(out);
       continue;
@@ -199,6 +218,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     multiply_tile<KEY>(score, queries, keys + (now ^ 1) * S::KEY_BYTES);
     wgmma_commit();
     multiply_all_values();
+    fetch_ahead();
     wgmma_wait<1>();
     settle(score);
     bool chunk_ends = (start + TILE) % CHUNK == 0;
