@@ -11,7 +11,7 @@ use half::bf16;
 use moeyard::backend::cuda::{self, CudaBackend};
 use moeyard::backend::{
     AttentionBatch, Backend, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
-    KvShape, Matrix, MlaArgs, Mlp, SeqSpan, Tensor,
+    KvShape, Matrix, MlaArgs, Mlp, PlannedArgs, SeqSpan, Tensor,
 };
 use moeyard::spec::{Activation, Renormalize, Router, Score};
 
@@ -90,6 +90,14 @@ impl Bench {
             {
                 self.experts(limits, shape, &slots, tokens, spread);
             }
+            for tokens in [1, 64, 4096] {
+                self.planned_experts(limits, shape, &slots, tokens);
+            }
+        }
+        for (rows, experts, hidden) in
+            [(1, 8, 4096), (64, 8, 4096), (4096, 8, 4096), (1, 256, 7168), (4096, 256, 7168)]
+        {
+            self.router_product(limits, rows, experts, hidden);
         }
         self.around_experts(limits, 4096);
         for (sequences, context) in [(1, 1024), (1, 8192), (64, 1024), (64, 4096)] {
@@ -242,6 +250,62 @@ impl Bench {
         let loads = if spread > 0.0 { "log-normal" } else { "uniform" };
         let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
         self.line(&name, seconds, 2.0 * (rows * parameters) as f64, bytes, Some(limits));
+    }
+
+    /// Grouping, permutation, experts and combine of a layer whose choices the host does not see.
+    fn planned_experts(&mut self, limits: Limits, shape: ExpertShape, slots: &[Option<Mlp>], tokens: usize) {
+        let ExpertShape { hidden, width, experts, top_k, .. } = shape;
+        let rows = tokens * top_k;
+        let x = self.random(tokens, hidden);
+        // Different experts for each token.
+        let chosen: Vec<i32> = (0..tokens)
+            .flat_map(|_| {
+                let first = self.numbers.next() as usize;
+                (0..top_k).map(move |j| ((first + j) % experts) as i32)
+            })
+            .collect();
+        let busy = chosen.iter().collect::<std::collections::BTreeSet<_>>().len();
+        let mut ids = self.gpu.alloc(DType::I32, tokens, top_k).unwrap();
+        let bytes: Vec<u8> = chosen.iter().flat_map(|id| id.to_le_bytes()).collect();
+        self.gpu.upload(&bytes, ids.view_mut()).unwrap();
+        let weights = self.gpu.alloc(DType::F32, tokens, top_k).unwrap();
+        let [mut grouped, mut computed] = [0, 1].map(|_| self.gpu.alloc(DType::Bf16, rows, hidden).unwrap());
+        let mut out = self.gpu.alloc(DType::F32, tokens, hidden).unwrap();
+        let slot_of: Vec<u32> = (0..experts as u32).collect();
+        let seconds = self.time(|gpu| {
+            let args = PlannedArgs {
+                x: x.view(),
+                ids: ids.view(),
+                weights: weights.view(),
+                slot_of: &slot_of,
+                slots,
+                activation: Activation::SiluMul,
+                grouped: grouped.view_mut(),
+                computed: computed.view_mut(),
+            };
+            gpu.device_plan().unwrap().planned_experts(args, out.view_mut()).unwrap();
+        });
+        let parameters = 3 * hidden * width;
+        let bytes = 2.0 * (busy * parameters + rows * (5 * hidden + 2 * width)) as f64;
+        let name = format!("planned {}, {tokens} tokens", shape.name);
+        self.line(&name, seconds, 2.0 * (rows * parameters) as f64, bytes, Some(limits));
+    }
+
+    /// The router's own product, in f32.
+    fn router_product(&mut self, limits: Limits, rows: usize, experts: usize, hidden: usize) {
+        let mut f32s = |rows: usize, cols: usize| {
+            let bytes: Vec<u8> = (0..rows * cols).flat_map(|_| self.numbers.unit().to_le_bytes()).collect();
+            let mut tensor = self.gpu.alloc(DType::F32, rows, cols).unwrap();
+            self.gpu.upload(&bytes, tensor.view_mut()).unwrap();
+            tensor
+        };
+        let x = f32s(rows, hidden);
+        let w = Matrix { data: f32s(experts, hidden), n: experts, k: hidden };
+        let mut out = self.gpu.alloc(DType::F32, rows, experts).unwrap();
+        let seconds = self.time(|gpu| gpu.linear(x.view(), &w, None, out.view_mut()).unwrap());
+        let bytes = 4.0 * (experts * hidden + rows * (hidden + experts)) as f64;
+        let name = format!("router product {rows} x {experts} x {hidden}");
+        self.line(&name, seconds, 2.0 * (rows * experts * hidden) as f64, bytes, Some(limits));
     }
 
     /// Router, permutation and combine of a Mixtral layer.

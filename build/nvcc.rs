@@ -16,6 +16,7 @@ const FAMILIES: &[&str] = &[
     "attention_bf16",
     "attention",
     "gemm_f32",
+    "gemm_narrow",
     "rows",
     "norm",
     "moe",

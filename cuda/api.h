@@ -102,7 +102,7 @@ typedef struct {
 } MoeyardRope;
 MOEYARD_API int moeyard_rope(const MoeyardRope* args, void* stream);
 
-// ---- gemm_f32.cu, gemm_bf16.cu, gemm_sm90.cu
+// ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu, gemm_sm90.cu
 
 // What happens to a gate and an up column before they are stored.
 typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 2 } MoeyardActivation;
@@ -130,6 +130,9 @@ typedef struct {
   int32_t reserved;
 } MoeyardGemm;
 MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
+// Few outputs of any number of rows, x and w in f32, without offsets, batches and activation. Sums over k in another order, which is the
+// same for all rows.
+MOEYARD_API int moeyard_gemm_narrow(const MoeyardGemm* args, void* stream);
 // Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
 MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
 // The same, on compute capability 9.0 only and for tiles of many rows.

@@ -4,7 +4,9 @@ use libtest_mimic::Trial;
 use moeyard::backend::{CombineArgs, DType, ExpertsArgs, Mlp, PlannedArgs};
 use moeyard::spec::{Activation, ExpertGroups, GroupScore, Renormalize, Router, Score};
 
-use crate::pair::{CLOSE, Device, EXACT, Numbers, ROUNDED, gpu, poisoned, same, same_on, tensor, values};
+use crate::pair::{
+    CLOSE, Device, EXACT, Numbers, ROUNDED, gpu, host_matrix, poisoned, same, same_on, tensor, values,
+};
 use crate::products::host_mlp;
 use crate::trial;
 
@@ -13,6 +15,7 @@ pub fn trials() -> Vec<Trial> {
         trial("moe::every_router", every_router),
         trial("moe::ties_go_to_the_lowest_id", ties_go_to_the_lowest_id),
         trial("moe::logits_that_are_no_numbers_choose_experts_that_exist", logits_that_are_no_numbers),
+        trial("moe::router_logits", router_logits),
         trial("moe::combine", combine),
         trial("moe::planned_experts", planned_experts),
         trial("moe::the_device_plans_as_the_host_does", the_device_plans_as_the_host_does),
@@ -134,6 +137,33 @@ fn logits_that_are_no_numbers() {
             assert!(chosen.iter().all(|&e| (0.0..48.0).contains(&e)), "{value}: {chosen:?}");
             chosen.dedup();
             assert_eq!(chosen.len(), 6, "{value}");
+        }
+    }
+}
+
+/// Products with few outputs: a row has the same bits in any batch.
+fn router_logits() {
+    let owner = gpu();
+    let mut numbers = Numbers::new(36);
+    for (rows, n, k) in
+        [(1, 8, 4096), (600, 8, 4096), (5, 1, 2049), (70, 64, 260), (300, 256, 7168), (33, 512, 7)]
+    {
+        let w = host_matrix(&mut numbers, n, k, DType::F32);
+        let (x, bias) = (numbers.vec(rows * k), numbers.vec(n));
+        let run = |device: Device<'_>, part: std::ops::Range<usize>| {
+            let w = device.pack_matrix(&w, DType::F32).unwrap();
+            let x = tensor(device, DType::F32, rows, k, &x);
+            let bias = tensor(device, DType::F32, 1, n, &bias);
+            let mut out = poisoned(device, DType::F32, part.len(), n);
+            let x = x.view().rows_range(part);
+            device.linear(x, &w, Some(bias.view()), out.view_mut()).unwrap();
+            values(device, out.view())
+        };
+        same_on(owner.as_ref(), &format!("{rows} x {n} x {k}"), CLOSE, |device| run(device, 0..rows));
+        let whole = run(owner.as_ref(), 0..rows);
+        for part in [0..1, rows - 1..rows, rows / 3..rows] {
+            let found = run(owner.as_ref(), part.clone());
+            assert!(found == whole[part.start * n..part.end * n], "{rows} x {n} x {k}: rows {part:?}");
         }
     }
 }

@@ -326,6 +326,7 @@ unsafe extern "C" {
     pub fn moeyard_scale_by_square_sum(args: *const ScaleBySquareSum, stream: *mut c_void) -> c_int;
     pub fn moeyard_rope(args: *const Rope, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gemm_narrow(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_sm90(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;

@@ -15,6 +15,9 @@ use crate::spec::Activation;
 /// Rows of gates before the ups of the same columns: what the bf16 kernel's lanes hold together.
 const DEAL: usize = 8;
 
+/// Most outputs of a product in f32 that has a kernel of its own: as many as a router has experts.
+const NARROW: usize = 512;
+
 /// Elements of a row in device memory.
 pub fn padded(k: usize) -> usize {
     k.next_multiple_of(8)
@@ -110,6 +113,8 @@ impl Groups<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Tile {
     F32,
+    /// Few outputs in f32: routers and gates.
+    Narrow,
     Bf16(usize),
     Warpgroups,
 }
@@ -126,7 +131,7 @@ impl Tile {
 
     fn rows(self) -> usize {
         match self {
-            Tile::F32 => 64,
+            Tile::F32 | Tile::Narrow => 64,
             Tile::Bf16(rows) => rows,
             Tile::Warpgroups => 128,
         }
@@ -233,7 +238,16 @@ impl CudaBackend {
             && shape.k.is_multiple_of(8)
             && batches.x.is_multiple_of(8);
         assert!(fast || gate.activation == 0, "only the bf16 kernels have a gated activation");
-        let tile = if fast { Tile::of_bf16(groups, self.gpu.has_warpgroups()) } else { Tile::F32 };
+        let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
+        let single = matches!(weights, Weights::One { .. }) && batches.count == 1;
+        let tile = if fast {
+            Tile::of_bf16(groups, self.gpu.has_warpgroups())
+        } else if all_f32 && single && shape.n <= NARROW {
+            // By the shape alone: it sums in another order than the general kernel.
+            Tile::Narrow
+        } else {
+            Tile::F32
+        };
         let (weight, bias, weights, biases, offsets) = match weights {
             Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0),
             Weights::Slots { matrices, biases, offsets } => (0, 0, matrices, biases, offsets),
@@ -262,6 +276,7 @@ impl CudaBackend {
         };
         match tile {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
+            Tile::Narrow => self.gpu.launch("narrow product", ffi::moeyard_gemm_narrow, &args),
             Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
             Tile::Warpgroups => self.gpu.launch("warpgroup product", ffi::moeyard_gemm_sm90, &args),
         }

@@ -1,0 +1,76 @@
+// Products with few outputs in plain f32: routers and gates. The lanes of a warp share k out: lane l adds up k = 4 l .. 4 l + 3 of every 128
+// in ascending order, and the lanes' sums are added as a tree. So an element has the same bits whatever the tile.
+#include "common.cuh"
+
+using namespace moeyard;
+
+namespace {
+
+constexpr int WARPS = 4, WIDTH = 4 * WARP;  // k of a warp's step
+
+template <bool ALIGNED> __device__ inline float4 four(const float* x, int k, int end) {
+  if (ALIGNED) return k < end ? *reinterpret_cast<const float4*>(x + k) : float4{};
+  return {k < end ? x[k] : 0.0f, k + 1 < end ? x[k + 1] : 0.0f, k + 2 < end ? x[k + 2] : 0.0f, k + 3 < end ? x[k + 3] : 0.0f};
+}
+
+__device__ inline float chain(float sum, float4 x, float4 w) {
+  return fmaf(x.w, w.w, fmaf(x.z, w.z, fmaf(x.y, w.y, fmaf(x.x, w.x, sum))));
+}
+
+// A warp computes COLS outputs of ROWS rows; the warps of a block have the outputs side by side.
+template <int ROWS, int COLS, bool ALIGNED> __global__ void __launch_bounds__(WARPS* WARP) narrow(MoeyardGemm a) {
+  constexpr int AHEAD = 16 / (ROWS + COLS);  // steps whose loads are under way at once
+  int lane = threadIdx.x % WARP, row = blockIdx.x * ROWS, col = (blockIdx.y * WARPS + threadIdx.x / WARP) * COLS;
+  if (col >= a.n) return;
+  const float *x[ROWS], *w[COLS];
+  // What lies outside is computed from the last row and output, and dropped.
+  for (int i = 0; i < ROWS; ++i) x[i] = static_cast<const float*>(a.x.data) + min(row + i, a.x.rows - 1) * a.x.stride;
+  for (int j = 0; j < COLS; ++j) w[j] = static_cast<const float*>(a.weight) + int64_t(min(col + j, a.n - 1)) * a.ldw;
+  float acc[ROWS][COLS] = {};
+  for (int first = lane * 4; first < a.k; first += AHEAD * WIDTH) {
+    float4 u[AHEAD][ROWS], v[AHEAD][COLS];
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) {
+      int k = first + s * WIDTH;
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) u[s][i] = four<ALIGNED>(x[i], k, a.k);
+#pragma unroll
+      for (int j = 0; j < COLS; ++j) v[s][j] = four<ALIGNED>(w[j], k, a.k);
+    }
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) {
+      if (first + s * WIDTH >= a.k) break;
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < COLS; ++j) acc[i][j] = chain(acc[i][j], u[s][i], v[s][j]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < COLS; ++j) {
+      float sum = warp_sum(acc[i][j]);
+      if (lane != 0 || row + i >= a.x.rows || col + j >= a.n) continue;
+      store(a.out, row + i, col + j, a.bias ? sum + a.bias[col + j] : sum);
+    }
+}
+
+template <int ROWS, int COLS> int launch(const MoeyardGemm& a, void* stream) {
+  dim3 grid((a.x.rows + ROWS - 1) / ROWS, (a.n + WARPS * COLS - 1) / (WARPS * COLS));
+  bool aligned = reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0 && a.ldw % 4 == 0 && a.k % 4 == 0;
+  if (aligned) narrow<ROWS, COLS, true><<<grid, WARPS * WARP, 0, stream_of(stream)>>>(a);
+  else narrow<ROWS, COLS, false><<<grid, WARPS * WARP, 0, stream_of(stream)>>>(a);
+  return launched();
+}
+
+}  // namespace
+
+extern "C" int moeyard_gemm_narrow(const MoeyardGemm* a, void* stream) {
+  if (a->x.rows == 0 || a->n == 0) return 0;
+  // Larger tiles read less, smaller ones keep more warps busy.
+  int64_t outputs = int64_t(a->x.rows) * a->n;
+  if (outputs <= 4096) return launch<1, 1>(*a, stream);
+  if (outputs <= 32768) return launch<2, 2>(*a, stream);
+  return launch<4, 4>(*a, stream);
+}
