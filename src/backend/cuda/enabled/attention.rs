@@ -33,13 +33,9 @@ fn widths(shape: KvShape) -> [usize; 2] {
     }
 }
 
-pub(super) fn cache_row(
-    batch: &AttentionBatch<'_>,
-    span: &SeqSpan,
-    position: usize,
-    block_size: usize,
-) -> u32 {
-    let block = batch.block_table[span.first_block as usize + position / block_size];
+/// Row of the cache for a position of a sequence whose blocks start at `first_block` of the table.
+pub(super) fn cache_row(table: &[u32], first_block: u32, position: usize, block_size: usize) -> u32 {
+    let block = table[first_block as usize + position / block_size];
     block * block_size as u32 + (position % block_size) as u32
 }
 
@@ -72,7 +68,7 @@ pub(super) fn partial_floats(heads: usize, chunks: usize, width: usize) -> usize
 
 /// Rows that the kernels for the tensor cores can read and write 16 bytes at a time.
 pub(super) fn aligned(rows: &View<'_>) -> bool {
-    (rows.stride() * rows.dtype().bytes()).is_multiple_of(16) && rows.address().is_multiple_of(16)
+    ffi::Matrix::of(rows).is_aligned()
 }
 
 pub(super) fn whole(span: &SeqSpan) -> ffi::Span {
@@ -140,7 +136,9 @@ impl CudaBackend {
         let slots: Vec<u32> = batch
             .spans
             .iter()
-            .flat_map(|span| rows(span).map(|p| cache_row(&batch, span, p, cache.block_size)))
+            .flat_map(|span| {
+                rows(span).map(|p| cache_row(batch.block_table, span.first_block, p, cache.block_size))
+            })
             .collect();
         let slots = {
             let mut staging = self.staging.lock_now();
@@ -170,12 +168,9 @@ impl CudaBackend {
             out: ffi::Matrix::of(&out.as_view()),
             key: [cached(&args.cache.parts[0], head_dim, head_dim), ffi::KvPart::NONE],
             value: cached(&args.cache.parts[1], head_dim, head_dim),
-            spans: 0,
             block_table,
             sinks: args.sinks.map_or(0, |s| s.address()),
             query_stride: [ffi::int(head_dim), 0],
-            span_count: 0,
-            span_rows: 0,
             block_size: ffi::int(args.cache.block_size),
             heads: ffi::int(args.heads),
             kv_heads: ffi::int(kv_heads),
@@ -183,9 +178,7 @@ impl CudaBackend {
             window: args.window.and_then(|w| i32::try_from(w).ok()).unwrap_or(0),
             kv_type: ffi::type_code(args.cache.dtype),
             scale: args.scale,
-            chunks: 0,
-            reserved: 0,
-            partials: 0,
+            ..ffi::Attention::NONE
         };
         let group = args.heads / kv_heads;
         let tensor_cores = args.cache.dtype == DType::Bf16

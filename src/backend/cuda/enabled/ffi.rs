@@ -36,6 +36,12 @@ impl Matrix {
             reserved: 0,
         }
     }
+
+    /// Whether every row starts at a multiple of 16 bytes.
+    pub fn is_aligned(&self) -> bool {
+        let element = if self.dtype == type_code(DType::Bf16) { 2 } else { 4 };
+        self.data.is_multiple_of(16) && (self.stride as usize * element).is_multiple_of(16)
+    }
 }
 
 /// A count that kernels take as i32.
@@ -309,6 +315,31 @@ pub struct Attention {
     pub chunks: i32,
     pub reserved: i32,
     pub partials: usize,
+}
+
+impl Attention {
+    /// Neither window nor sinks, nothing that is absent in most kernels.
+    pub const NONE: Attention = Attention {
+        query: [Matrix::NONE; 2],
+        out: Matrix::NONE,
+        key: [KvPart::NONE; 2],
+        value: KvPart::NONE,
+        spans: 0,
+        block_table: 0,
+        sinks: 0,
+        query_stride: [0; 2],
+        span_count: 0,
+        span_rows: 0,
+        block_size: 0,
+        heads: 0,
+        kv_heads: 0,
+        window: 0,
+        kv_type: 0,
+        scale: 0.0,
+        chunks: 0,
+        reserved: 0,
+        partials: 0,
+    };
 }
 
 /// A launcher of cuda/api.h.

@@ -4,7 +4,7 @@ use super::attention::{
     UNITS, WARPGROUP_UNITS, aligned, cache_row, cached, chunks_of, linear, partial_floats, pieces, whole,
 };
 use super::ffi;
-use super::memory::tensor;
+use super::memory::{Buffer, tensor};
 use super::products::{Heads, padded};
 use super::{CudaBackend, Lock as _};
 use crate::backend::{DType, HostMatrix, MlaArgs, MlaWeights, SeqSpan, ViewMut, check};
@@ -58,95 +58,59 @@ impl CudaBackend {
 
     pub(super) fn mla(&self, args: MlaArgs<'_>, mut out: ViewMut<'_>) -> Result<()> {
         check::attention_mla(&args, &out);
-        let prompt = |s: &SeqSpan| s.prompt_len.saturating_sub(s.position).min(s.rows);
-        let expanded: Vec<ffi::Span> = args
-            .batch
-            .spans
-            .iter()
-            .map(|s| ffi::Span { rows: prompt(s), ..whole(s) })
-            .filter(|s| s.rows > 0)
-            .collect();
-        let absorbed: Vec<ffi::Span> = args
-            .batch
-            .spans
-            .iter()
-            .map(|s| {
-                let first = prompt(s);
-                ffi::Span {
-                    row: s.row + first,
-                    rows: s.rows - first,
-                    position: s.position + first,
-                    ..whole(s)
-                }
-            })
-            .filter(|s| s.rows > 0)
-            .collect();
+        let (expanded, absorbed) = by_form(args.batch.spans);
         let block_table = {
             let mut staging = self.staging.lock_now();
             let table = bytemuck::cast_slice(args.batch.block_table);
             self.residents.lock_now().blocks.put(&self.gpu, &mut staging, table)?
         };
+        let common = ffi::Attention {
+            block_table,
+            block_size: ffi::int(args.cache.block_size),
+            kv_type: ffi::type_code(args.cache.dtype),
+            scale: args.scale,
+            ..ffi::Attention::NONE
+        };
         let mut rest = expanded.as_slice();
         while !rest.is_empty() {
-            let taken = self.expand(&args, rest, block_table, out.reborrow())?;
-            rest = &rest[taken..];
+            let pass = Pass::of(rest, &args);
+            self.expand(&args, &pass, common, out.reborrow())?;
+            rest = &rest[pass.spans.len()..];
         }
-        if absorbed.is_empty() { Ok(()) } else { self.absorb(&args, &absorbed, block_table, out) }
+        if absorbed.is_empty() { Ok(()) } else { self.absorb(&args, &absorbed, common, out) }
     }
 
-    /// The expanded form of the first of `spans`, as many as fit one pass; returns how many that were.
+    /// The expanded form of the spans of a pass.
     fn expand(
         &self,
         args: &MlaArgs<'_>,
-        spans: &[ffi::Span],
-        block_table: usize,
+        pass: &Pass<'_>,
+        common: ffi::Attention,
         mut out: ViewMut<'_>,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let (w, dtype) = (args.weights, args.cache.dtype);
-        let width = w.nope_dim + w.v_dim;
-        let context = |s: &ffi::Span| (s.position + s.rows) as usize;
-        let room = EXPANDED_BYTES / (width * dtype.bytes());
-        let (mut taken, mut positions) = (0, 0);
-        while taken < spans.len() && (taken == 0 || (positions + context(&spans[taken])) * w.heads <= room) {
-            positions += context(&spans[taken]);
-            taken += 1;
-        }
-        let heads_at_once = (room / positions).clamp(1, w.heads);
-
-        let mut index = Vec::with_capacity(positions);
-        let mut based = Vec::with_capacity(taken);
-        for span in &spans[..taken] {
-            based.push(ffi::Span { base: index.len() as u32, ..*span });
-            let at = SeqSpan {
-                row: span.row,
-                rows: span.rows,
-                position: span.position,
-                prompt_len: 0,
-                first_block: span.first_block,
-            };
-            let block_size = args.cache.block_size;
-            index.extend((0..context(span)).map(|p| cache_row(&args.batch, &at, p, block_size)));
-        }
-        let q_width = args.q.cols() / w.heads;
+        let (width, q_width) = (w.nope_dim + w.v_dim, args.q.cols() / w.heads);
+        let rope_dim = q_width - w.nope_dim;
         let tensor_cores = self.gpu.has_warpgroups()
             && dtype == DType::Bf16
-            && (w.nope_dim, q_width - w.nope_dim, w.v_dim) == (NOPE, ROPE, VALUE)
+            && (w.nope_dim, rope_dim, w.v_dim) == (NOPE, ROPE, VALUE)
             && args.scale > 0.0
             && aligned(&args.q)
             && aligned(&out.as_view());
+        let (index, based) = pass.rows_in_order(args);
         let items = pieces(based.into_iter(), if tensor_cores { WARPGROUP_UNITS } else { UNITS });
-        let spans_table = {
+        let spans = {
             let mut staging = self.staging.lock_now();
             let items = bytemuck::cast_slice(&items);
             self.residents.lock_now().expanded.put(&self.gpu, &mut staging, items)?
         };
         let mut scratch = self.scratch.lock_now();
         let scratch = &mut *scratch;
-        let mut latents = scratch.latents.take(&self.gpu, dtype, positions, w.latent)?;
+        let mut latents = scratch.latents.take(&self.gpu, dtype, index.len(), w.latent)?;
         self.gather(args.cache.parts[0].view(), &index, latents.reborrow())?;
-        for first in (0..w.heads).step_by(heads_at_once) {
-            let heads = heads_at_once.min(w.heads - first);
-            let mut kv = scratch.expanded.take(&self.gpu, dtype, positions, heads * width)?;
+        for first in (0..w.heads).step_by(pass.heads_at_once) {
+            let heads = pass.heads_at_once.min(w.heads - first);
+            let mut kv = scratch.expanded.take(&self.gpu, dtype, index.len(), heads * width)?;
             let product = Heads {
                 count: 1,
                 n: heads * width,
@@ -162,23 +126,15 @@ impl CudaBackend {
             let attention = ffi::Attention {
                 query: [ffi::Matrix::of(&q), ffi::Matrix::of(&q.cols_range(w.nope_dim..q.cols()))],
                 out: ffi::Matrix::of(&out.reborrow().cols_range(columns).as_view()),
-                key: [linear(kv, width, w.nope_dim), cached(&args.cache.parts[1], 0, q_width - w.nope_dim)],
+                key: [linear(kv, width, w.nope_dim), cached(&args.cache.parts[1], 0, rope_dim)],
                 value: linear(kv.cols_range(w.nope_dim..kv.cols()), width, w.v_dim),
-                spans: spans_table,
-                block_table,
-                sinks: 0,
+                spans,
                 query_stride: [ffi::int(q_width); 2],
                 span_count: ffi::int(items.len()),
                 span_rows: ffi::int(UNITS),
-                block_size: ffi::int(args.cache.block_size),
                 heads: ffi::int(heads),
                 kv_heads: ffi::int(heads),
-                window: 0,
-                kv_type: ffi::type_code(dtype),
-                scale: args.scale,
-                chunks: 0,
-                reserved: 0,
-                partials: 0,
+                ..common
             };
             if tensor_cores {
                 self.gpu.launch("attention", ffi::moeyard_attention_sm90, &attention)?;
@@ -186,41 +142,23 @@ impl CudaBackend {
                 self.attend(attention)?;
             }
         }
-        Ok(taken)
+        Ok(())
     }
 
-    /// The absorbed form of `spans`.
+    /// The absorbed form of `spans`, whose rows are brought together first.
     fn absorb(
         &self,
         args: &MlaArgs<'_>,
         spans: &[ffi::Span],
-        block_table: usize,
+        common: ffi::Attention,
         mut out: ViewMut<'_>,
     ) -> Result<()> {
         let (w, dtype) = (args.weights, args.cache.dtype);
         let q_width = args.q.cols() / w.heads;
-        let rope_dim = q_width - w.nope_dim;
-        // Rows of generated tokens side by side.
         let index: Vec<u32> = spans.iter().flat_map(|s| s.row..s.row + s.rows).collect();
         let rows = index.len();
-        let mut next = 0;
-        let packed: Vec<ffi::Span> = spans
-            .iter()
-            .map(|s| {
-                let row = next;
-                next += s.rows;
-                ffi::Span { row, ..*s }
-            })
-            .collect();
-        let items = pieces(packed.iter().copied(), 1);
-        let spans_table = {
-            let mut staging = self.staging.lock_now();
-            let items = bytemuck::cast_slice(&items);
-            self.residents.lock_now().absorbed.put(&self.gpu, &mut staging, items)?
-        };
         let mut scratch = self.scratch.lock_now();
         let scratch = &mut *scratch;
-        // In a step without prompts they are already.
         let mut copied;
         let q = if rows == args.q.rows() && args.q.dtype() == dtype {
             args.q
@@ -244,50 +182,20 @@ impl CudaBackend {
         };
         self.linear_heads(q, &w.parts[1], into_latent, q_latent.reborrow())?;
         let mean = scratch.means.take(&self.gpu, dtype, rows, w.heads * w.latent)?;
+        let mean = mean.as_view();
+        let latents = cached(&args.cache.parts[0], 0, w.latent);
+        let q_rope = q.cols_range(w.nope_dim..q.cols());
         let attention = ffi::Attention {
-            query: [
-                ffi::Matrix::of(&q_latent.as_view()),
-                ffi::Matrix::of(&q.cols_range(w.nope_dim..q.cols())),
-            ],
-            out: ffi::Matrix::of(&mean.as_view()),
-            key: [cached(&args.cache.parts[0], 0, w.latent), cached(&args.cache.parts[1], 0, rope_dim)],
-            value: cached(&args.cache.parts[0], 0, w.latent),
-            spans: spans_table,
-            block_table,
-            sinks: 0,
+            query: [ffi::Matrix::of(&q_latent.as_view()), ffi::Matrix::of(&q_rope)],
+            out: ffi::Matrix::of(&mean),
+            key: [latents, cached(&args.cache.parts[1], 0, q_width - w.nope_dim)],
+            value: latents,
             query_stride: [ffi::int(w.latent), ffi::int(q_width)],
-            span_count: ffi::int(items.len()),
-            span_rows: 1,
-            block_size: ffi::int(args.cache.block_size),
             heads: ffi::int(w.heads),
             kv_heads: 1,
-            window: 0,
-            kv_type: ffi::type_code(dtype),
-            scale: args.scale,
-            chunks: 0,
-            reserved: 0,
-            partials: 0,
+            ..common
         };
-        let tensor_cores = self.gpu.has_warpgroups()
-            && dtype == DType::Bf16
-            && (w.latent, rope_dim) == (LATENT, ROPE)
-            && args.scale > 0.0
-            && aligned(&q.cols_range(w.nope_dim..q.cols()));
-        if tensor_cores {
-            let blocks = w.heads.div_ceil(HEADS);
-            // Many rows walk all their chunks and keep sums of whole blocks; the bits are the same.
-            let (chunks, floats) = if rows * blocks < FEW_BLOCKS {
-                let chunks = chunks_of(&items, 0);
-                (chunks, partial_floats(w.heads, chunks, w.latent))
-            } else {
-                (0, blocks * HEADS * LATENT)
-            };
-            let attention = ffi::Attention { chunks: ffi::int(chunks), ..attention };
-            let partials = &mut scratch.partials;
-            self.attend_singly(ffi::moeyard_attention_mla, rows, attention, floats, partials)?;
-        } else {
-            self.attend(attention)?;
-        }
+        self.attend_latents(spans, attention, &mut scratch.partials)?;
         let out_of_latent = Heads {
             count: w.heads,
             n: w.v_dim,
@@ -296,16 +204,101 @@ impl CudaBackend {
             first_row: w.nope_dim,
             row_step: w.nope_dim + w.v_dim,
         };
-        if rows == out.rows() {
-            return self.linear_heads(mean.as_view(), &w.parts[0], out_of_latent, out);
-        }
-        for (span, packed) in spans.iter().zip(&packed) {
-            let (from, to) = (packed.row as usize, span.row as usize);
-            let rows = span.rows as usize;
+        // Back to where the rows came from, as many neighbours at a time as there are.
+        let mut from = 0;
+        for run in index.chunk_by(|a, b| a + 1 == *b) {
+            let (to, rows) = (run[0] as usize, run.len());
             let target = out.reborrow().rows_range(to..to + rows);
-            let means = mean.as_view().rows_range(from..from + rows);
-            self.linear_heads(means, &w.parts[0], out_of_latent, target)?;
+            self.linear_heads(mean.rows_range(from..from + rows), &w.parts[0], out_of_latent, target)?;
+            from += rows;
         }
         Ok(())
     }
+
+    /// Softmax attention over latents for the rows of `spans`, which lie side by side in `attention`.
+    fn attend_latents(
+        &self,
+        spans: &[ffi::Span],
+        attention: ffi::Attention,
+        partials: &mut Buffer,
+    ) -> Result<()> {
+        let mut single = pieces(spans.iter().copied(), 1);
+        for (row, span) in single.iter_mut().enumerate() {
+            span.row = row as u32;
+        }
+        let table = {
+            let mut staging = self.staging.lock_now();
+            let single = bytemuck::cast_slice(&single);
+            self.residents.lock_now().absorbed.put(&self.gpu, &mut staging, single)?
+        };
+        let (heads, latent) = (attention.heads as usize, attention.value.dim as usize);
+        let attention =
+            ffi::Attention { spans: table, span_count: ffi::int(single.len()), span_rows: 1, ..attention };
+        let tensor_cores = self.gpu.has_warpgroups()
+            && attention.kv_type == ffi::type_code(DType::Bf16)
+            && (latent, attention.key[1].dim as usize) == (LATENT, ROPE)
+            && attention.scale > 0.0
+            && attention.query.iter().all(ffi::Matrix::is_aligned);
+        if !tensor_cores {
+            return self.attend(attention);
+        }
+        let blocks = heads.div_ceil(HEADS);
+        // Many rows walk all their chunks and keep the sums of whole blocks; the bits are the same.
+        let (chunks, floats) = if single.len() * blocks < FEW_BLOCKS {
+            let chunks = chunks_of(&single, 0);
+            (chunks, partial_floats(heads, chunks, latent))
+        } else {
+            (0, blocks * HEADS * latent)
+        };
+        let attention = ffi::Attention { chunks: ffi::int(chunks), ..attention };
+        self.attend_singly(ffi::moeyard_attention_mla, single.len(), attention, floats, partials)
+    }
+}
+
+/// Rows of each span at positions of its prompt, and the others.
+fn by_form(spans: &[SeqSpan]) -> (Vec<ffi::Span>, Vec<ffi::Span>) {
+    let prompt = |s: &SeqSpan| s.prompt_len.saturating_sub(s.position).min(s.rows);
+    let expanded = spans.iter().map(|s| ffi::Span { rows: prompt(s), ..whole(s) });
+    let absorbed = spans.iter().map(|s| {
+        let first = prompt(s);
+        ffi::Span { row: s.row + first, rows: s.rows - first, position: s.position + first, ..whole(s) }
+    });
+    (expanded.filter(|s| s.rows > 0).collect(), absorbed.filter(|s| s.rows > 0).collect())
+}
+
+/// Spans whose keys and values are expanded at once, for some heads at a time.
+struct Pass<'a> {
+    spans: &'a [ffi::Span],
+    heads_at_once: usize,
+}
+
+impl<'a> Pass<'a> {
+    /// As many of `spans` as fit, at least one.
+    fn of(spans: &'a [ffi::Span], args: &MlaArgs<'_>) -> Pass<'a> {
+        let w = args.weights;
+        let room = EXPANDED_BYTES / ((w.nope_dim + w.v_dim) * args.cache.dtype.bytes());
+        let (mut taken, mut positions) = (0, 0);
+        while taken < spans.len() && (taken == 0 || (positions + context(&spans[taken])) * w.heads <= room) {
+            positions += context(&spans[taken]);
+            taken += 1;
+        }
+        Pass { spans: &spans[..taken], heads_at_once: (room / positions).clamp(1, w.heads) }
+    }
+
+    /// Cache rows of all positions that the spans see, span by span, and the spans with where theirs start.
+    fn rows_in_order(&self, args: &MlaArgs<'_>) -> (Vec<u32>, Vec<ffi::Span>) {
+        let mut index = Vec::new();
+        let mut based = Vec::with_capacity(self.spans.len());
+        for span in self.spans {
+            based.push(ffi::Span { base: index.len() as u32, ..*span });
+            let row = |p| cache_row(args.batch.block_table, span.first_block, p, args.cache.block_size);
+            index.extend((0..context(span)).map(row));
+        }
+        (index, based)
+    }
+}
+
+/// Positions up to and including the last row's.
+fn context(span: &ffi::Span) -> usize {
+    (span.position + span.rows) as usize
 }
