@@ -2,8 +2,8 @@
 // warpgroup instructions of sm_90a.
 //
 // A block works on 64 heads of one row. A tile of positions is read once into shared memory, where it is both the keys of all heads
-// and, without its rotary part, their values. Of scores each of two warpgroups computes half of the tile's positions, of values half of
-// the columns; in between they exchange maxima, sums and weights through shared memory.
+// and, without its rotary part, their values. The first of two warpgroups computes scores and weights, while the second one
+// issues the copies of the next tile; then each computes half of the columns of the values.
 #include "attention_wgmma.cuh"
 #include "merge.cuh"
 
@@ -13,37 +13,37 @@ namespace {
 
 constexpr int HEADS = 64, LATENT = 512, ROPE = 64, WIDTH = LATENT + ROPE, PANELS = WIDTH / 64;
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
-constexpr int HALF = TILE / GROUPS;               // positions of a warpgroup's scores
 constexpr int COLUMNS = LATENT / GROUPS;          // of a warpgroup's values
 constexpr int STAGE_BYTES = PANELS * PANEL_BYTES, WEIGHT_BYTES = PANEL_BYTES;
-constexpr int EXCHANGE_BYTES = 2 * GROUPS * HEADS * 4;  // maxima and sums
+constexpr int EXCHANGE_BYTES = 2 * HEADS * 4;     // maxima and sums
 constexpr int SHARED_BYTES = 3 * STAGE_BYTES + WEIGHT_BYTES + EXCHANGE_BYTES + 1024;
 constexpr int QUARTERS = COLUMNS / 8;             // float4 of the values per thread
 
-// A thread's share of the copies of a tile: the same piece of 16 bytes of two positions in every panel.
+// The second warpgroup copies tiles: a thread always the same piece of 16 bytes of every panel, of four positions.
 struct Copies {
+  static constexpr int COUNT = TILE / (128 / 8);
   const MoeyardAttention& a;
   const MoeyardSpan& span;
   int end, piece, row;
-  int next[2];  // cache rows of the tile copied next
+  int next[COUNT];  // cache rows of the tile copied next
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int end) : a(a), span(span), end(end) {
-    piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    piece = threadIdx.x % 8, row = threadIdx.x % 128 / 8;
   }
 
   // Some time before `issue`, so that the block table does not hold up the copies.
   __device__ void look_up(int start) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int position = start + row + i * 32;
+    for (int i = 0; i < COUNT; ++i) {
+      int position = start + row + i * (TILE / COUNT);
       next[i] = position < end ? cache_row(a, span, position) : 0;
     }
   }
 
   __device__ void issue(int start, uint32_t to) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int t = row + i * 32;
+    for (int i = 0; i < COUNT; ++i) {
+      int t = row + i * (TILE / COUNT);
       bool valid = start + t < end;
       const bf16* latent = static_cast<const bf16*>(a.key[0].data) + next[i] * a.key[0].stride + piece * 8;
       const bf16* rope = static_cast<const bf16*>(a.key[1].data) + next[i] * a.key[1].stride + piece * 8;
@@ -97,16 +97,18 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
   uint32_t start_of_shared = shared_address(shared), base = (start_of_shared + 1023) / 1024 * 1024;
   uint32_t queries = base, stages = base + STAGE_BYTES, weights = stages + 2 * STAGE_BYTES;
   float* maxima = reinterpret_cast<float*>(shared + (weights + WEIGHT_BYTES - start_of_shared));
-  float* sums = maxima + GROUPS * HEADS;
-
-  Copies copies(a, span, end);
-  copies.look_up(first);
-  copies.issue(first, stages);
-  copy_commit();
-  copies.look_up(first + TILE);
-  fetch_queries(a, span.row, first_head, queries);
+  float* sums = maxima + HEADS;
 
   int group = threadIdx.x / 128, lane = threadIdx.x % WARP;
+  Copies copies(a, span, end);
+  if (group == 1) {
+    copies.look_up(first);
+    copies.issue(first, stages);
+    copy_commit();
+    copies.look_up(first + TILE);
+  }
+  fetch_queries(a, span.row, first_head, queries);
+
   int head[2] = {int(threadIdx.x) % 128 / WARP * 16 + lane / 4, int(threadIdx.x) % 128 / WARP * 16 + lane / 4 + 8};
   Sight sight = {{0, 0}, {end - 1, end - 1}};
   float scale = a.scale * LOG2E;
@@ -119,49 +121,49 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
     __syncthreads();
     int start = first + t * TILE;
     uint32_t stage = stages + t % 2 * STAGE_BYTES;
-    float score[HALF / 8][4];
-    uint64_t q = descriptor(queries), k = descriptor(stage + group * (HALF * 128));
-    wgmma_begin();
-    multiply_keys<true>(score, q, k);
+    if (group == 0) {
+      float score[TILE / 8][4], top[2], at[2], sum[2];
+      uint64_t q = descriptor(queries), k = descriptor(stage);
+      wgmma_begin();
+      multiply_keys<true>(score, q, k);
 #pragma unroll
-    for (int step = 1; step < WIDTH / 16; ++step) {
-      int at = step / 4 * (PANEL_BYTES >> 4) + step % 4 * 2;
-      multiply_keys<false>(score, q + at, k + at);
+      for (int step = 1; step < WIDTH / 16; ++step) {
+        int at = step / 4 * (PANEL_BYTES >> 4) + step % 4 * 2;
+        multiply_keys<false>(score, q + at, k + at);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      settle(score);
+      if (start + TILE > end) hide(score, start, sight);
+      highest(score, top);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[r] = fmaxf(state[r].max, top[r] * scale);
+        at[r] = anchor(top[r]);
+      }
+      weigh(score, scale, at, sum);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (lane % 4 == 0) maxima[head[r]] = top[r], sums[head[r]] = sum[r];
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+          store_shared(swizzled(weights, head[r], j) + lane % 4 * 4, pack(score[j][2 * r], score[j][2 * r + 1]));
+      }
+      fence_for_wgmma();
+    } else {
+      // Both warpgroups are done with the tile that these copies overwrite.
+      if (t + 1 < tiles) copies.issue(start + TILE, stages + (t + 1) % 2 * STAGE_BYTES);
+      copy_commit();
+      copies.look_up(start + 2 * TILE);
     }
-    wgmma_commit();
-    // Both warpgroups are done with the tile that these copies overwrite.
-    if (t + 1 < tiles) copies.issue(start + TILE, stages + (t + 1) % 2 * STAGE_BYTES);
-    copy_commit();
-    copies.look_up(start + 2 * TILE);
-    wgmma_wait<0>();
-    settle(score);
-    if (start + TILE > end) hide(score, start + group * HALF, sight);
-
-    float top[2], at[2], sum[2], keep[2];
-    highest(score, top);
-    if (lane % 4 == 0)
-      for (int r = 0; r < 2; ++r) maxima[group * HEADS + head[r]] = top[r];
     __syncthreads();
+    float keep[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] = fmaxf(state[r].max, fmaxf(maxima[head[r]], maxima[HEADS + head[r]]) * scale);
-      at[r] = anchor(top[r]);
-      keep[r] = power(state[r].max - at[r]);
+      float top = maxima[head[r]];
+      keep[r] = power(state[r].max - anchor(top));
+      state[r] = {top, fmaf(state[r].sum, keep[r], sums[head[r]])};
     }
-    weigh(score, scale, at, sum);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (lane % 4 == 0) sums[group * HEADS + head[r]] = sum[r];
-#pragma unroll
-      for (int j = 0; j < HALF / 8; ++j)
-        store_shared(swizzled(weights, head[r], group * (HALF / 8) + j) + lane % 4 * 4,
-                     pack(score[j][2 * r], score[j][2 * r + 1]));
-    }
-    fence_for_wgmma();
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      state[r] = {top[r], fmaf(state[r].sum, keep[r], sums[head[r]] + sums[HEADS + head[r]])};
     rescale(out, keep);
 
     uint64_t p = descriptor(weights), v = value_descriptor(stage + group * (COLUMNS / 64 * PANEL_BYTES));
