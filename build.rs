@@ -6,6 +6,9 @@ mod commit;
 #[cfg(feature = "cuda")]
 #[path = "build/nvcc.rs"]
 mod nvcc;
+#[cfg(feature = "cuda")]
+#[path = "build/toolkit.rs"]
+mod toolkit;
 
 use std::env;
 use std::path::Path;

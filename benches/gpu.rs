@@ -1,6 +1,8 @@
 //! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
 //! table; does nothing where there is no GPU.
 //!
+//! With the argument `products`, only products, by every kernel there is for them.
+//!
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
 //! together larger than the second-level cache.
 
@@ -8,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use half::bf16;
-use moeyard::backend::cuda::{self, CudaBackend};
+use moeyard::backend::cuda::{self, CudaBackend, HopperProducts};
 use moeyard::backend::{
     AttentionBatch, Backend, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
     KvShape, Matrix, MlaArgs, Mlp, PlannedArgs, SeqSpan, Tensor,
@@ -21,7 +23,18 @@ fn main() {
         return;
     }
     match cuda::devices() {
-        Ok(_) => Bench { gpu: CudaBackend::open(0).unwrap().into_dyn(), numbers: Numbers(7) }.run(),
+        Ok(_) => {
+            let open = |kernel| CudaBackend::open(0).unwrap().with_products(kernel).into_dyn();
+            let gpu = CudaBackend::open(0).unwrap().into_dyn();
+            let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
+            if std::env::args().any(|a| a == "products") {
+                let tiles = [0, 128, 192, 256].map(|rows| HopperProducts::Clusters { rows });
+                bench.others = tiles.map(|kernel| (format!("{kernel:?}"), open(kernel))).into();
+                bench.products();
+            } else {
+                bench.run();
+            }
+        }
         Err(why) => println!("no benchmark: {why}"),
     }
 }
@@ -60,6 +73,8 @@ const SHAPES: [ExpertShape; 2] = [
 
 struct Bench {
     gpu: Arc<dyn Backend>,
+    /// The same GPU with other kernels for products.
+    others: Vec<(String, Arc<dyn Backend>)>,
     numbers: Numbers,
 }
 
@@ -75,7 +90,8 @@ impl Bench {
         println!("{}", self.gpu.describe());
         println!("{:<46} {:>10} {:>10} {:>10} {:>9}", "operation", "us", "TFLOP/s", "GB/s", "of copy");
         let limits = self.copy();
-        for (rows, n, k) in [(8192, 8192, 8192), (4096, 28672, 4096), (4096, 4096, 14336)] {
+        for (rows, n, k) in [(8192, 8192, 8192), (4096, 28672, 4096), (4096, 4096, 14336), (512, 4096, 4096)]
+        {
             self.linear(limits, rows, n, k);
         }
         for (rows, n, k) in
@@ -112,14 +128,41 @@ impl Bench {
         self.prefill_mla(2048);
     }
 
+    /// Products by every kernel there is for them.
+    fn products(mut self) {
+        let limits = self.copy();
+        for (rows, n, k) in [
+            (8192, 8192, 8192),
+            (4096, 28672, 4096),
+            (512, 4096, 4096),
+            (1, 6144, 4096),
+            (1, 4096, 14336),
+            (1, 32000, 4096),
+            (16, 6144, 4096),
+            (64, 6144, 4096),
+        ] {
+            self.linear(limits, rows, n, k);
+        }
+        for shape in SHAPES {
+            let slots = self.slots(shape);
+            for (tokens, spread) in [(4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0)] {
+                self.experts(limits, shape, &slots, tokens, spread);
+            }
+        }
+    }
+
     /// Seconds per call.
-    fn time(&self, mut call: impl FnMut(&dyn Backend)) -> f64 {
-        let probe = self.gpu.alloc(DType::F32, 1, 1).unwrap();
-        let wait = || self.gpu.download(probe.view(), &mut [0; 4]).unwrap();
-        call(self.gpu.as_ref());
+    fn time(&self, call: impl FnMut(&dyn Backend)) -> f64 {
+        self.time_on(self.gpu.as_ref(), call)
+    }
+
+    fn time_on(&self, gpu: &dyn Backend, mut call: impl FnMut(&dyn Backend)) -> f64 {
+        let probe = gpu.alloc(DType::F32, 1, 1).unwrap();
+        let wait = || gpu.download(probe.view(), &mut [0; 4]).unwrap();
+        call(gpu);
         wait();
         let start = Instant::now();
-        call(self.gpu.as_ref());
+        call(gpu);
         wait();
         let once = start.elapsed().as_secs_f64();
         let calls = ((0.15 / once) as usize).clamp(3, 2000);
@@ -127,7 +170,7 @@ impl Bench {
         for _ in 0..3 {
             let start = Instant::now();
             for _ in 0..calls {
-                call(self.gpu.as_ref());
+                call(gpu);
             }
             wait();
             best = best.min(start.elapsed().as_secs_f64() / calls as f64);
@@ -144,6 +187,23 @@ impl Bench {
             flops / seconds / 1e12,
             bytes / seconds / 1e9
         );
+    }
+
+    /// A line of the usual kernel, and of the others where they differ.
+    fn lines(
+        &self,
+        limits: Limits,
+        name: &str,
+        differ: bool,
+        flops: f64,
+        bytes: f64,
+        mut call: impl FnMut(&dyn Backend),
+    ) {
+        self.line(name, self.time(&mut call), flops, bytes, Some(limits));
+        for (kernel, gpu) in self.others.iter().filter(|_| differ) {
+            let seconds = self.time_on(gpu.as_ref(), &mut call);
+            self.line(&format!("  by {kernel}"), seconds, flops, bytes, Some(limits));
+        }
     }
 
     fn random(&mut self, rows: usize, cols: usize) -> Tensor {
@@ -180,13 +240,12 @@ impl Bench {
         let x = self.random(rows, k);
         let mut out = self.gpu.alloc(DType::Bf16, rows, n).unwrap();
         let mut turn = 0;
-        let seconds = self.time(|gpu| {
+        let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
+        let name = format!("linear {rows} x {n} x {k}");
+        self.lines(limits, &name, true, 2.0 * (rows * n * k) as f64, bytes, |gpu| {
             turn += 1;
             gpu.linear(x.view(), &matrices[turn % copies], None, out.view_mut()).unwrap();
         });
-        let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
-        let name = format!("linear {rows} x {n} x {k}");
-        self.line(&name, seconds, 2.0 * (rows * n * k) as f64, bytes, Some(limits));
     }
 
     fn slots(&mut self, shape: ExpertShape) -> Vec<Option<Mlp>> {
@@ -239,17 +298,16 @@ impl Bench {
         }
         let x = self.random(rows, shape.hidden);
         let mut out = self.gpu.alloc(DType::Bf16, rows, shape.hidden).unwrap();
-        let seconds = self.time(|gpu| {
-            let args =
-                ExpertsArgs { rows: x.view(), offsets: &offsets, slots, activation: Activation::SiluMul };
-            gpu.experts(args, out.view_mut()).unwrap();
-        });
         let busy = counts.iter().filter(|&&n| n > 0).count();
         let parameters = 3 * shape.hidden * shape.width;
         let bytes = 2.0 * (busy * parameters + rows * (2 * shape.hidden + 2 * shape.width)) as f64;
         let loads = if spread > 0.0 { "log-normal" } else { "uniform" };
         let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
-        self.line(&name, seconds, 2.0 * (rows * parameters) as f64, bytes, Some(limits));
+        self.lines(limits, &name, rows > 64 * busy, 2.0 * (rows * parameters) as f64, bytes, |gpu| {
+            let args =
+                ExpertsArgs { rows: x.view(), offsets: &offsets, slots, activation: Activation::SiluMul };
+            gpu.experts(args, out.view_mut()).unwrap();
+        });
     }
 
     /// Grouping, permutation, experts and combine of a layer whose choices the host does not see.

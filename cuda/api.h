@@ -138,6 +138,19 @@ MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
 // The same, on compute capability 9.0 only and for tiles of many rows.
 MOEYARD_API int moeyard_gemm_sm90(const MoeyardGemm* args, void* stream);
 
+// ---- cutlass-sys/src/grouped_gemm.cu
+
+// What moeyard_gemm_bf16 computes, on compute capability 9.0: tiles of 64, 128, 192 or 256 rows (`row_tile`), or `thin` ones of 16, 32, 48 or
+// 64; with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With
+// an activation, out is bf16 in steps of four.
+typedef struct {
+  MoeyardGemm product;
+  void* maps;  // working memory, 256 bytes per group, a multiple of 128
+  int32_t thin;
+  int32_t reserved;
+} MoeyardGroupedGemm;
+MOEYARD_API int moeyard_gemm_grouped(const MoeyardGroupedGemm* args, void* stream);
+
 // ---- moe.cu
 
 // out[i, d] = act(gate, up) of rows that hold eight gates, eight ups.

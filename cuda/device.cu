@@ -20,6 +20,7 @@ static_assert(sizeof(MoeyardSquareSum) == 64);
 static_assert(sizeof(MoeyardScaleBySquareSum) == 80);
 static_assert(sizeof(MoeyardRope) == 96);
 static_assert(sizeof(MoeyardGemm) == 176);
+static_assert(sizeof(MoeyardGroupedGemm) == 192);
 static_assert(sizeof(MoeyardGate) == 80);
 static_assert(sizeof(MoeyardRoute) == 136);
 static_assert(sizeof(MoeyardCombine) == 112);

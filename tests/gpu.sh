@@ -35,8 +35,12 @@ if [ $? = 2 ] && grep -q 'device: cuda: ' "$logs/no-gpu.txt"; then note "a missi
 
 if part operations; then
     start=$SECONDS
-    timeout 150 bin/gpu --test-threads 12 >"$logs/operations.txt" 2>&1
+    timeout 150 bin/gpu --test-threads 12 --skip kernels_agree >"$logs/operations.txt" 2>&1
     outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
+    # By themselves: a kernel that faults takes everything in its process with it.
+    timeout 60 bin/gpu --test-threads 1 kernels_agree >"$logs/kernels.txt" 2>&1
+    outcome "kernels of products against each other" $? "$(grep '^test result' "$logs/kernels.txt")"
+    cat "$logs/kernels.txt" >>"$logs/operations.txt"
     grep -E 'FAILED|panicked|expected|^---- ' "$logs/operations.txt" | grep -v '^test .* ok$' | head -60
 fi
 
@@ -199,6 +203,8 @@ PY
 if part bench; then
     timeout 150 bin/gpu_bench 2>&1 | tee "$logs/bench.txt"
     outcome "benchmarks" "${PIPESTATUS[0]}" ""
+    timeout 90 bin/gpu_bench products 2>&1 | tee -a "$logs/bench.txt"
+    outcome "benchmarks of all kernels of products" "${PIPESTATUS[0]}" ""
     # cuBLAS and a peer on the same card, where torch is at hand: the two products of the Mixtral experts above, without activation.
     timeout 60 python3 - <<'PY' 2>&1 | tee -a "$logs/bench.txt"
 try:

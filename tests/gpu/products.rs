@@ -1,6 +1,7 @@
 //! Linear layers, MLPs and grouped experts, and what their bits may not depend on.
 
 use libtest_mimic::Trial;
+use moeyard::backend::cuda::{CudaBackend, HopperProducts};
 use moeyard::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Precision, Tensor};
 use moeyard::spec::Activation;
 
@@ -22,6 +23,9 @@ pub fn trials() -> Vec<Trial> {
             "products::an_expert_has_the_same_bits_in_every_slot",
             an_expert_has_the_same_bits_in_every_slot,
         ),
+        trial("products::kernels_agree_on_linear", kernels_agree_on_linear),
+        trial("products::kernels_agree_on_experts", kernels_agree_on_experts),
+        trial("products::kernels_agree_on_many_experts", kernels_agree_on_many_experts),
     ]
 }
 
@@ -260,4 +264,138 @@ fn an_expert_has_the_same_bits_in_every_slot() {
         let back = [at(120, 20), at(30, 90), at(140, 10), at(0, 30)].concat();
         assert_eq!(back, expected, "{precision:?}");
     }
+}
+
+/// Backends on the same GPU with every choice of kernels and tiles, the plainest first.
+fn all_kernels() -> Vec<(HopperProducts, std::sync::Arc<dyn moeyard::backend::Backend>)> {
+    let grouped = [0, 64, 128, 192, 256].map(|rows| HopperProducts::Clusters { rows });
+    std::iter::once(HopperProducts::Blocks)
+        .chain(grouped)
+        .map(|kernel| (kernel, CudaBackend::open(0).unwrap().with_products(kernel).into_dyn()))
+        .collect()
+}
+
+#[track_caller]
+fn same_bits(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}: elements");
+    let off = found.iter().zip(expected).filter(|(f, e)| f.to_bits() != e.to_bits()).count();
+    if let Some(i) = found.iter().zip(expected).position(|(f, e)| f.to_bits() != e.to_bits()) {
+        panic!(
+            "{what}: {off} of {} differ, the first is {i}: {}, not {}",
+            found.len(),
+            found[i],
+            expected[i]
+        );
+    }
+}
+
+fn kernels_agree_on_linear() {
+    let mut numbers = Numbers::new(19);
+    let kernels = all_kernels();
+    let shapes = [
+        (1, 16, 8),
+        (3, 200, 520),
+        (17, 130, 72),
+        (40, 64, 4096),
+        (64, 1000, 136),
+        (65, 16, 8),
+        (128, 128, 64),
+        (129, 136, 72),
+        (200, 8, 136),
+        (257, 129, 520),
+        (300, 320, 1000),
+        (1000, 528, 200),
+        (4500, 272, 64),
+        (520, 384, 4096),
+    ];
+    for (rows, n, k) in shapes {
+        let host = host_matrix(&mut numbers, n, k, DType::Bf16);
+        let (x, bias) = (numbers.vec(rows * (k + 8)), numbers.vec(n));
+        for (out_type, biased, shift) in [
+            (DType::F32, false, 0),
+            (DType::Bf16, false, 0),
+            (DType::Bf16, true, 4),
+            (DType::Bf16, true, 1),
+            (DType::F32, true, 3),
+        ] {
+            let mut expected = None;
+            for (kernel, gpu) in &kernels {
+                let gpu = gpu.as_ref();
+                let w = gpu.pack_matrix(&host, DType::Bf16).unwrap();
+                // Columns beyond k that must not matter.
+                let mut spoilt = x.clone();
+                spoilt.chunks_mut(k + 8).for_each(|row| row[k..].fill(f32::NAN));
+                let x = tensor(gpu, DType::Bf16, rows, k + 8, &spoilt);
+                let bias = tensor(gpu, DType::F32, 1, n, &bias);
+                let run = |piece: usize| {
+                    let mut out = poisoned(gpu, out_type, rows, n + 8);
+                    for first in (0..rows).step_by(piece) {
+                        let range = first..rows.min(first + piece);
+                        let x = x.view().rows_range(range.clone()).cols_range(0..k);
+                        let out = out.view_mut().rows_range(range).cols_range(shift..shift + n);
+                        gpu.linear(x, &w, biased.then(|| bias.view()), out).unwrap();
+                    }
+                    values(gpu, out.view())
+                };
+                // By the plainest kernels, and few rows at a time, which they do by another one than many.
+                let expected = expected.get_or_insert_with(|| run(50));
+                same_bits(&format!("{kernel:?} {rows} x {n} x {k} to {out_type:?}"), &run(rows), expected);
+            }
+        }
+    }
+}
+
+/// Every slot's rows by themselves, 50 at a time, against all at once.
+fn agree_on_experts(hidden: usize, width: usize, counts: &[usize], case: (Activation, bool)) {
+    let (activation, bias) = case;
+    let mut numbers = Numbers::new(20);
+    let host: Vec<HostMlp> =
+        counts.iter().map(|_| host_mlp(&mut numbers, hidden, width, bias, DType::Bf16)).collect();
+    let rows: usize = counts.iter().sum();
+    let data = numbers.vec(rows * hidden);
+    let mut expected = None;
+    for (kernel, gpu) in all_kernels() {
+        let gpu = gpu.as_ref();
+        // A slot without rows is empty now and then.
+        let slots: Vec<Option<Mlp>> = (0..counts.len())
+            .map(|s| (counts[s] > 0 || s % 2 == 0).then(|| gpu.pack_mlp(&host[s], DType::Bf16).unwrap()))
+            .collect();
+        let found =
+            run_experts(gpu, &tensor(gpu, DType::Bf16, rows, hidden, &data), counts, &slots, activation);
+        let expected = expected.get_or_insert_with(|| {
+            let mut left = data.as_slice();
+            let mut all = Vec::new();
+            for (s, &count) in counts.iter().enumerate() {
+                let mut rows = count;
+                while rows > 0 {
+                    let piece = rows.min(50);
+                    let (now, rest) = left.split_at(piece * hidden);
+                    let mut only = vec![0; counts.len()];
+                    only[s] = piece;
+                    let x = tensor(gpu, DType::Bf16, piece, hidden, now);
+                    all.extend(run_experts(gpu, &x, &only, &slots, activation));
+                    (left, rows) = (rest, rows - piece);
+                }
+            }
+            all
+        });
+        let what = format!("{kernel:?} {hidden} x {width} {counts:?} {activation:?}, bias {bias}");
+        same_bits(&what, &found, expected);
+    }
+}
+
+fn kernels_agree_on_experts() {
+    for (hidden, width) in [(256, 192), (136, 72), (64, 520)] {
+        for case in [(Activation::SiluMul, false), (SWIGLU, true)] {
+            agree_on_experts(hidden, width, &[0, 300, 0, 1, 77, 513, 0, 64], case);
+            agree_on_experts(hidden, width, &[700], case);
+            agree_on_experts(hidden, width, &[0, 0, 256, 0], case);
+        }
+    }
+}
+
+fn kernels_agree_on_many_experts() {
+    let mut numbers = Numbers::new(21);
+    let counts: Vec<usize> = (0..150).map(|_| numbers.below(300).saturating_sub(60)).collect();
+    agree_on_experts(64, 32, &counts, (Activation::SiluMul, false));
 }

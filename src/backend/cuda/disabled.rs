@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use super::GpuInfo;
+use super::{GpuInfo, HopperProducts};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 
@@ -27,6 +27,11 @@ impl CudaBackend {
     /// Always [`Error::Config`].
     pub fn open(_ordinal: u32) -> Result<CudaBackend> {
         Err(Error::config("device", WHY))
+    }
+
+    /// With other kernels for products.
+    pub fn with_products(self, _products: HopperProducts) -> CudaBackend {
+        match self.0 {}
     }
 
     /// Bytes free on the GPU.

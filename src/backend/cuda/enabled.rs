@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 
+use super::HopperProducts;
 use crate::backend::{
     AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
     HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs,
@@ -29,9 +30,12 @@ use memory::{Buffer, Resident, Staging, Upload};
 /// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
+    products: HopperProducts,
     /// Where the rows of the layer at work go.
     plan: Mutex<Buffer>,
     scratch: Mutex<Scratch>,
+    /// Tensor maps of the groups of a product.
+    tensor_maps: Mutex<Buffer>,
     /// Part addresses of the experts of each layer, by the address of its slot table.
     slot_tables: Mutex<HashMap<usize, Resident>>,
     staging: Mutex<Staging>,
@@ -96,12 +100,20 @@ impl CudaBackend {
         let staging = Mutex::new(Staging::new(&gpu)?);
         Ok(CudaBackend {
             gpu,
+            products: HopperProducts::Blocks,
             plan: Mutex::default(),
             scratch: Mutex::default(),
+            tensor_maps: Mutex::default(),
             slot_tables: Mutex::default(),
             staging,
             residents: Mutex::default(),
         })
+    }
+
+    /// With other kernels for products: for tests and benchmarks.
+    pub fn with_products(mut self, products: HopperProducts) -> CudaBackend {
+        self.products = products;
+        self
     }
 
     /// Bytes free on the GPU.

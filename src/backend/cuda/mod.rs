@@ -14,6 +14,19 @@ mod disabled;
 #[cfg(not(feature = "cuda"))]
 pub use disabled::{CudaBackend, devices};
 
+/// What computes products of bf16 on Hopper. The bits are the same, so the choice is one of speed alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HopperProducts {
+    /// A block for each tile.
+    Blocks,
+    /// Persistent pairs of blocks and the copy engine (`cutlass-sys`): products of many rows, in tiles of `rows`, 64, 128, 192 or 256, or,
+    /// with 0, of what suits the groups; and those of few rows with one matrix.
+    Clusters {
+        /// Rows of a tile.
+        rows: usize,
+    },
+}
+
 /// A GPU of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuInfo {

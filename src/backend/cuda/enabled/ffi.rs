@@ -189,6 +189,16 @@ pub struct Gemm {
     pub reserved: i32,
 }
 
+/// `MoeyardGroupedGemm`
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+pub struct GroupedGemm {
+    pub product: Gemm,
+    pub maps: usize,
+    pub thin: i32,
+    pub reserved: i32,
+}
+
 /// The last three fields of `MoeyardGemm` and `MoeyardGate`: what becomes of a gate and an up.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, NoUninit)]
@@ -345,6 +355,15 @@ impl Attention {
 /// A launcher of cuda/api.h.
 pub type Launcher<A> = unsafe extern "C" fn(*const A, *mut c_void) -> c_int;
 
+/// `moeyard_gemm_grouped`, which takes its arguments untyped.
+///
+/// # Safety
+/// As for every launcher.
+pub unsafe extern "C" fn moeyard_gemm_grouped(args: *const GroupedGemm, stream: *mut c_void) -> c_int {
+    // SAFETY: the struct it reads.
+    unsafe { cutlass_sys::moeyard_gemm_grouped(args.cast(), stream) }
+}
+
 unsafe extern "C" {
     pub fn moeyard_device_count() -> c_int;
     pub fn moeyard_error_name(error: c_int) -> *const c_char;
@@ -385,6 +404,7 @@ const _: () = {
     assert!(size_of::<ScaleBySquareSum>() == 80);
     assert!(size_of::<Rope>() == 96);
     assert!(size_of::<Gemm>() == 176);
+    assert!(size_of::<GroupedGemm>() == 192);
     assert!(size_of::<GateRows>() == 80);
     assert!(size_of::<Route>() == 136);
     assert!(size_of::<Combine>() == 112);

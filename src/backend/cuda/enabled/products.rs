@@ -6,6 +6,7 @@
 use super::ffi;
 use super::memory::{Upload, tensor, upload};
 use super::{CudaBackend, Lock as _};
+use crate::backend::cuda::HopperProducts;
 use crate::backend::{
     DType, ExpertsArgs, HostData, HostMatrix, HostMlp, Matrix, Mlp, Tensor, View, ViewMut, check,
 };
@@ -117,16 +118,23 @@ enum Tile {
     Narrow,
     Bf16(usize),
     Warpgroups,
+    /// With 0, the device chooses.
+    Clusters(usize),
+    ThinClusters,
 }
 
 impl Tile {
-    /// For rows that are bf16 and lie well.
-    fn of_bf16(groups: Groups<'_>, warpgroups: bool) -> Tile {
+    /// For rows that are bf16 and lie well; `single` if all of them meet one matrix, once.
+    fn of_bf16(groups: Groups<'_>, batches: usize, single: bool, hopper: Option<HopperProducts>) -> Tile {
         let mean = groups.mean();
-        if !warpgroups || mean <= 64 {
-            return Tile::Bf16(mean.next_power_of_two().clamp(8, 128));
+        let many = mean > 64;
+        let fit = batches * groups.slots() <= cutlass_sys::MOST_GROUPS;
+        match hopper {
+            Some(HopperProducts::Clusters { rows }) if many && fit => Tile::Clusters(rows),
+            Some(HopperProducts::Clusters { .. }) if single && !many => Tile::ThinClusters,
+            Some(_) if many => Tile::Warpgroups,
+            _ => Tile::Bf16(mean.next_power_of_two().clamp(8, 128)),
         }
-        Tile::Warpgroups
     }
 
     fn rows(self) -> usize {
@@ -134,6 +142,8 @@ impl Tile {
             Tile::F32 | Tile::Narrow => 64,
             Tile::Bf16(rows) => rows,
             Tile::Warpgroups => 128,
+            Tile::Clusters(rows) => rows,
+            Tile::ThinClusters => 64,
         }
     }
 }
@@ -241,7 +251,8 @@ impl CudaBackend {
         let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
         let single = matches!(weights, Weights::One { .. }) && batches.count == 1;
         let tile = if fast {
-            Tile::of_bf16(groups, self.gpu.has_warpgroups())
+            let hopper = self.gpu.has_warpgroups().then_some(self.products);
+            Tile::of_bf16(groups, batches.count, single, hopper)
         } else if all_f32 && single && shape.n <= NARROW {
             // By the shape alone: it sums in another order than the general kernel.
             Tile::Narrow
@@ -270,7 +281,7 @@ impl CudaBackend {
             ldw: ffi::int(padded(shape.k)),
             w_type: ffi::type_code(shape.dtype),
             row_tile: ffi::int(tile.rows()),
-            row_tiles: ffi::int(groups.tiles(tile.rows())),
+            row_tiles: ffi::int(groups.tiles(tile.rows().max(1))),
             gate,
             reserved: 0,
         };
@@ -279,6 +290,15 @@ impl CudaBackend {
             Tile::Narrow => self.gpu.launch("narrow product", ffi::moeyard_gemm_narrow, &args),
             Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
             Tile::Warpgroups => self.gpu.launch("warpgroup product", ffi::moeyard_gemm_sm90, &args),
+            Tile::Clusters(_) | Tile::ThinClusters => {
+                let groups = args.slots.max(args.batches) as usize;
+                let mut maps = self.tensor_maps.lock_now();
+                let maps = maps.take(&self.gpu, DType::F32, groups, cutlass_sys::BYTES_PER_GROUP / 4)?;
+                let thin = i32::from(tile == Tile::ThinClusters);
+                let maps = maps.as_view().address();
+                let args = ffi::GroupedGemm { product: args, maps, thin, reserved: 0 };
+                self.gpu.launch("grouped product", ffi::moeyard_gemm_grouped, &args)
+            }
         }
     }
 
@@ -443,17 +463,25 @@ mod tests {
 
     #[test]
     fn tiles_follow_the_mean_load() {
-        for (offsets, warpgroups, expected) in [
-            (&[0usize, 0] as &[usize], true, Tile::Bf16(8)),
-            (&[0, 1, 1, 2], true, Tile::Bf16(8)),
-            (&[0, 10, 40], true, Tile::Bf16(32)),
-            (&[0, 64, 64], true, Tile::Bf16(64)),
-            (&[0, 65], true, Tile::Warpgroups),
-            (&[0, 65], false, Tile::Bf16(128)),
-            (&[0, 5000], false, Tile::Bf16(128)),
-            (&[0, 8192, 8192], true, Tile::Warpgroups),
+        let (blocks, clusters) = (Some(HopperProducts::Blocks), Some(HopperProducts::Clusters { rows: 192 }));
+        for (offsets, batches, hopper, expected) in [
+            (&[0usize, 0] as &[usize], 1, blocks, Tile::Bf16(8)),
+            (&[0, 1, 1, 2], 1, clusters, Tile::Bf16(8)),
+            (&[0, 10, 40], 1, blocks, Tile::Bf16(32)),
+            (&[0, 64, 64], 1, clusters, Tile::Bf16(64)),
+            (&[0, 1], 1, clusters, Tile::ThinClusters),
+            (&[0, 64], 1, clusters, Tile::ThinClusters),
+            (&[0, 64], 2, clusters, Tile::Bf16(64)),
+            (&[0, 65], 1, blocks, Tile::Warpgroups),
+            (&[0, 65], 1, clusters, Tile::Clusters(192)),
+            (&[0, 65], 1024, clusters, Tile::Clusters(192)),
+            (&[0, 65], 1025, clusters, Tile::Warpgroups),
+            (&[0, 65], 1, None, Tile::Bf16(128)),
+            (&[0, 5000], 1, None, Tile::Bf16(128)),
+            (&[0, 8192, 8192], 1, blocks, Tile::Warpgroups),
         ] {
-            assert_eq!(Tile::of_bf16(Groups::Known { offsets }, warpgroups), expected, "{offsets:?}");
+            let (groups, single) = (Groups::Known { offsets }, offsets.len() == 2 && batches == 1);
+            assert_eq!(Tile::of_bf16(groups, batches, single, hopper), expected, "{offsets:?}");
         }
     }
 
