@@ -140,6 +140,15 @@ template <int STAGES> struct Ring {
   }
 };
 
+// One thread: the weights of the first stages, into the second-level cache.
+template <class F>
+__device__ __forceinline__ void fetch_ahead(const Shared<F>& shared, const MoeyardGemm& a, const Maps& map, int cluster, int rank) {
+  if (cluster >= shared.schedule.first[1]) return;
+  Work work = work_of(shared.schedule, 1, cluster, rank);
+  for (int step = 0; step < min(F::STAGES, divide_up(a.k, DEPTH)); ++step)
+    cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&map.weights, step * DEPTH, work.tile * F::OUTPUTS);
+}
+
 // One thread: keeps the stages filled.
 template <class F>
 __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a, const Maps* maps, bool made_here, int cluster,
@@ -324,6 +333,11 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(F::THREADS, 1)
   }
   __syncthreads();
   cute::cluster_sync();
+  // All above, and what only warms a cache, may run while the kernel before ends; what reads or writes memory may not.
+  if (!maps && threadIdx.x == 0) fetch_ahead<F>(shared, a, own, cluster, rank);
+  __syncwarp();
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
   // With one multiplying warpgroup there are registers for all.
   constexpr bool SHIFT = F::MULTIPLIERS > 1;
   if (threadIdx.x < GROUP_THREADS) {
@@ -407,8 +421,17 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
   if (int error = make_map(&own.rows, a.x.data, a.k, a.x.rows, a.x.stride, F::BOX_ROWS)) return error;
   auto* maps = single ? nullptr : static_cast<Maps*>(args.maps);
   if (!single) describe<<<groups, WARP, 0, stream>>>(a, own, maps);
-  gemm<F><<<processors / BLOCKS * BLOCKS, F::THREADS, SHARED_BYTES<F>, stream>>>(a, own, maps);
-  return launched();
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = single;  // else the first thing read is what `describe` wrote
+  cudaLaunchConfig_t config{};
+  config.gridDim = processors / BLOCKS * BLOCKS;
+  config.blockDim = F::THREADS;
+  config.dynamicSmemBytes = SHARED_BYTES<F>;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, gemm<F>, a, own, static_cast<const Maps*>(maps));
 }
 
 }  // namespace moeyard::grouped
