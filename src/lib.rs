@@ -28,3 +28,7 @@ pub mod config;
 pub mod cli;
 
 pub use error::{Error, Result};
+
+// Checks that unit and integration tests have in common name the crate from outside.
+#[cfg(test)]
+extern crate self as moeyard;

@@ -86,7 +86,7 @@ fn a_plan_says_what_is_missing_and_why() {
         assert!(far.lines().any(|l| l == line), "no line {line:?} in\n{far}");
     }
     assert!(far.contains("not yet:            all ranks live in one process so far"), "{far}");
-    assert!(far.contains("not yet:            there is no exchange between GPUs so far: 32 ranks"), "{far}");
+    assert!(far.contains("untried:            32 ranks exchange rows by NCCL"), "{far}");
     let alone = RawOptions { max_model_len: Some(4096), ..RawOptions::default() };
     let b200 = Cluster::read(&path("configs/clusters/b200-8x8.toml")).unwrap();
     assert!(

@@ -4,13 +4,14 @@
 #
 #   FOLDER/gpu.sh [LOG_FOLDER [PART...]]
 #
-# Parts: operations models sanitizer bench whole; all of them without one.
+# Parts: operations models nccl sanitizer bench whole; all of them without one. NCCL is taken from MOEYARD_NCCL_SO, beside this script, or
+# from torch's packages.
 set -uo pipefail
 cd "$(dirname "$0")"
 
 logs="${1:-$(mktemp -d)}"
 mkdir -p "$logs"
-if [ $# -gt 1 ]; then parts=" ${*:2} "; else parts=" operations models sanitizer bench whole "; fi
+if [ $# -gt 1 ]; then parts=" ${*:2} "; else parts=" operations models nccl sanitizer bench whole "; fi
 part() { [[ "$parts" == *" $1 "* ]]; }
 jobs=6
 failures=0
@@ -35,7 +36,7 @@ if [ $? = 2 ] && grep -q 'device: cuda: ' "$logs/no-gpu.txt"; then note "a missi
 
 if part operations; then
     start=$SECONDS
-    timeout 150 bin/gpu --test-threads 12 --skip kernels_agree >"$logs/operations.txt" 2>&1
+    timeout 150 bin/gpu --test-threads 12 --skip kernels_agree --skip nccl:: >"$logs/operations.txt" 2>&1
     outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
     # By themselves: a kernel that faults takes everything in its process with it.
     timeout 60 bin/gpu --test-threads 1 kernels_agree >"$logs/kernels.txt" 2>&1
@@ -136,6 +137,42 @@ if part models; then
             outcome "$model: the bits of one rank with $flags" $? ""
         done
     done
+fi
+
+# NCCL: one rank through it on any version, several ranks on this GPU from 2.30 on, with the settings that its users give it there.
+if part nccl; then
+    if [ -z "${MOEYARD_NCCL_SO:-}" ]; then
+        for file in "$PWD/libnccl.so.2" "$(python3 -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/lib/libnccl.so.2")' 2>/dev/null)"; do
+            if [ -f "$file" ]; then
+                export MOEYARD_NCCL_SO="$file"
+                break
+            fi
+        done
+    fi
+    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2 CUDA_DEVICE_MAX_CONNECTIONS=32
+    start=$SECONDS
+    timeout 120 bin/gpu --test-threads 1 nccl:: >"$logs/nccl.txt" 2>&1
+    outcome "collectives of NCCL" $? "$(grep -m1 -E '^with NCCL|ignored: NCCL' "$logs/nccl.txt"); $(grep '^test result' "$logs/nccl.txt"), $((SECONDS - start)) s"
+    grep -E 'FAILED|panicked|ignored: |^---- ' "$logs/nccl.txt" | head -40
+    shares=$(grep -c '^test nccl::shared.* ok$' "$logs/nccl.txt")
+    for model in models/*/; do
+        base="$(basename "$model")"
+        [ -f "$logs/$base-f32.safetensors" ] || demo "$base-f32" "${model%/}"
+        for ranks in 1 2 4; do
+            name="$base-f32-nccl$ranks"
+            if [ "$ranks" -gt 1 ] && [ "$shares" = 0 ]; then
+                note "$name" skip "NCCL puts one rank on a GPU here"
+                continue
+            fi
+            start=$SECONDS
+            demo "$name" "${model%/}" --comm nccl --comm-timeout 20 --expert-parallel-size "$ranks"
+            read -r first <"$logs/$name.outcome"
+            note "$name" "$first" "$(sed -n 2p "$logs/$name.outcome" | cut -c1-200) $((SECONDS - start)) s"
+            cmp -s "$logs/$base-f32.safetensors" "$logs/$name.safetensors"
+            outcome "$base: the bits of one rank with NCCL between $ranks" $? ""
+        done
+    done
+    unset NCCL_MULTI_RANK_GPU_ENABLE NCCL_NVLS_ENABLE NCCL_MAX_CTAS CUDA_DEVICE_MAX_CONNECTIONS
 fi
 
 # Out-of-bounds and uninitialised accesses, and races in shared memory, in whole models with attention of both kinds.

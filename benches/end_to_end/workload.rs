@@ -8,6 +8,7 @@ use moeyard::Result;
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::{AttentionBatch, Backend, Precision, SeqSpan};
 use moeyard::cli::model::OpenModel;
+use moeyard::comm::Transport;
 use moeyard::model::load::Sizes;
 use moeyard::model::world::{Degrees, WorldOptions, load_world};
 use moeyard::model::{Batch, Model, StepOutput};
@@ -62,6 +63,7 @@ impl Workload {
         let blocks_per_sequence = tokens.div_ceil(BLOCK);
         let options = WorldOptions {
             counters: vec![Arc::new(LoadCounters::new(&placement))],
+            transport: Transport::Local,
             degrees: Degrees::SOLO,
             precision: Precision::BF16,
             placement,

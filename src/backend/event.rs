@@ -1,4 +1,4 @@
-//! A point in a rank's work that other ranks of the process can wait for.
+//! A point in a rank's work that other ranks of the process can wait for, and what such work stands in line for.
 
 use std::any::Any;
 
@@ -23,3 +23,7 @@ impl Event {
         self.mark = Some(Box::new(mark));
     }
 }
+
+/// What a device's own libraries call a stream: a `cudaStream_t`, 0 where work is done as soon as a method returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawStream(pub usize);

@@ -17,7 +17,7 @@ mod tensor;
 
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
-pub use event::Event;
+pub use event::{Event, RawStream};
 pub use planned::{DevicePlan, PlannedArgs};
 pub use precision::Precision;
 pub use step::StepCounts;
@@ -287,6 +287,23 @@ pub trait Backend: Send + Sync {
     fn wait(&self, event: &Event) -> Result<()> {
         let _ = event;
         Ok(())
+    }
+
+    /// Whether everything that `event` marks is done; asks and returns.
+    fn passed(&self, event: &Event) -> Result<bool> {
+        let _ = event;
+        Ok(true)
+    }
+
+    /// The stream of this backend, for a library that puts work of its own in line; its device is the calling thread's from now on.
+    fn stream(&self) -> Result<RawStream> {
+        Ok(RawStream(0))
+    }
+
+    /// Nothing computed here counts any more, `why` says for what reason: where results can still be under way, every
+    /// [`Backend::download`] that ends from now on is an [`crate::Error::Device`].
+    fn poison(&self, why: &str) {
+        let _ = why;
     }
 
     /// Runs `body`, which gives this backend one step of work. A backend may put the work off until `body` has returned or asks for

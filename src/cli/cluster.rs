@@ -50,6 +50,8 @@ pub struct ClusterPlan {
     pub impossible: Vec<String>,
     /// Why this version does not run it yet.
     pub unsupported: Vec<String>,
+    /// What has not been run on such devices.
+    pub untried: Option<String>,
 }
 
 impl ClusterPlan {
@@ -101,9 +103,11 @@ impl ClusterPlan {
             max_model_len,
             impossible: Vec::new(),
             unsupported: Vec::new(),
+            untried: None,
         };
         plan.impossible = plan.obstacles(raw, cluster, left);
-        plan.unsupported = plan.missing(cluster);
+        plan.unsupported = plan.missing();
+        plan.untried = plan.unseen(cluster);
         Ok(plan)
     }
 
@@ -146,14 +150,8 @@ impl ClusterPlan {
     }
 
     /// What this version lacks.
-    fn missing(&self, cluster: &Cluster) -> Vec<String> {
+    fn missing(&self) -> Vec<String> {
         let mut found = Vec::new();
-        if cluster.device.kind == DeviceKind::Gpu && self.ranks > 1 {
-            let ranks = self.ranks;
-            found.push(format!(
-                "there is no exchange between GPUs so far: {ranks} ranks would share the first one"
-            ));
-        }
         if self.nodes > 1 {
             found
                 .push(format!("all ranks live in one process so far, but these are on {} nodes", self.nodes));
@@ -162,6 +160,15 @@ impl ClusterPlan {
             found.push(format!("{} ranks are more than {MAX_RANKS}", self.ranks));
         }
         found
+    }
+
+    /// What this version does, and what nobody has seen it do.
+    fn unseen(&self, cluster: &Cluster) -> Option<String> {
+        let between_gpus = cluster.device.kind == DeviceKind::Gpu && self.ranks > 1;
+        between_gpus.then(|| {
+            let ranks = self.ranks;
+            format!("{ranks} ranks exchange rows by NCCL, which this version has run on a single GPU only")
+        })
     }
 
     /// Nothing stands in the way.
@@ -198,6 +205,9 @@ impl fmt::Display for ClusterPlan {
         }
         for why in &self.unsupported {
             line("not yet", why.clone())?;
+        }
+        if let Some(what) = &self.untried {
+            line("untried", what.clone())?;
         }
         line("runs today", if self.runs_today() { "yes" } else { "no" }.to_owned())
     }

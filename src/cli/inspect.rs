@@ -66,7 +66,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
 {}",
             ClusterPlan::new(&spec, &raw, &cluster)?
         ),
-        None => print!("{}", devices::report()),
+        None => print!("{}", devices::report(&options.model, options.parallel.world)),
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use super::devices::{self, Devices};
 use super::model::OpenModel;
 use super::{log, progress};
 use crate::backend::{Backend, Precision};
+use crate::comm::Transport;
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
 use crate::engine::rebalance::Mode;
@@ -46,6 +47,8 @@ pub struct Prepared {
     pub in_force: Arc<InForce>,
     /// One per rank.
     pub backends: Vec<Arc<dyn Backend>>,
+    /// How they exchange rows.
+    pub transport: Transport,
     /// What each rank will hold.
     pub footprint: Footprint,
     /// Context length and KV blocks that fit.
@@ -90,8 +93,8 @@ impl Prepared {
         }
         let placement = Arc::new(placement(spec, &options)?);
         let model_options = options.model;
-        let Devices { backends, memory: available } =
-            devices::open(model_options.device, options.parallel.world, model_options.threads)?;
+        let Devices { backends, memory: available, transport } =
+            devices::open(&model_options, options.parallel.world)?;
         let sizes = sizes(spec, &options, needs, None);
         let share = Share {
             backend: backends[0].as_ref(),
@@ -120,7 +123,18 @@ impl Prepared {
             None => None,
         };
         let in_force = Arc::new(InForce::new(Arc::clone(&placement)));
-        Ok(Prepared { model, options, placement, in_force, backends, footprint, memory, counters, recorder })
+        Ok(Prepared {
+            model,
+            options,
+            placement,
+            in_force,
+            backends,
+            transport,
+            footprint,
+            memory,
+            counters,
+            recorder,
+        })
     }
 
     /// The load counters as one source.
@@ -199,6 +213,7 @@ impl Prepared {
         let OpenModel { checkpoint, family, .. } = &self.model;
         let world = WorldOptions {
             degrees: degrees(&self.options),
+            transport: self.transport.clone(),
             precision: precision(&family.spec, &self.options),
             placement: Arc::clone(&self.placement),
             split: self.options.experts.split,

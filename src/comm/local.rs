@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::Communicator;
+use super::meeting::Meeting;
 use crate::backend::{Backend, DType, Event, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
 
@@ -163,6 +163,44 @@ impl Local {
         self.calls += 1;
         Ok(())
     }
+
+    /// [`Communicator::split`], as what it makes.
+    pub(super) fn divide(&mut self, color: usize) -> Result<Local> {
+        let mut colors = vec![0; self.size()];
+        self.all_gather_counts(&[color as u32], &mut colors)?;
+        let members: Vec<usize> = (0..colors.len()).filter(|&r| colors[r] as usize == color).collect();
+        let rank = members.iter().position(|&r| r == self.rank).expect("a rank has its own color");
+        let key = (self.splits, color);
+        if rank == 0 {
+            lock(&self.group.subgroups).insert(key, Arc::new(Group::new(members.len())));
+        }
+        self.barrier()?;
+        let group = Arc::clone(&lock(&self.group.subgroups)[&key]);
+        self.splits += 1;
+        Ok(Local::new(group, Arc::clone(&self.backend), rank))
+    }
+
+    /// What frees everybody who waits in this group, from any thread.
+    pub(super) fn alarm(&self) -> Alarm {
+        Alarm { group: Arc::clone(&self.group) }
+    }
+}
+
+/// Ends the meetings of a group.
+pub(super) struct Alarm {
+    group: Arc<Group>,
+}
+
+impl Alarm {
+    /// All waiting ranks, and all that come, get [`Error::Peer`] with this reason.
+    pub fn raise(&self, why: &str) {
+        self.group.meeting.end(why.to_owned());
+    }
+
+    /// Whether somebody did, or left.
+    pub fn raised(&self) -> bool {
+        self.group.meeting.has_ended()
+    }
 }
 
 impl Communicator for Local {
@@ -289,18 +327,7 @@ impl Communicator for Local {
     }
 
     fn split(&mut self, color: usize) -> Result<Box<dyn Communicator>> {
-        let mut colors = vec![0; self.size()];
-        self.all_gather_counts(&[color as u32], &mut colors)?;
-        let members: Vec<usize> = (0..colors.len()).filter(|&r| colors[r] as usize == color).collect();
-        let rank = members.iter().position(|&r| r == self.rank).expect("a rank has its own color");
-        let key = (self.splits, color);
-        if rank == 0 {
-            lock(&self.group.subgroups).insert(key, Arc::new(Group::new(members.len())));
-        }
-        self.barrier()?;
-        let group = Arc::clone(&lock(&self.group.subgroups)[&key]);
-        self.splits += 1;
-        Ok(Box::new(Local::new(group, Arc::clone(&self.backend), rank)))
+        Ok(Box::new(self.divide(color)?))
     }
 
     fn waited(&self) -> Duration {
@@ -310,7 +337,7 @@ impl Communicator for Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        self.group.meeting.leave(self.rank);
+        self.group.meeting.end(format!("rank {} of this group failed or left", self.rank));
     }
 }
 
@@ -324,82 +351,11 @@ impl Group {
     }
 }
 
-fn check_counts(size: usize, counts: &[usize], rows: usize, what: &str) {
+pub(super) fn check_counts(size: usize, counts: &[usize], rows: usize, what: &str) {
     assert_eq!(counts.len(), size, "counts for {what}");
     assert_eq!(counts.iter().sum::<usize>(), rows, "{what}");
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// A reusable barrier that a leaving rank breaks, so that nobody waits for the dead.
-struct Meeting {
-    size: usize,
-    arrived: AtomicUsize,
-    /// Completed meetings.
-    generation: AtomicU64,
-    broken: AtomicBool,
-    /// Which rank left first, once one has.
-    left: Mutex<Option<usize>>,
-    changed: Condvar,
-    /// Polls before a waiting thread sleeps: none when there are more ranks than cores.
-    spins: u32,
-}
-
-impl Meeting {
-    fn new(size: usize) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Meeting {
-            size,
-            arrived: AtomicUsize::new(0),
-            generation: AtomicU64::new(0),
-            broken: AtomicBool::new(false),
-            left: Mutex::new(None),
-            changed: Condvar::new(),
-            spins: if size <= cores { 4_000 } else { 0 },
-        }
-    }
-
-    fn wait(&self, rank: usize) -> Result<()> {
-        let generation = self.generation.load(Ordering::Acquire);
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.size {
-            self.arrived.store(0, Ordering::Relaxed);
-            // The lock orders this store against a waiter that has checked and is about to sleep.
-            let guard = lock(&self.left);
-            self.generation.store(generation + 1, Ordering::Release);
-            drop(guard);
-            self.changed.notify_all();
-            return Ok(());
-        }
-        for _ in 0..self.spins {
-            if self.generation.load(Ordering::Acquire) != generation {
-                return Ok(());
-            }
-            if self.broken.load(Ordering::Acquire) {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        let mut left = lock(&self.left);
-        loop {
-            // A completed meeting counts even when somebody left right after it.
-            if self.generation.load(Ordering::Acquire) != generation {
-                return Ok(());
-            }
-            if let Some(gone) = *left {
-                return Err(Error::Peer { rank, why: format!("rank {gone} of this group failed or left") });
-            }
-            left = self.changed.wait(left).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn leave(&self, rank: usize) {
-        lock(&self.left).get_or_insert(rank);
-        self.broken.store(true, Ordering::Release);
-        self.changed.notify_all();
-    }
-}
-
-#[cfg(test)]
-mod tests;

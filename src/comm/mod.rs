@@ -1,12 +1,17 @@
 //! Ranks exchanging rows. [`Communicator`] speaks rows of activations and small host counts; `solo` is the
-//! world of one, `local` connects ranks that are threads of this process, over any backend.
+//! world of one, `local` connects ranks that are threads of this process, over any backend, `nccl` those that have a GPU each.
 
 pub mod local;
+mod meeting;
+pub mod nccl;
 pub mod solo;
+#[cfg(test)]
+mod tests;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{View, ViewMut};
+use crate::backend::{Backend, View, ViewMut};
 use crate::error::Result;
 
 /// One rank's end of a group. All ranks of a group call the same methods in the same order; a rank that has no rows
@@ -67,4 +72,31 @@ pub trait Communicator: Send {
 
     /// Divides the group: ranks with equal `color` form a new one, ordered by their rank here. Collective.
     fn split(&mut self, color: usize) -> Result<Box<dyn Communicator>>;
+}
+
+/// How the ranks of a world exchange rows.
+#[derive(Clone)]
+pub enum Transport {
+    /// By copies between the ranks' memory; the world of one copies to itself.
+    Local,
+    /// By NCCL.
+    Nccl(Arc<nccl::Library>, nccl::Options),
+}
+
+/// Connects one rank per backend; in rank order.
+///
+/// # Errors
+/// [`crate::Error::Device`] when NCCL fails.
+pub fn connect(transport: &Transport, backends: &[Arc<dyn Backend>]) -> Result<Vec<Box<dyn Communicator>>> {
+    Ok(match (transport, backends) {
+        (Transport::Local, [only]) => vec![Box::new(solo::Solo::new(Arc::clone(only)))],
+        (Transport::Local, _) => boxed(local::Local::world(backends.to_vec())),
+        (Transport::Nccl(library, options), _) => {
+            boxed(nccl::Nccl::world(Arc::clone(library), backends, *options)?)
+        }
+    })
+}
+
+fn boxed<C: Communicator + 'static>(ranks: Vec<C>) -> Vec<Box<dyn Communicator>> {
+    ranks.into_iter().map(|rank| Box::new(rank) as _).collect()
 }

@@ -59,6 +59,13 @@ pub struct RawOptions {
     /// Stages of layers; only 1 for now
     #[arg(long, value_name = "N", help_heading = "Parallelism")]
     pub pipeline_parallel_size: Option<usize>,
+    /// How ranks exchange rows: local copies within one device, nccl between GPUs, or auto: nccl where every rank has a GPU of its
+    /// own [default: auto]
+    #[arg(long, value_enum, help_heading = "Parallelism")]
+    pub comm: Option<CommChoice>,
+    /// An exchange between GPUs that takes longer has failed, and the server ends [default: 60]
+    #[arg(long, value_name = "SECONDS", help_heading = "Parallelism")]
+    pub comm_timeout: Option<u64>,
     /// Longest sequence in tokens, prompt and answer together [default: the model's, or what the KV cache holds]
     #[arg(long, value_name = "TOKENS", help_heading = "Batches and KV cache")]
     pub max_model_len: Option<usize>,
@@ -196,6 +203,18 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// `--comm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommChoice {
+    /// NCCL where every rank has a GPU of its own, copies otherwise.
+    Auto,
+    /// Copies: all ranks on one device.
+    Local,
+    /// NCCL.
+    Nccl,
+}
+
 /// `--scheduling-policy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -266,6 +285,8 @@ impl RawOptions {
             data_parallel_size: self.data_parallel_size.or(file.data_parallel_size),
             expert_parallel_size: self.expert_parallel_size.or(file.expert_parallel_size),
             pipeline_parallel_size: self.pipeline_parallel_size.or(file.pipeline_parallel_size),
+            comm: self.comm.or(file.comm),
+            comm_timeout: self.comm_timeout.or(file.comm_timeout),
             max_model_len: self.max_model_len.or(file.max_model_len),
             max_num_seqs: self.max_num_seqs.or(file.max_num_seqs),
             max_num_batched_tokens: self.max_num_batched_tokens.or(file.max_num_batched_tokens),

@@ -8,7 +8,7 @@ use router_sim::rebalance::Mode;
 use router_sim::split::Split;
 
 use super::flags::{
-    DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions,
+    CommChoice, DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions,
     RebalancePolicyChoice, SplitChoice,
 };
 use super::parallel::Parallel;
@@ -79,6 +79,10 @@ pub struct ModelOptions {
     pub dtype: DType,
     /// Compute threads of each rank.
     pub threads: usize,
+    /// `--comm`; what it comes to is for who opens the devices to see.
+    pub comm: CommChoice,
+    /// How long an exchange between GPUs may take.
+    pub comm_timeout: Duration,
     /// Look for NaN and infinity while loading.
     pub check_weights: bool,
 }
@@ -151,6 +155,8 @@ const MAX_STAGING_SLOTS: usize = 64;
 const MAX_WINDOW_STEPS: u64 = 1 << 20;
 /// Slower than this, a placement is out of date before it is in force.
 const MIN_MOVE_BANDWIDTH: u64 = 1 << 20;
+/// An exchange between GPUs takes milliseconds; connecting many of them takes seconds.
+const COMM_SECONDS: u64 = 60;
 const MAX_STEP_SECONDS: u64 = 24 * 60 * 60;
 const MAX_DRAIN_SECONDS: u64 = 24 * 60 * 60;
 /// [`crate::backend::KvCache`] is laid out in groups of this many tokens.
@@ -228,6 +234,14 @@ fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOpt
             DtypeChoice::Auto | DtypeChoice::Bf16 => DType::Bf16,
         },
         threads: within("threads", raw.threads, share, 1, MAX_THREADS)?,
+        comm: raw.comm.unwrap_or(CommChoice::Auto),
+        comm_timeout: Duration::from_secs(within(
+            "comm-timeout",
+            raw.comm_timeout,
+            COMM_SECONDS,
+            1,
+            MAX_STEP_SECONDS,
+        )?),
         check_weights: raw.check_weights.unwrap_or(false),
     })
 }
@@ -392,6 +406,8 @@ mod tests {
                 device: DeviceChoice::Auto,
                 dtype: DType::Bf16,
                 threads: 16,
+                comm: CommChoice::Auto,
+                comm_timeout: Duration::from_secs(60),
                 check_weights: false,
             },
             parallel: Parallel::SINGLE,
@@ -427,6 +443,8 @@ mod tests {
         let options = resolve(RawOptions {
             dtype: Some(DtypeChoice::F32),
             device: Some(DeviceChoice::Cpu),
+            comm: Some(CommChoice::Local),
+            comm_timeout: Some(7),
             expert_parallel_size: Some(3),
             redundant_experts: Some(2),
             max_num_batched_tokens: Some(100),
@@ -435,11 +453,15 @@ mod tests {
             ..RawOptions::default()
         })
         .unwrap();
-        let device = DeviceChoice::Cpu;
-        assert_eq!(
-            options.model,
-            ModelOptions { device, dtype: DType::F32, threads: 5, check_weights: false }
-        );
+        let expected = ModelOptions {
+            device: DeviceChoice::Cpu,
+            dtype: DType::F32,
+            threads: 5,
+            comm: CommChoice::Local,
+            comm_timeout: Duration::from_secs(7),
+            check_weights: false,
+        };
+        assert_eq!(options.model, expected);
         assert_eq!(options.experts.slots_per_rank, 4);
         assert_eq!(options.scheduler.prefill_chunk_size, 100);
         assert!(!options.cache.prefix_caching);
@@ -508,6 +530,7 @@ mod tests {
                 RawOptions { max_queued_requests: Some(0), ..none() },
                 "max-queued-requests: expected 1 to 1048576, found 0",
             ),
+            (RawOptions { comm_timeout: Some(0), ..none() }, "comm-timeout: expected 1 to 86400, found 0"),
             (RawOptions { step_timeout: Some(0), ..none() }, "step-timeout: expected 1 to 86400, found 0"),
             (
                 RawOptions { drain_timeout: Some(86401), ..none() },

@@ -7,9 +7,8 @@ use router_sim::placement::Placement;
 use router_sim::split::Split;
 
 use crate::backend::{Backend, Precision};
-use crate::comm::Communicator;
-use crate::comm::local::Local;
 use crate::comm::solo::Solo;
+use crate::comm::{self, Communicator, Transport};
 use crate::error::Result;
 use crate::layers::Rank;
 use crate::metrics::{RankMeter, WorkClock};
@@ -65,6 +64,8 @@ pub struct LoadedRank {
 pub struct WorldOptions {
     /// Division of the world.
     pub degrees: Degrees,
+    /// How its ranks exchange rows.
+    pub transport: Transport,
     /// Types of weights and activations.
     pub precision: Precision,
     /// Where experts live, on `degrees.expert_parallel()` ranks.
@@ -80,7 +81,7 @@ pub struct WorldOptions {
 /// Loads every rank in parallel, one backend each, and returns them in rank order.
 ///
 /// # Errors
-/// Of the lowest rank that failed.
+/// Of connecting, or of the lowest rank that failed.
 ///
 /// # Panics
 /// When the numbers of backends and ranks differ, or the placement is for another world.
@@ -94,8 +95,9 @@ pub fn load_world(
     assert_eq!(backends.len(), degrees.world(), "one backend per rank");
     assert_eq!(options.counters.len(), degrees.world(), "one set of counters per rank");
     assert_eq!(options.placement.ranks(), degrees.expert_parallel(), "ranks of the placement");
+    let ends = comm::connect(&options.transport, &backends)?;
     let results: Vec<Result<LoadedRank>> = thread::scope(|scope| {
-        let threads: Vec<_> = communicators(&backends)
+        let threads: Vec<_> = ends
             .into_iter()
             .zip(backends)
             .map(|(world, backend)| scope.spawn(move || load_rank(reader, spec, world, backend, options)))
@@ -106,13 +108,6 @@ pub fn load_world(
             .collect()
     });
     results.into_iter().collect()
-}
-
-fn communicators(backends: &[Arc<dyn Backend>]) -> Vec<Box<dyn Communicator>> {
-    match backends {
-        [only] => vec![Box::new(Solo::new(Arc::clone(only)))],
-        _ => Local::world(backends.to_vec()).into_iter().map(|rank| Box::new(rank) as _).collect(),
-    }
 }
 
 fn load_rank(

@@ -2,8 +2,11 @@
 //! CUDA, every test is listed as ignored and the reason is printed first.
 
 mod attention;
+#[path = "../support/collectives.rs"]
+mod collectives;
 mod dense;
 mod moe;
+mod nccl;
 mod pair;
 mod products;
 mod ranks;
@@ -26,8 +29,13 @@ fn main() {
         moe::trials(),
         ranks::trials(),
         steps::trials(),
+        nccl::trials(),
     ];
-    let trials = groups.into_iter().flatten().map(|trial| trial.with_ignored_flag(gpus.is_err())).collect();
+    let all = groups.into_iter().flatten();
+    let trials = match gpus {
+        Ok(_) => all.collect(),
+        Err(_) => all.map(|trial| trial.with_ignored_flag(true)).collect(),
+    };
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -7,11 +7,25 @@ use moeyard::backend::{Backend, DType};
 use moeyard::comm::Communicator;
 use moeyard::comm::local::Local;
 
+use crate::collectives::CHECKS;
 use crate::pair::{gpu, tensor, values};
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
-    vec![trial("ranks::collectives_order_the_streams", collectives_order_the_streams)]
+    let checks = CHECKS.iter().map(|&(name, check)| {
+        trial(&format!("ranks::{name}"), move || {
+            check(
+                &|size| {
+                    let backends: Vec<Arc<dyn Backend>> = (0..size).map(|_| gpu()).collect();
+                    let ranks = Local::world(backends.clone()).into_iter().map(|rank| Box::new(rank) as _);
+                    backends.into_iter().zip(ranks).collect()
+                },
+                &[1, 2, 4],
+            )
+        })
+    });
+    let streams = trial("ranks::collectives_order_the_streams", collectives_order_the_streams);
+    checks.chain([streams]).collect()
 }
 
 /// Rounds of large exchanges without a single download between them: a missing wait would read rows too early or too late.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::{AttentionBatch, Backend, DType, Precision, SeqSpan};
+use moeyard::comm::Transport;
 use moeyard::engine::RankSetup;
 use moeyard::metrics::{LoadSnapshot, LoadSource};
 use moeyard::model::families::{self, Family};
@@ -116,6 +117,7 @@ impl World {
         let options = WorldOptions {
             counters: counters.clone(),
             degrees: setup.degrees,
+            transport: Transport::Local,
             precision,
             placement: Arc::clone(&placement),
             sizes: Sizes {

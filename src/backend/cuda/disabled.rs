@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use super::{GpuInfo, HopperProducts};
+use super::{GpuInfo, HopperProducts, Link};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 
@@ -14,6 +14,11 @@ const WHY: &str = "this build has no CUDA: build it with `--features cuda`";
 /// Always.
 pub fn devices() -> Result<Vec<GpuInfo>, String> {
     Err(WHY.to_owned())
+}
+
+/// What lies between every two of `gpus` GPUs: there are none.
+pub fn links(_gpus: u32) -> Vec<(u32, u32, Link)> {
+    Vec::new()
 }
 
 /// Never exists.

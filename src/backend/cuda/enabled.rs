@@ -18,13 +18,13 @@ use cudarc::driver::{result, sys};
 use super::HopperProducts;
 use crate::backend::{
     AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
-    HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs,
-    StepCounts, Tensor, View, ViewMut, check,
+    HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
+    RawStream, RopeArgs, StepCounts, Tensor, View, ViewMut, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
 use gpu::Gpu;
-pub use gpu::devices;
+pub use gpu::{devices, links};
 use memory::{Buffer, Resident, Staging, Upload};
 
 /// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
@@ -264,6 +264,23 @@ impl Backend for CudaBackend {
 
     fn step_counts(&self) -> StepCounts {
         self.gpu.step_counts()
+    }
+
+    fn passed(&self, event: &Event) -> Result<bool> {
+        let Some(mark) = event.get::<StreamEvent>() else { return Ok(true) };
+        self.gpu.enter()?;
+        // SAFETY: it lives; asking changes nothing.
+        match unsafe { result::event::query(mark.event) } {
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            done => self.gpu.driver("asking for an event", done).map(|()| true),
+        }
+    }
+    fn stream(&self) -> Result<RawStream> {
+        self.gpu.enter()?;
+        Ok(RawStream(self.gpu.stream()? as usize))
+    }
+    fn poison(&self, why: &str) {
+        self.gpu.poison(why);
     }
 
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {

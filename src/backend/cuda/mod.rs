@@ -7,12 +7,35 @@
 #[cfg(feature = "cuda")]
 mod enabled;
 #[cfg(feature = "cuda")]
-pub use enabled::{CudaBackend, devices};
+pub use enabled::{CudaBackend, devices, links};
 
 #[cfg(not(feature = "cuda"))]
 mod disabled;
 #[cfg(not(feature = "cuda"))]
-pub use disabled::{CudaBackend, devices};
+pub use disabled::{CudaBackend, devices, links};
+
+use std::fmt;
+
+/// What lies between two GPUs of this machine, as far as the driver tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// Each reads and writes the other's memory, atomically too: what NVLink does and PCIe does not.
+    NvLink,
+    /// Each reads and writes the other's memory.
+    Pcie,
+    /// Rows pass through the host.
+    Host,
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Link::NvLink => "NVLink (peer access, atomics)",
+            Link::Pcie => "PCIe (peer access)",
+            Link::Host => "through the host (no peer access)",
+        })
+    }
+}
 
 /// What computes products of bf16 on Hopper. The bits are the same, so the choice is one of speed alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

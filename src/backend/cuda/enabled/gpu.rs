@@ -1,7 +1,7 @@
 //! One rank's hold on a GPU: the primary context, a stream, and errors that say what failed.
 
 use std::ffi::{CStr, c_void};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream};
 use super::launches::{Failed, Graphs, Launches};
 use super::{Lock as _, ffi};
 use crate::backend::StepCounts;
-use crate::backend::cuda::GpuInfo;
+use crate::backend::cuda::{GpuInfo, Link};
 use crate::error::{Error, Result};
 
 /// The GPUs that can be used, or why there are none. Never panics: cudarc panics when the driver's library is missing, so
@@ -44,6 +44,31 @@ pub fn devices() -> Result<Vec<GpuInfo>, String> {
             "{} has compute capability {}.{}, and this build has kernels for {ARCHS} (MOEYARD_CUDA_ARCHS)",
             gpu.name, gpu.capability.0, gpu.capability.1
         )),
+    }
+}
+
+/// What lies between every two of the first `gpus` GPUs.
+pub fn links(gpus: u32) -> Vec<(u32, u32, Link)> {
+    let pairs = (0..gpus).flat_map(|a| (a + 1..gpus).map(move |b| (a, b)));
+    pairs.map(|(a, b)| (a, b, link(a, b))).collect()
+}
+
+fn link(a: u32, b: u32) -> Link {
+    use sys::CUdevice_P2PAttribute_enum as Attribute;
+    // What the driver does not tell, it does not have.
+    let has = |which| {
+        let (Ok(from), Ok(to)) = (result::device::get(a as i32), result::device::get(b as i32)) else {
+            return false;
+        };
+        let mut value = 0;
+        // SAFETY: writes one number; both devices came from the driver.
+        let asked = unsafe { sys::cuDeviceGetP2PAttribute(&mut value, which, from, to) };
+        asked == sys::CUresult::CUDA_SUCCESS && value != 0
+    };
+    match has(Attribute::CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED) {
+        true if has(Attribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED) => Link::NvLink,
+        true => Link::Pcie,
+        false => Link::Host,
     }
 }
 
@@ -104,6 +129,8 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     info: GpuInfo,
+    /// Why nothing that was computed here counts any more.
+    poison: OnceLock<String>,
     step: Mutex<Step>,
 }
 
@@ -133,7 +160,7 @@ impl Gpu {
         let _alone = CAPTURE.lock_now();
         let context = CudaContext::new(ordinal as usize).map_err(failed)?;
         let stream = context.new_stream().map_err(failed)?;
-        Ok(Gpu { context, stream, info, step: Mutex::default() })
+        Ok(Gpu { context, stream, info, poison: OnceLock::new(), step: Mutex::default() })
     }
 
     pub fn info(&self) -> &GpuInfo {
@@ -158,7 +185,20 @@ impl Gpu {
 
     /// Makes this GPU the calling thread's: what every driver or runtime call needs before it.
     pub fn enter(&self) -> Result<()> {
+        self.sound()?;
         self.driver("entering its context", self.context.bind_to_thread())
+    }
+
+    /// From now on every call fails, and so does one that waits for the stream; the first reason given is the one told.
+    pub fn poison(&self, why: &str) {
+        let _ = self.poison.set(why.to_owned());
+    }
+
+    fn sound(&self) -> Result<()> {
+        match self.poison.get() {
+            None => Ok(()),
+            Some(why) => Err(self.failure(why.clone())),
+        }
     }
 
     /// An error of the driver as one of ours.
@@ -276,7 +316,9 @@ impl Gpu {
         self.enter()?;
         let stream = self.stream()?;
         // SAFETY: the stream lives as long as `self`.
-        self.driver("waiting for it", unsafe { result::stream::synchronize(stream) })
+        self.driver("waiting for it", unsafe { result::stream::synchronize(stream) })?;
+        // What was waited for may have been cut short.
+        self.sound()
     }
 
     /// Waits until the whole GPU is idle, other ranks' streams included.

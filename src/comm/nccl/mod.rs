@@ -1,0 +1,568 @@
+//! Ranks on several GPUs: rows travel by NCCL, in the ranks' streams.
+//!
+//! All ranks are threads of this process, so host counts and barriers take [`Local`]'s meetings. Sums are made here, in rank
+//! order, from rows that NCCL only moves: the same bits as `local`'s. NCCL is a library found at run time ([`Library::load`]);
+//! this module is part of every build, and its tests run over a NCCL made of host threads.
+
+mod library;
+mod link;
+#[cfg(test)]
+pub(super) mod mock;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Communicator;
+use super::local::{Local, check_counts};
+use crate::backend::reference::ReferenceBackend;
+use crate::backend::{Backend, DType, Tensor, View, ViewMut};
+use crate::error::{Error, Result};
+pub use library::Library;
+use library::{BYTES, SUCCESS, UniqueId};
+use link::{Link, Seat};
+use watch::Watch;
+
+/// Sums of up to so many bytes are gathered whole by every rank: one exchange instead of two, for more bytes.
+const GATHERED_SUM_BYTES: usize = 256 << 10;
+
+/// How a world is connected.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// How long connecting all ranks may take.
+    pub connect_timeout: Duration,
+    /// How long an exchange may take before everything ends.
+    pub timeout: Duration,
+    /// Some ranks have one GPU together. Then what one rank frees waits for the others' kernels, so the ranks enter every
+    /// exchange together and leave it when it is done.
+    pub shared_gpu: bool,
+    /// Rows that a rank has for itself travel through NCCL too, rather than being copied: what a test on one GPU wants.
+    pub loopback: bool,
+}
+
+/// One rank's end of a group.
+pub struct Nccl {
+    link: Arc<Link>,
+    /// Counts and meetings.
+    host: Local,
+    backend: Arc<dyn Backend>,
+    watch: Arc<Watch>,
+    /// Rows on their way out of memory with gaps.
+    packed: Room,
+    /// Rows that do not arrive where they belong.
+    arrived: Room,
+    /// This rank's part of a sum.
+    part: Room,
+    outgoing: Vec<Piece>,
+    incoming: Vec<Piece>,
+}
+
+/// Contiguous device memory that another rank gets or fills.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    rank: usize,
+    address: usize,
+    bytes: usize,
+}
+
+/// Rows in device memory without gaps.
+#[derive(Debug, Clone, Copy)]
+struct Rows {
+    address: usize,
+    row_bytes: usize,
+    rows: usize,
+}
+
+impl Rows {
+    fn of(view: View<'_>) -> Rows {
+        assert!(
+            view.is_contiguous(),
+            "rows with gaps: {} of {} elements, {} apart",
+            view.rows(),
+            view.cols(),
+            view.stride()
+        );
+        Rows { address: view.address(), row_bytes: view.cols() * view.dtype().bytes(), rows: view.rows() }
+    }
+
+    fn piece(self, rank: usize, range: Range<usize>) -> Piece {
+        assert!(range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let address = self.address + range.start * self.row_bytes;
+        Piece { rank, address, bytes: range.len() * self.row_bytes }
+    }
+}
+
+/// Device memory that grows and is kept, by type.
+#[derive(Default)]
+struct Room(HashMap<DType, Tensor>);
+
+impl Room {
+    fn take(&mut self, backend: &dyn Backend, dtype: DType, rows: usize, cols: usize) -> Result<ViewMut<'_>> {
+        let elements = rows * cols;
+        if self.0.get(&dtype).map_or(0, Tensor::cols) < elements.max(1) {
+            self.0.remove(&dtype);
+            self.0.insert(dtype, backend.alloc(dtype, 1, elements.next_power_of_two())?);
+        }
+        Ok(self.0.get_mut(&dtype).expect("inserted above").reshaped_mut(rows, cols))
+    }
+
+    /// What was last taken.
+    fn view(&self, dtype: DType, rows: usize, cols: usize) -> View<'_> {
+        self.0[&dtype].reshaped(rows, cols)
+    }
+
+    /// `rows` themselves, or a copy without gaps.
+    fn pack<'a>(&'a mut self, backend: &dyn Backend, rows: View<'a>) -> Result<View<'a>> {
+        if rows.is_contiguous() {
+            return Ok(rows);
+        }
+        backend.copy_rows(rows, self.take(backend, rows.dtype(), rows.rows(), rows.cols())?)?;
+        Ok(self.view(rows.dtype(), rows.rows(), rows.cols()))
+    }
+}
+
+impl Nccl {
+    /// A world of `backends.len()` ranks, each connected from a thread of its own; give each value to its own thread.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with what NCCL says of the first rank that failed.
+    pub fn world(
+        library: Arc<Library>,
+        backends: &[Arc<dyn Backend>],
+        options: Options,
+    ) -> Result<Vec<Nccl>> {
+        let watch = Watch::start(library, options);
+        let hosts = backends.iter().map(|_| Arc::new(ReferenceBackend) as Arc<dyn Backend>).collect();
+        let connected: Vec<Result<Nccl>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = Local::world(hosts)
+                .into_iter()
+                .zip(backends)
+                .map(|(host, backend)| {
+                    let (watch, backend) = (Arc::clone(&watch), Arc::clone(backend));
+                    scope.spawn(move || Nccl::connect(host, backend, watch))
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        });
+        let (mut ranks, mut failure) = (Vec::new(), None);
+        for outcome in connected {
+            match outcome {
+                Ok(rank) => ranks.push(rank),
+                // The cause counts, not those who saw it.
+                Err(error) if matches!(failure, None | Some(Error::Peer { .. })) => failure = Some(error),
+                Err(_) => {}
+            }
+        }
+        match failure {
+            None => Ok(ranks),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// Takes the seat that `host` has in its group.
+    fn connect(mut host: Local, backend: Arc<dyn Backend>, watch: Arc<Watch>) -> Result<Nccl> {
+        let id = agree(&mut host, &watch.library)?;
+        let (rank, size) = (host.rank(), host.size());
+        let link = Link::open(&watch, Seat { rank, size, id, backend: &backend, alarm: host.alarm() })?;
+        Ok(Nccl {
+            link,
+            host,
+            backend,
+            watch,
+            packed: Room::default(),
+            arrived: Room::default(),
+            part: Room::default(),
+            outgoing: Vec::new(),
+            incoming: Vec::new(),
+        })
+    }
+
+    /// Sends and receives the pieces noted, in one group, and forgets them.
+    fn exchange(&mut self, what: &str) -> Result<()> {
+        let outcome = self.exchange_noted(what);
+        self.outgoing.clear();
+        self.incoming.clear();
+        outcome
+    }
+
+    fn exchange_noted(&mut self, what: &str) -> Result<()> {
+        self.enter()?;
+        if !(self.outgoing.is_empty() && self.incoming.is_empty()) {
+            let (outgoing, incoming) = (&self.outgoing, &self.incoming);
+            self.link.call(what, |functions, handle, stream| {
+                // SAFETY: groups are the calling thread's own.
+                let started = unsafe { (functions.group_start)() };
+                let sends = outgoing.iter().map(|piece| {
+                    let (data, peer) = (piece.address as *const c_void, piece.rank as c_int);
+                    // SAFETY: the piece is device memory of that size, kept until the stream has passed; so is the stream.
+                    unsafe { (functions.send)(data, piece.bytes, BYTES, peer, handle, stream) }
+                });
+                let receives = incoming.iter().map(|piece| {
+                    let (data, peer) = (piece.address as *mut c_void, piece.rank as c_int);
+                    // SAFETY: as above; nobody else touches the memory before the stream has passed.
+                    unsafe { (functions.receive)(data, piece.bytes, BYTES, peer, handle, stream) }
+                });
+                let failed = std::iter::once(started).chain(sends).chain(receives).find(|&code| !good(code));
+                // A group that was started is ended, whatever came of its calls.
+                // SAFETY: as above.
+                let ended = if good(started) { unsafe { (functions.group_end)() } } else { started };
+                failed.unwrap_or(ended)
+            })?;
+        }
+        self.leave()
+    }
+
+    /// Before an exchange: nothing is allocated or freed from here to [`Nccl::leave`].
+    fn enter(&mut self) -> Result<()> {
+        if self.watch.options.shared_gpu { self.host.barrier() } else { Ok(()) }
+    }
+
+    /// After an exchange was put into the stream.
+    fn leave(&mut self) -> Result<()> {
+        self.link.note()?;
+        if self.watch.options.shared_gpu { self.link.drain() } else { Ok(()) }
+    }
+
+    /// Notes the parts of `rows`, `counts` rows each, for the ranks they go to.
+    fn send_parts(&mut self, rows: Rows, counts: impl Iterator<Item = usize>) {
+        let mut start = 0;
+        for (r, count) in counts.enumerate() {
+            self.send(rows.piece(r, start..start + count));
+            start += count;
+        }
+    }
+
+    /// Notes the parts of `out`, `counts` rows each, for the ranks they come from.
+    fn receive_parts(&mut self, out: Rows, counts: impl Iterator<Item = usize>) {
+        let mut start = 0;
+        for (r, count) in counts.enumerate() {
+            self.receive(out.piece(r, start..start + count));
+            start += count;
+        }
+    }
+
+    fn send(&mut self, piece: Piece) {
+        if self.travels(piece) {
+            self.outgoing.push(piece);
+        }
+    }
+
+    fn receive(&mut self, piece: Piece) {
+        if self.travels(piece) {
+            self.incoming.push(piece);
+        }
+    }
+
+    fn travels(&self, piece: Piece) -> bool {
+        piece.bytes > 0 && (piece.rank != self.host.rank() || self.watch.options.loopback)
+    }
+
+    /// Copies what a rank has for itself.
+    fn keep(&self, rows: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        if rows.rows() == 0 || self.watch.options.loopback {
+            return Ok(());
+        }
+        self.backend.copy_rows(rows, out)
+    }
+
+    /// Adds up what all ranks sent, `out.rows()` rows each in `arrived`, in rank order; `own` in place of what this rank sent.
+    fn add_up(&self, own: Option<View<'_>>, mut out: ViewMut<'_>) -> Result<()> {
+        let (rows, cols, size) = (out.rows(), out.cols(), self.host.size());
+        if rows == 0 {
+            return Ok(());
+        }
+        let arrived = self.arrived.view(out.dtype(), rows * size, cols);
+        for r in 0..size {
+            let term = match own {
+                Some(own) if r == self.host.rank() => own,
+                _ => arrived.rows_range(r * rows..(r + 1) * rows),
+            };
+            match r {
+                0 => self.backend.copy_rows(term, out.reborrow())?,
+                _ => self.backend.add_scaled(term, 1.0, out.reborrow())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The sum of few bytes: every rank gets the rows of all.
+    fn sum_gathered(&mut self, x: ViewMut<'_>) -> Result<()> {
+        let (rows, cols, dtype) = (x.rows(), x.cols(), x.dtype());
+        let backend = Arc::clone(&self.backend);
+        let all = self.arrived.take(backend.as_ref(), dtype, rows * self.host.size(), cols)?;
+        let into = all.as_view().address() as *mut c_void;
+        let own = Rows::of(self.packed.pack(backend.as_ref(), x.as_view())?).piece(self.host.rank(), 0..rows);
+        if own.bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        self.link.call("a sum over ranks", |functions, handle, stream| {
+            let from = own.address as *const c_void;
+            // SAFETY: device memory of `bytes` and `bytes * size`, kept until the stream has passed.
+            unsafe { (functions.all_gather)(from, into, own.bytes, BYTES, handle, stream) }
+        })?;
+        self.leave()?;
+        self.add_up(None, x)
+    }
+
+    /// The sum of many bytes: every rank adds up a part of the rows, and all gather the parts.
+    fn sum_divided(&mut self, mut x: ViewMut<'_>) -> Result<()> {
+        let (rank, size, rows) = (self.host.rank(), self.host.size(), x.rows());
+        let counts: Vec<usize> = (0..size).map(|r| rows * (r + 1) / size - rows * r / size).collect();
+        let mut part = std::mem::take(&mut self.part);
+        let backend = Arc::clone(&self.backend);
+        let mut sum = part.take(backend.as_ref(), x.dtype(), counts[rank], x.cols())?;
+        self.reduce_scatter_rows(x.as_view(), &counts, sum.reborrow())?;
+        self.all_gather_rows(sum.as_view(), &counts, x.reborrow())?;
+        self.part = part;
+        Ok(())
+    }
+}
+
+impl Communicator for Nccl {
+    fn rank(&self) -> usize {
+        self.host.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.host.size()
+    }
+
+    fn all_reduce_sum(&mut self, x: ViewMut<'_>) -> Result<()> {
+        let bytes = x.rows() * x.cols() * x.dtype().bytes();
+        if bytes <= GATHERED_SUM_BYTES { self.sum_gathered(x) } else { self.sum_divided(x) }
+    }
+
+    fn reduce_scatter_rows(&mut self, input: View<'_>, counts: &[usize], out: ViewMut<'_>) -> Result<()> {
+        check_counts(self.size(), counts, input.rows(), "input rows of reduce_scatter_rows");
+        let (rank, size, cols) = (self.rank(), self.size(), out.cols());
+        let own = counts[rank];
+        assert_eq!(out.rows(), own, "output rows of reduce_scatter_rows");
+        let backend = Arc::clone(&self.backend);
+        let arrived = self.arrived.take(backend.as_ref(), out.dtype(), own * size, cols)?;
+        let into = Rows::of(arrived.as_view());
+        let from = Rows::of(self.packed.pack(backend.as_ref(), input)?);
+        self.send_parts(from, counts.iter().copied());
+        self.receive_parts(into, std::iter::repeat_n(own, size));
+        self.exchange("a sum over ranks")?;
+        let start = counts[..rank].iter().sum::<usize>();
+        self.add_up((!self.watch.options.loopback).then(|| input.rows_range(start..start + own)), out)
+    }
+
+    fn all_gather_rows(&mut self, own: View<'_>, counts: &[usize], mut out: ViewMut<'_>) -> Result<()> {
+        check_counts(self.size(), counts, out.rows(), "output rows of all_gather_rows");
+        let rank = self.rank();
+        assert_eq!(own.rows(), counts[rank], "own rows of all_gather_rows");
+        let (rows, cols, dtype) = (out.rows(), out.cols(), out.dtype());
+        let start = counts[..rank].iter().sum::<usize>();
+        self.keep(own, out.reborrow().rows_range(start..start + own.rows()))?;
+
+        let backend = Arc::clone(&self.backend);
+        let direct = out.as_view().is_contiguous();
+        let into = match direct {
+            true => Rows::of(out.as_view()),
+            false => Rows::of(self.arrived.take(backend.as_ref(), dtype, rows, cols)?.as_view()),
+        };
+        let from = Rows::of(self.packed.pack(backend.as_ref(), own)?);
+        for r in 0..counts.len() {
+            self.send(from.piece(r, 0..from.rows));
+        }
+        self.receive_parts(into, counts.iter().copied());
+        self.exchange("gathering rows")?;
+        if direct { Ok(()) } else { self.unpack(out, start..start + own.rows()) }
+    }
+
+    fn all_gather_counts(&mut self, own: &[u32], out: &mut [u32]) -> Result<()> {
+        self.link.check()?;
+        self.host.all_gather_counts(own, out)
+    }
+
+    fn exchange_counts(&mut self, sent: &[u32], received: &mut [u32]) -> Result<()> {
+        self.link.check()?;
+        self.host.exchange_counts(sent, received)
+    }
+
+    fn all_to_all_rows(
+        &mut self,
+        rows: View<'_>,
+        sent: &[usize],
+        mut out: ViewMut<'_>,
+        received: &[usize],
+    ) -> Result<()> {
+        check_counts(self.size(), sent, rows.rows(), "rows sent by all_to_all_rows");
+        check_counts(self.size(), received, out.rows(), "rows received by all_to_all_rows");
+        let rank = self.rank();
+        assert_eq!(sent[rank], received[rank], "rows of rank {rank} for itself");
+        let place = |counts: &[usize]| {
+            let start = counts[..rank].iter().sum::<usize>();
+            start..start + counts[rank]
+        };
+        let kept = place(received);
+        self.keep(rows.rows_range(place(sent)), out.reborrow().rows_range(kept.clone()))?;
+
+        let backend = Arc::clone(&self.backend);
+        let direct = out.as_view().is_contiguous();
+        let into = match direct {
+            true => Rows::of(out.as_view()),
+            false => {
+                Rows::of(self.arrived.take(backend.as_ref(), out.dtype(), out.rows(), out.cols())?.as_view())
+            }
+        };
+        let from = Rows::of(self.packed.pack(backend.as_ref(), rows)?);
+        self.send_parts(from, sent.iter().copied());
+        self.receive_parts(into, received.iter().copied());
+        self.exchange("all-to-all")?;
+        if direct { Ok(()) } else { self.unpack(out, kept) }
+    }
+
+    fn send_receive_rows(
+        &mut self,
+        sent: Option<(usize, View<'_>)>,
+        mut received: Option<(usize, ViewMut<'_>)>,
+    ) -> Result<()> {
+        let backend = Arc::clone(&self.backend);
+        let prepared = self.prepare_pair(&backend, sent, received.as_mut());
+        // [to, rows, columns] of what this rank sends, and whether it can do its part.
+        let mut label = [u32::MAX, 0, 0, u32::from(prepared.is_ok())];
+        if let Some((to, rows)) = &sent {
+            label[..3].copy_from_slice(&[*to as u32, rows.rows() as u32, rows.cols() as u32]);
+        }
+        let mut labels = vec![0; 4 * self.size()];
+        self.all_gather_counts(&label, &mut labels)?;
+        let ready = |r: usize| labels[4 * r + 3] == 1;
+        if let Some((from, out)) = &received {
+            let expected = [self.rank() as u32, out.rows() as u32, out.cols() as u32];
+            assert_eq!(labels[4 * from..][..3], expected, "[to, rows, cols] of what rank {from} sends");
+        }
+        // Only pairs that are both ready meet.
+        let mine = prepared.is_ok();
+        self.outgoing.retain(|piece| mine && ready(piece.rank));
+        self.incoming.retain(|piece| mine && ready(piece.rank));
+        self.exchange("passing rows on")?;
+        prepared?;
+        match received {
+            Some((from, _)) if !ready(from) => Err(Error::Device {
+                device: format!("rank {from}"),
+                why: format!("its rows for rank {} could not be sent", self.rank()),
+            }),
+            Some((from, out)) if !out.as_view().is_contiguous() => {
+                let own = if from == self.rank() { 0..out.rows() } else { 0..0 };
+                self.unpack(out, own)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn barrier(&mut self) -> Result<()> {
+        self.link.check()?;
+        self.host.barrier()
+    }
+
+    fn waited(&self) -> Duration {
+        self.host.waited()
+    }
+
+    fn split(&mut self, color: usize) -> Result<Box<dyn Communicator>> {
+        let host = self.host.divide(color)?;
+        Ok(Box::new(Nccl::connect(host, Arc::clone(&self.backend), Arc::clone(&self.watch))?))
+    }
+}
+
+impl Nccl {
+    /// Notes the pieces of [`Communicator::send_receive_rows`], or copies what stays here.
+    fn prepare_pair(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        sent: Option<(usize, View<'_>)>,
+        received: Option<&mut (usize, ViewMut<'_>)>,
+    ) -> Result<()> {
+        self.outgoing.clear();
+        self.incoming.clear();
+        let own = self.rank();
+        match (sent, received) {
+            (Some((to, rows)), Some((from, out))) if to == own && *from == own => {
+                self.keep(rows, out.reborrow())?;
+                if self.watch.options.loopback {
+                    self.note_pair(backend, Some((to, rows)), Some((*from, out)))?;
+                }
+                Ok(())
+            }
+            (sent, received) => self.note_pair(backend, sent, received.map(|(from, out)| (*from, out))),
+        }
+    }
+
+    fn note_pair(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        sent: Option<(usize, View<'_>)>,
+        received: Option<(usize, &mut ViewMut<'_>)>,
+    ) -> Result<()> {
+        if let Some((to, rows)) = sent {
+            let rows = Rows::of(self.packed.pack(backend.as_ref(), rows)?);
+            self.send(rows.piece(to, 0..rows.rows));
+        }
+        if let Some((from, out)) = received {
+            let view = out.as_view();
+            let into = match view.is_contiguous() {
+                true => Rows::of(view),
+                false => {
+                    let (rows, cols) = (view.rows(), view.cols());
+                    Rows::of(self.arrived.take(backend.as_ref(), view.dtype(), rows, cols)?.as_view())
+                }
+            };
+            self.receive(into.piece(from, 0..into.rows));
+        }
+        Ok(())
+    }
+
+    /// Copies rows from `arrived` to where they belong, but those in `kept`, which are there.
+    fn unpack(&self, mut out: ViewMut<'_>, kept: Range<usize>) -> Result<()> {
+        let arrived = self.arrived.view(out.dtype(), out.rows(), out.cols());
+        let kept = if self.watch.options.loopback { 0..0 } else { kept };
+        for range in [0..kept.start, kept.end..out.rows()] {
+            if !range.is_empty() {
+                self.backend
+                    .copy_rows(arrived.rows_range(range.clone()), out.reborrow().rows_range(range))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        // Whoever waits for this rank on the host goes on at once; who waits on a device is freed by the watch.
+        self.host.alarm().raise(&format!("rank {} of this group failed or left", self.host.rank()));
+        self.link.close();
+    }
+}
+
+fn good(code: library::Code) -> bool {
+    matches!(code, SUCCESS | library::IN_PROGRESS)
+}
+
+/// Rank 0 names the group, the others hear of it.
+fn agree(host: &mut Local, library: &Library) -> Result<UniqueId> {
+    let mut own = [0u32; 32];
+    if host.rank() == 0 {
+        let named = library.unique_id();
+        let id = named.map_err(|why| Error::Device {
+            device: library.describe(),
+            why: format!("naming a group: {why}"),
+        })?;
+        own = bytemuck::cast(id.bytes);
+    }
+    let mut all = vec![0u32; 32 * host.size()];
+    host.all_gather_counts(&own, &mut all)?;
+    let mut id = UniqueId { bytes: [0; 128] };
+    id.bytes.copy_from_slice(bytemuck::cast_slice(&all[..32]));
+    Ok(id)
+}
