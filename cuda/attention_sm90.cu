@@ -3,7 +3,8 @@
 // and 64 of the paged cache. A row has the bits that attention_bf16.cu and attention_decode.cu give it.
 //
 // A block works on 128 (row, query head) pairs that share a KV head, 64 for each of two warpgroups, and walks all positions they see.
-// While a tile's scores become weights, the tensor cores work on the scores of the next one.
+// The warpgroups take turns to issue products: while one's scores become weights, the tensor cores work for the other (the schedule
+// of FlashAttention-3, Shah et al. 2024). A turn also tells the other warpgroup that copies have landed and which tiles are read.
 #include "attention_wgmma.cuh"
 #include "softmax.cuh"
 
@@ -12,15 +13,16 @@ using namespace moeyard;
 namespace {
 
 constexpr int GROUPS = 2, UNITS = GROUPS * 64, THREADS = GROUPS * 128;
+// Tiles of keys, and of values, in shared memory. In iteration t a warpgroup reads keys t + 1 and values t and copies keys t + 3 and
+// values t + 2, while the other may still be in iteration t - 1.
+constexpr int STAGES = 4;
 
 // Widths of keys and values.
 template <int KEY, int VALUE> struct Shape {
   static constexpr bool EXPANDED = KEY != VALUE;
   static constexpr int KEY_BYTES = KEY / 64 * PANEL_BYTES, VALUE_BYTES = VALUE / 64 * PANEL_BYTES;
   static constexpr int QUERY_BYTES = GROUPS * KEY_BYTES;
-  static constexpr int VALUES = VALUE / 2;  // floats of the output per thread
-  static constexpr int TOTALS_BYTES = VALUES * THREADS * 4;
-  static constexpr int SHARED_BYTES = QUERY_BYTES + 2 * (KEY_BYTES + VALUE_BYTES) + TOTALS_BYTES + 1024;
+  static constexpr int SHARED_BYTES = QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) + 1024;
 };
 
 // A thread's share of the copies of a tile: the same piece of 16 bytes of two rows in every panel.
@@ -102,6 +104,10 @@ __device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span
   }
 }
 
+// Named barriers: a warpgroup waits for its turn, and gives it to the other one.
+__device__ inline void take_turn(int warpgroup) { asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(THREADS) : "memory"); }
+__device__ inline void give_turn(int warpgroup) { asm volatile("bar.arrive %0, %1;\n" ::"r"(1 + warpgroup), "n"(THREADS) : "memory"); }
+
 template <int KEY> __device__ inline void multiply_tile(float (&score)[TILE / 8][4], uint32_t queries, uint32_t keys) {
   uint64_t q = descriptor(queries), k = descriptor(keys);
   multiply_keys<true>(score, q, k);
@@ -122,21 +128,22 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
   int first = a.window ? max(0, int(span.position) - a.window + 1) : 0, end = int(span.position + span.rows);
   first = first / TILE * TILE;
-  uint32_t start_of_shared = shared_address(shared), base = (start_of_shared + 1023) / 1024 * 1024;
-  uint32_t keys = base + S::QUERY_BYTES, values = keys + 2 * S::KEY_BYTES;
-  uint32_t after = values + 2 * S::VALUE_BYTES - start_of_shared;
-  float* totals = reinterpret_cast<float*>(shared + after) + threadIdx.x;
+  uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
+  uint32_t keys = base + S::QUERY_BYTES, values = keys + STAGES * S::KEY_BYTES;
 
   Copies<KEY, VALUE> copies(a, span, kv_head, end);
   int tiles = (end - first + TILE - 1) / TILE;
+  // Keys of tile t and values of the tile before it.
+  auto fetch = [&](int t) __attribute__((always_inline)) {
+    if (t > 0 && t <= tiles) copies.issue_values(first + (t - 1) * TILE, values + (t - 1) % STAGES * S::VALUE_BYTES);
+    if (t < tiles) copies.issue_keys(first + t * TILE, keys + t % STAGES * S::KEY_BYTES);
+    copy_commit();
+    copies.look_up(first + (t + 1) * TILE);
+  };
   copies.look_up(first);
-  copies.issue_keys(first, keys);
-  copies.issue_values(first, values);
-  copy_commit();
-  copies.look_up(first + TILE);
-  if (tiles > 1) copies.issue_keys(first + TILE, keys + S::KEY_BYTES);
-  copy_commit();
-  copies.look_up(first + 2 * TILE);
+  fetch(0);
+  fetch(1);
+  fetch(2);
   fetch_queries<KEY, VALUE>(a, span, kv_head, base);
 
   // Of this lane's two pairs, and of its warpgroup.
@@ -156,8 +163,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   uint32_t queries = base + warpgroup * S::KEY_BYTES;
   float scale = a.scale * LOG2E;
   State total[2] = {nothing(), nothing()}, state[2] = {nothing(), nothing()};
-  float out[VALUE / 8][4] = {};
-  bool merged = false;
+  float out[VALUE / 8][4] = {}, sums[VALUE / 8][4] = {};  // of the chunk, and of those before it
 
   // A tile's scores become weights; what was summed of earlier tiles is to be multiplied by `keep`.
   float score[TILE / 8][4], keep[2];
@@ -173,7 +179,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
 
   copy_wait<1>();
   fence_for_wgmma();
-  __syncthreads();
+  __syncthreads();  // keys 0 and 1, values 0
   if (working) {
     wgmma_begin();
     multiply_tile<KEY>(score, queries, keys);
@@ -183,23 +189,22 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     soften(first);
     pack_weights();
   }
+  if (warpgroup == 1) give_turn(0);
   for (int t = 0; t < tiles; ++t) {
-    copy_wait<0>();
-    fence_for_wgmma();
-    __syncthreads();
-    int start = first + t * TILE, now = t % 2;
-    // Every warpgroup is done with the tiles that these copies overwrite.
-    auto fetch_ahead = [&]() __attribute__((always_inline)) {
-      if (t + 1 < tiles) copies.issue_values(start + TILE, values + (now ^ 1) * S::VALUE_BYTES);
-      if (t + 2 < tiles) copies.issue_keys(start + 2 * TILE, keys + now * S::KEY_BYTES);
-      copy_commit();
-      copies.look_up(start + 3 * TILE);
+    take_turn(warpgroup);
+    // Behind the products of this turn.
+    auto end_turn = [&]() __attribute__((always_inline)) {
+      copy_wait<0>();
+      fence_for_wgmma();
+      if (warpgroup == 0 || t + 1 < tiles) give_turn(warpgroup ^ 1);
+      fetch(t + 3);
     };
     if (t >= own_tiles) {
-      fetch_ahead();
+      end_turn();
       continue;
     }
-    uint64_t v = value_descriptor(values + now * S::VALUE_BYTES);
+    int start = first + t * TILE;
+    uint64_t v = value_descriptor(values + t % STAGES * S::VALUE_BYTES);
     auto multiply_all_values = [&]() __attribute__((always_inline)) {
 #pragma unroll
       for (int i = 0; i < TILE / 16; ++i) multiply_values(out, weights[i], v + i * (16 * 128 >> 4));
@@ -209,16 +214,16 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     if (t + 1 == own_tiles) {
       wgmma_begin();
       multiply_all_values();
-      fetch_ahead();
+      end_turn();
       wgmma_wait<0>();
       settle(out);
       continue;
     }
     wgmma_begin();
-    multiply_tile<KEY>(score, queries, keys + (now ^ 1) * S::KEY_BYTES);
+    multiply_tile<KEY>(score, queries, keys + (t + 1) % STAGES * S::KEY_BYTES);
     wgmma_commit();
     multiply_all_values();
-    fetch_ahead();
+    end_turn();
     wgmma_wait<1>();
     settle(score);
     bool chunk_ends = (start + TILE) % CHUNK == 0;
@@ -230,12 +235,12 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     if (chunk_ends) {  // it joins those before
       Factors f[2] = {join(total[0], before[0]), join(total[1], before[1])};
 #pragma unroll
-      for (int i = 0; i < S::VALUES; ++i) {
-        float early = merged ? totals[i * THREADS] : 0.0f;
-        totals[i * THREADS] = joined(early, out[i / 4][i % 4], f[i / 2 % 2]);
-        out[i / 4][i % 4] = 0.0f;
-      }
-      merged = true;
+      for (int d = 0; d < VALUE / 8; ++d)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sums[d][e] = joined(sums[d][e], out[d][e], f[e / 2]);
+          out[d][e] = 0.0f;
+        }
     } else {
       rescale(out, keep);
     }
@@ -253,10 +258,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     for (int d = 0; d < VALUE / 8; ++d) {
       float value[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float before = merged ? totals[(d * 4 + r * 2 + e) * THREADS] : 0.0f;
-        value[e] = joined(before, out[d][r * 2 + e], f[r]) * last;
-      }
+      for (int e = 0; e < 2; ++e) value[e] = joined(sums[d][r * 2 + e], out[d][r * 2 + e], f[r]) * last;
       store_pair(a.out, row, int64_t(head) * VALUE + d * 8 + lane % 4 * 2, value[0], value[1]);
     }
   }
