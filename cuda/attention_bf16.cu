@@ -41,8 +41,8 @@ __device__ void fetch(const MoeyardAttention& a, const MoeyardSpan& span, int kv
 template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
   using L = Layout<D>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  // The last rows see most and start first.
-  int kv_head = int(blockIdx.x) % a.kv_heads, piece = a.span_count - 1 - int(blockIdx.x) / a.kv_heads;
+  // Blocks that run together share a KV head, and the second-level cache holds it. The last rows see most and start first.
+  int kv_head = int(blockIdx.x) / a.span_count, piece = a.span_count - 1 - int(blockIdx.x) % a.span_count;
   const MoeyardSpan span = a.spans[piece];
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

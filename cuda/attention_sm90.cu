@@ -122,8 +122,8 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<KEY, VALUE>;
   extern __shared__ unsigned char shared[];
-  // The last rows see most and start first.
-  int kv_head = int(blockIdx.x) % a.kv_heads, index = a.span_count - 1 - int(blockIdx.x) / a.kv_heads;
+  // Blocks that run together share a KV head, and the second-level cache holds it. The last rows see most and start first.
+  int kv_head = int(blockIdx.x) / a.span_count, index = a.span_count - 1 - int(blockIdx.x) % a.span_count;
   const MoeyardSpan span = a.spans[index];
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
   int first = a.window ? max(0, int(span.position) - a.window + 1) : 0, end = int(span.position + span.rows);
