@@ -69,14 +69,16 @@ MOEYARD_API int moeyard_map(const MoeyardMap* args, void* stream);
 
 // ---- norm.cu
 
+// x += addend * factor, then out = norm(x), and the same into `exact`. Without data there is no addend, no `exact`.
 typedef struct {
   MoeyardMatrix x, out;  // may be the same
+  MoeyardMatrix addend, exact;
   const float* weight;
   const float* bias;  // or null
   int32_t width;
   int32_t centred;  // subtract the mean: a layer norm
   float eps;
-  int32_t reserved;
+  float factor;
 } MoeyardNorm;
 MOEYARD_API int moeyard_norm(const MoeyardNorm* args, void* stream);
 

@@ -15,7 +15,7 @@ static_assert(sizeof(MoeyardCopy) == 80);
 static_assert(sizeof(MoeyardTransposeHeads) == 80);
 static_assert(sizeof(MoeyardEmbed) == 80);
 static_assert(sizeof(MoeyardMap) == 72);
-static_assert(sizeof(MoeyardNorm) == 96);
+static_assert(sizeof(MoeyardNorm) == 160);
 static_assert(sizeof(MoeyardSquareSum) == 64);
 static_assert(sizeof(MoeyardScaleBySquareSum) == 80);
 static_assert(sizeof(MoeyardRope) == 96);

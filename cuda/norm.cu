@@ -5,26 +5,51 @@ using namespace moeyard;
 
 namespace {
 
-__global__ void norm(MoeyardNorm a) {
+// Elements of a vector that a thread holds, if it is not longer than that.
+constexpr int HELD = 8;
+
+template <bool ALL_HELD> __global__ void norm(MoeyardNorm a) {
   int groups = a.x.cols / a.width;
   int64_t row = blockIdx.x / groups;
   int first = int(blockIdx.x % groups) * a.width;
+  float held[HELD];
+  auto each = [&](auto body) {
+    if constexpr (ALL_HELD) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i) {
+        int c = threadIdx.x + i * blockDim.x;
+        if (c < a.width) body(held[i], c);
+      }
+    } else {
+      for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
+        held[0] = load(a.x, row, first + c);
+        body(held[0], c);
+      }
+    }
+  };
+  if constexpr (ALL_HELD) each([&](float& x, int c) { x = load(a.x, row, first + c); });
+  if (a.addend.data) {
+    each([&](float& x, int c) {
+      x += load(a.addend, row, first + c) * a.factor;
+      if (!ALL_HELD) store(a.x, row, first + c, x);
+    });
+    if (ALL_HELD) each([&](float& x, int c) { store(a.x, row, first + c, x); });
+  }
   float mean = 0.0f;
   if (a.centred) {
     float sum = 0.0f;
-    for (int c = threadIdx.x; c < a.width; c += blockDim.x) sum += load(a.x, row, first + c);
+    each([&](float& x, int) { sum += x; });
     mean = block_sum(sum) / float(a.width);
   }
   float squares = 0.0f;
-  for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
-    float x = load(a.x, row, first + c) - mean;
-    squares += x * x;
-  }
+  each([&](float& x, int) { squares += (x - mean) * (x - mean); });
   float inverse = 1.0f / sqrtf(block_sum(squares) / float(a.width) + a.eps);
-  for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
-    float x = (load(a.x, row, first + c) - mean) * inverse * a.weight[c];
-    store(a.out, row, first + c, a.bias ? x + a.bias[c] : x);
-  }
+  each([&](float& x, int c) {
+    float y = (x - mean) * inverse * a.weight[c];
+    if (a.bias) y += a.bias[c];
+    store(a.out, row, first + c, y);
+    if (a.exact.data) store(a.exact, row, first + c, y);
+  });
 }
 
 __global__ void square_sum(MoeyardSquareSum a) {
@@ -58,14 +83,16 @@ __global__ void rope(MoeyardRope a) {
 }
 
 // By the width alone: the number of threads is part of the order of the sum.
-int threads_for(int width) { return width <= 256 ? 32 : width <= 1024 ? 128 : width <= 4096 ? 256 : 512; }
+int threads_for(int width) { return width <= 256 ? 32 : width <= 1024 ? 128 : width <= 4096 ? 512 : 1024; }
 
 }  // namespace
 
 extern "C" int moeyard_norm(const MoeyardNorm* a, void* stream) {
   int64_t vectors = int64_t(a->x.rows) * (a->x.cols / a->width);
   if (vectors == 0) return 0;
-  norm<<<unsigned(vectors), threads_for(a->width), 0, stream_of(stream)>>>(*a);
+  int threads = threads_for(a->width);
+  if (a->width <= threads * HELD) norm<true><<<unsigned(vectors), threads, 0, stream_of(stream)>>>(*a);
+  else norm<false><<<unsigned(vectors), threads, 0, stream_of(stream)>>>(*a);
   return launched();
 }
 

@@ -2,8 +2,9 @@
 //! to check. A violation is a bug in the floor above, so these assert, with the numbers.
 
 use super::{
-    AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp, KvCache,
-    KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, Precision, RopeArgs, View, ViewMut,
+    AddNormArgs, AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
+    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, Precision, RopeArgs, View,
+    ViewMut,
 };
 use crate::spec::{GroupScore, NormKind, Router, Score};
 
@@ -152,6 +153,19 @@ pub fn norm(x: &View<'_>, args: &NormArgs<'_>, out: &View<'_>) {
             }
         }
     }
+}
+
+/// [`super::Backend::add_norm`].
+pub fn add_norm(x: &ViewMut<'_>, args: &AddNormArgs<'_>) {
+    dtype("add_norm x", &x.as_view(), DType::F32);
+    if let Some((addend, _)) = &args.addend {
+        add_scaled(addend, x);
+    }
+    if let Some(exact) = &args.exact {
+        dtype("add_norm exact", &exact.as_view(), DType::F32);
+        norm(&x.as_view(), &args.norm, &exact.as_view());
+    }
+    norm(&x.as_view(), &args.norm, &args.rounded.as_view());
 }
 
 /// [`super::Backend::square_sum`].

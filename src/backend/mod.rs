@@ -236,6 +236,18 @@ pub struct NormArgs<'a> {
     pub width: usize,
 }
 
+/// Arguments of [`Backend::add_norm`].
+pub struct AddNormArgs<'a> {
+    /// Rows that are added first, times a factor.
+    pub addend: Option<(View<'a>, f32)>,
+    /// The norm.
+    pub norm: NormArgs<'a>,
+    /// Normed rows in f32, where they are wanted.
+    pub exact: Option<ViewMut<'a>>,
+    /// The same, rounded to this view's type.
+    pub rounded: ViewMut<'a>,
+}
+
 /// Grouped rows for [`Backend::experts`].
 pub struct ExpertsArgs<'a> {
     /// Activations `[rows, hidden]`, sorted by slot.
@@ -375,6 +387,18 @@ pub trait Backend: Send + Sync {
 
     /// [`Backend::norm`] in place.
     fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()>;
+
+    /// [`Backend::add_scaled`] to `x`, then [`Backend::norm`]: from one sublayer of a residual stream to the next.
+    fn add_norm(&self, x: ViewMut<'_>, args: AddNormArgs<'_>) -> Result<()> {
+        let mut x = x;
+        let AddNormArgs { addend, norm, exact, rounded } = args;
+        if let Some((addend, factor)) = addend {
+            self.add_scaled(addend, factor, x.reborrow())?;
+        }
+        let Some(mut exact) = exact else { return self.norm(x.as_view(), norm, rounded) };
+        self.norm(x.as_view(), norm, exact.reborrow())?;
+        self.copy_rows(exact.as_view(), rounded)
+    }
 
     /// Partial sums of squares over each row of `x` into `out` `[rows, 1]` f32: the first half of an RMS norm whose
     /// width is split over ranks.

@@ -1,6 +1,6 @@
 //! Layer norms with their weights.
 
-use crate::backend::{Backend, NormArgs, Tensor, View, ViewMut};
+use crate::backend::{AddNormArgs, Backend, NormArgs, Tensor, View, ViewMut};
 use crate::error::Result;
 use crate::spec::{self, NormKind};
 
@@ -28,6 +28,18 @@ impl Norm {
     /// `x = norm(x)`.
     pub fn forward_inplace(&self, backend: &dyn Backend, x: ViewMut<'_>) -> Result<()> {
         backend.norm_inplace(x, self.args())
+    }
+
+    /// `x += addend`, then `rounded = norm(x)`, and `exact` where that is wanted.
+    pub fn forward_sum(
+        &self,
+        backend: &dyn Backend,
+        x: ViewMut<'_>,
+        addend: Option<(View<'_>, f32)>,
+        exact: Option<ViewMut<'_>>,
+        rounded: ViewMut<'_>,
+    ) -> Result<()> {
+        backend.add_norm(x, AddNormArgs { addend, norm: self.args(), exact, rounded })
     }
 
     fn args(&self) -> NormArgs<'_> {

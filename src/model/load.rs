@@ -454,6 +454,7 @@ impl Loader<'_> {
             gathered: rounded(gathered)?,
             partial: exact(rows)?,
             output: exact(owned)?,
+            addend: None,
             chosen: exact(owned.min(sizes.max_logit_rows))?,
             attention,
             moe: MoeScratch::new(

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use router_sim::placement::Placement;
 
-use crate::backend::{KvCache, SeqSpan};
+use crate::backend::{Backend, KvCache, SeqSpan};
 use crate::error::Result;
 use crate::layers::attention::{Attention, AttentionScratch, AttentionStep};
 use crate::layers::embedding::{Embedding, Head};
@@ -68,11 +68,45 @@ pub(super) struct Scratch {
     pub(super) partial: RowBuffer,
     /// Sublayer output of owned rows.
     pub(super) output: RowBuffer,
+    /// Which buffer holds what is still to be added to the residual.
+    pub(super) addend: Option<Addend>,
     /// Rows whose logits are wanted.
     pub(super) chosen: RowBuffer,
     pub(super) attention: AttentionScratch,
     pub(super) moe: MoeScratch,
     pub(super) host: HostScratch,
+}
+
+/// A sublayer's output that is not yet in the residual.
+#[derive(Clone, Copy)]
+pub(super) enum Addend {
+    /// In `partial`.
+    Partial,
+    /// In `output`.
+    Output,
+}
+
+impl Scratch {
+    /// Brings the residual of `n` owned rows up to date and norms it into `rounded`, and exactly into `normed` where `exact`.
+    fn norm(&mut self, backend: &dyn Backend, norm: &Norm, n: usize, scale: f32, exact: bool) -> Result<()> {
+        let Scratch { residual, normed, rounded, partial, output, addend, .. } = self;
+        let addend = addend.take().map(|addend| match addend {
+            Addend::Partial => (partial.head(n), scale),
+            Addend::Output => (output.head(n), scale),
+        });
+        let exact = exact.then(|| normed.head_mut(n));
+        norm.forward_sum(backend, residual.head_mut(n), addend, exact, rounded.head_mut(n))
+    }
+
+    /// Brings the residual of `n` owned rows up to date.
+    fn settle(&mut self, backend: &dyn Backend, n: usize, scale: f32) -> Result<()> {
+        let Scratch { residual, partial, output, addend, .. } = self;
+        match addend.take() {
+            None => Ok(()),
+            Some(Addend::Partial) => backend.add_scaled(partial.head(n), scale, residual.head_mut(n)),
+            Some(Addend::Output) => backend.add_scaled(output.head(n), scale, residual.head_mut(n)),
+        }
+    }
 }
 
 /// Row bookkeeping of a step.
@@ -94,6 +128,7 @@ impl Model for Transformer {
         self.rope.rows_of(batch.attention.spans, &mut self.scratch.host.rope_rows);
         phases_of(batch.attention.spans, owned.clone(), &mut self.scratch.host.phases);
         self.scratch.moe.start(owned.len());
+        self.scratch.addend = None;
 
         // Decode steps of one rank are much alike, and nobody waits for a part of one.
         if rows > 0 && rows == batch.attention.spans.len() && self.rank.world.size() == 1 {
@@ -198,6 +233,7 @@ impl Transformer {
     /// Norms the wanted owned rows and runs the head on them.
     fn logits(&mut self, wanted: &[u32], owned: Range<usize>, out: &mut StepOutput) -> Result<()> {
         let backend = self.rank.backend.as_ref();
+        self.scratch.settle(backend, owned.len(), self.residual_scale)?;
         let Scratch { residual, chosen: rows, rounded, host, .. } = &mut self.scratch;
         host.chosen.clear();
         out.logit_rows.clear();
@@ -258,29 +294,21 @@ impl LayerStep<'_> {
     fn moe(&mut self, norm: &Norm, moe: &MoeLayer, placement: &Placement, load: &LoadCounters) -> Result<()> {
         self.norm(norm, true)?;
         let n = self.owned;
-        let Scratch { residual, normed, rounded, output, moe: scratch, host, .. } = self.scratch;
+        let Scratch { normed, rounded, output, moe: scratch, host, .. } = &mut *self.scratch;
         let rows = MoeRows { exact: normed.head(n), rounded: rounded.head(n), phases: &host.phases };
         moe.forward(self.rank, rows, placement, load, scratch, output.head_mut(n))?;
-        if n > 0 {
-            self.rank.backend.add_scaled(output.head(n), self.residual_scale, residual.head_mut(n))?;
-        }
+        self.scratch.addend = (n > 0).then_some(Addend::Output);
         self.rank.lap(Work::Combine);
         Ok(())
     }
 
-    /// Norms the owned rows into `rounded`, and exactly into `normed` when that is wanted too.
+    /// Brings the owned rows up to date and norms them into `rounded`, and exactly into `normed` when that is wanted too.
     fn norm(&mut self, norm: &Norm, exact: bool) -> Result<()> {
         let n = self.owned;
         if n == 0 {
             return Ok(());
         }
-        let backend = self.rank.backend.as_ref();
-        let Scratch { residual, normed, rounded, .. } = &mut *self.scratch;
-        if !exact {
-            return norm.forward(backend, residual.head(n), rounded.head_mut(n));
-        }
-        norm.forward(backend, residual.head(n), normed.head_mut(n))?;
-        backend.copy_rows(normed.head(n), rounded.head_mut(n))
+        self.scratch.norm(self.rank.backend.as_ref(), norm, n, self.residual_scale, exact)
     }
 
     /// Brings the rows of the group together in `gathered`. A group of one reads `rounded` directly.
@@ -297,23 +325,21 @@ impl LayerStep<'_> {
         Ok(())
     }
 
-    /// Sums the group's partial rows, which came from `work`, and adds the owned ones to the residual.
+    /// Sums the group's partial rows, which came from `work`. The owned ones are to be added to the residual.
     fn scatter(&mut self, work: Work) -> Result<()> {
         let n = self.owned;
-        let Scratch { residual, partial, output, host, .. } = &mut *self.scratch;
+        let Scratch { partial, output, host, addend, .. } = &mut *self.scratch;
         let summed = if self.rank.tp.size() == 1 {
-            partial
+            Addend::Partial
         } else {
             self.rank.lap(work);
             let partial = partial.head(self.rows);
             let row_bytes = partial.cols() * partial.dtype().bytes();
             self.rank.tp.reduce_scatter_rows(partial, &host.counts, output.head_mut(n))?;
             self.rank.count_scattering(n * row_bytes, self.rows * row_bytes);
-            output
+            Addend::Output
         };
-        if n > 0 {
-            self.rank.backend.add_scaled(summed.head(n), self.residual_scale, residual.head_mut(n))?;
-        }
+        *addend = (n > 0).then_some(summed);
         self.rank.lap(if self.rank.tp.size() == 1 { work } else { Work::AllReduce });
         Ok(())
     }

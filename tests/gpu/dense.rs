@@ -1,7 +1,7 @@
 //! Memory, norms, rotary embedding, elementwise updates.
 
 use libtest_mimic::Trial;
-use moeyard::backend::{DType, NormArgs, RopeArgs};
+use moeyard::backend::{AddNormArgs, DType, NormArgs, RopeArgs};
 use moeyard::spec::NormKind;
 
 use crate::pair::{CLOSE, EXACT, Numbers, poisoned, same, tensor, tolerance, values};
@@ -17,6 +17,7 @@ pub fn trials() -> Vec<Trial> {
         trial("dense::rows_are_gathered", rows_are_gathered),
         trial("dense::embedding", embedding),
         trial("dense::norms", norms),
+        trial("dense::sums_and_their_norms", sums_and_their_norms),
         trial("dense::split_norms", split_norms),
         trial("dense::rope", rope),
         trial("dense::elementwise", elementwise),
@@ -147,6 +148,33 @@ fn norms() {
                     );
                 }
             }
+        }
+    }
+}
+
+fn sums_and_their_norms() {
+    let mut numbers = Numbers::new(8);
+    for (rows, width) in [(1, 4096), (3, 64), (5, 1001), (2, 7168), (2, 9000), (70, 256)] {
+        let (data, addend, weight) =
+            (numbers.vec(rows * width), numbers.vec(rows * width), numbers.vec(width));
+        for (added, exact) in [(false, false), (false, true), (true, false), (true, true)] {
+            same(&format!("[{rows}, {width}] {added} {exact}"), tolerance(DType::Bf16), |device| {
+                let mut x = tensor(device, DType::F32, rows, width, &data);
+                let addend = tensor(device, DType::F32, rows, width, &addend);
+                let weight = tensor(device, DType::F32, 1, width, &weight);
+                let mut normed = poisoned(device, DType::F32, rows, width);
+                let mut rounded = poisoned(device, DType::Bf16, rows, width);
+                let norm =
+                    NormArgs { kind: NormKind::Rms, eps: 1e-5, weight: weight.view(), bias: None, width };
+                let args = AddNormArgs {
+                    addend: added.then(|| (addend.view(), 0.5)),
+                    norm,
+                    exact: exact.then(|| normed.view_mut()),
+                    rounded: rounded.view_mut(),
+                };
+                device.add_norm(x.view_mut(), args).unwrap();
+                [x.view(), normed.view(), rounded.view()].map(|v| values(device, v)).concat()
+            });
         }
     }
 }

@@ -17,7 +17,7 @@ use cudarc::driver::{result, sys};
 
 use super::HopperProducts;
 use crate::backend::{
-    AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
+    AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
     HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
     RawStream, RopeArgs, StepCounts, Tensor, View, ViewMut, check,
 };
@@ -162,15 +162,29 @@ impl CudaBackend {
     }
 
     fn normalise(&self, x: View<'_>, args: NormArgs<'_>, out: View<'_>) -> Result<()> {
+        self.add_normalise(x, None, args, None, out)
+    }
+
+    fn add_normalise(
+        &self,
+        x: View<'_>,
+        addend: Option<(View<'_>, f32)>,
+        args: NormArgs<'_>,
+        exact: Option<View<'_>>,
+        out: View<'_>,
+    ) -> Result<()> {
+        let matrix = |view: Option<View<'_>>| view.map_or(ffi::Matrix::NONE, |view| ffi::Matrix::of(&view));
         let args = ffi::Norm {
             x: ffi::Matrix::of(&x),
             out: ffi::Matrix::of(&out),
+            addend: matrix(addend.map(|(view, _)| view)),
+            exact: matrix(exact),
             weight: args.weight.address(),
             bias: args.bias.map_or(0, |b| b.address()),
             width: ffi::int(args.width),
             centred: i32::from(args.kind == NormKind::Layer),
             eps: args.eps,
-            reserved: 0,
+            factor: addend.map_or(0.0, |(_, factor)| factor),
         };
         self.gpu.launch("norm", ffi::moeyard_norm, &args)
     }
@@ -343,6 +357,12 @@ impl Backend for CudaBackend {
     fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()> {
         check::norm(&x.as_view(), &args, &x.as_view());
         self.normalise(x.as_view(), args, x.as_view())
+    }
+    fn add_norm(&self, x: ViewMut<'_>, args: AddNormArgs<'_>) -> Result<()> {
+        check::add_norm(&x, &args);
+        let AddNormArgs { addend, norm, exact, rounded } = args;
+        let exact = exact.as_ref().map(ViewMut::as_view);
+        self.add_normalise(x.as_view(), addend, norm, exact, rounded.as_view())
     }
     fn square_sum(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
         check::square_sum(&x, &out);

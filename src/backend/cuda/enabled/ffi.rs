@@ -121,12 +121,14 @@ pub enum MapKind {
 pub struct Norm {
     pub x: Matrix,
     pub out: Matrix,
+    pub addend: Matrix,
+    pub exact: Matrix,
     pub weight: usize,
     pub bias: usize,
     pub width: i32,
     pub centred: i32,
     pub eps: f32,
-    pub reserved: i32,
+    pub factor: f32,
 }
 
 /// `MoeyardSquareSum`
@@ -399,7 +401,7 @@ const _: () = {
     assert!(size_of::<TransposeHeads>() == 80);
     assert!(size_of::<Embed>() == 80);
     assert!(size_of::<Map>() == 72);
-    assert!(size_of::<Norm>() == 96);
+    assert!(size_of::<Norm>() == 160);
     assert!(size_of::<SquareSum>() == 64);
     assert!(size_of::<ScaleBySquareSum>() == 80);
     assert!(size_of::<Rope>() == 96);
