@@ -19,6 +19,7 @@ const FAMILIES: &[&str] = &[
     "gemm_narrow",
     "rows",
     "norm",
+    "rope",
     "moe",
     "plan",
     "device",

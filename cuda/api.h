@@ -96,6 +96,8 @@ typedef struct {
 } MoeyardScaleBySquareSum;
 MOEYARD_API int moeyard_scale_by_square_sum(const MoeyardScaleBySquareSum* args, void* stream);
 
+// ---- rope.cu
+
 typedef struct {
   MoeyardMatrix x, table;
   const uint32_t* rows;
@@ -103,6 +105,17 @@ typedef struct {
   int32_t reserved;
 } MoeyardRope;
 MOEYARD_API int moeyard_rope(const MoeyardRope* args, void* stream);
+
+// Rotates the queries of rows of queries, keys and values; cache row `slots[i]` of `key` and `value` = the rotated keys and the values of
+// row i. The keys in `qkv` are not rotated.
+typedef struct {
+  MoeyardMatrix qkv, table, key, value;
+  const uint32_t* rows;
+  const uint32_t* slots;
+  int32_t heads;  // of queries and keys
+  int32_t kv_heads, head_dim, offset, dim, interleaved;
+} MoeyardRopeKv;
+MOEYARD_API int moeyard_rope_kv(const MoeyardRopeKv* args, void* stream);
 
 // ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu, gemm_sm90.cu
 
@@ -191,11 +204,12 @@ MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
 
 // ---- plan.cu
 
-// Groups the choices of all tokens by slot. Row r of slot s, offsets[s] <= r < offsets[s + 1], is token tokens[r]; choice j of
+// Groups the choices of all tokens by slot, and their rows of x with them: grouped[r] = x[tokens[r]]. Row r of slot s, offsets[s] <= r < offsets[s + 1], is token tokens[r]; choice j of
 // token t is in row rows[t * top_k + j]. Rows are in order of (slot, token, j).
 #define MOEYARD_PLAN_CHUNK 1024
 typedef struct {
-  MoeyardMatrix ids;        // [tokens, top_k]
+  MoeyardMatrix ids;         // [tokens, top_k]
+  MoeyardMatrix x, grouped;  // of one type
   const uint32_t* slot_of;  // by expert
   int32_t* offsets;         // slots + 1
   uint32_t* tokens;

@@ -1,4 +1,4 @@
-// Norms and the rotary embedding: one block per vector.
+// Norms: one block per vector.
 #include "common.cuh"
 
 using namespace moeyard;
@@ -68,20 +68,6 @@ __global__ void scale_by_square_sum(MoeyardScaleBySquareSum a) {
     store(a.x, blockIdx.x, c, load(a.x, blockIdx.x, c) * inverse * a.weight[c]);
 }
 
-__global__ void rope(MoeyardRope a) {
-  int half = a.dim / 2;
-  const float* angles = static_cast<const float*>(a.table.data) + int64_t(a.rows[blockIdx.x]) * a.table.stride;
-  for (int i = threadIdx.x; i < a.heads * half; i += blockDim.x) {
-    int head = i / half, p = i % half;
-    int start = head * a.head_stride + a.offset;
-    int first = start + (a.interleaved ? 2 * p : p), second = a.interleaved ? first + 1 : first + half;
-    float x = load(a.x, blockIdx.x, first), y = load(a.x, blockIdx.x, second);
-    float c = angles[p], s = angles[half + p];
-    store(a.x, blockIdx.x, first, x * c - y * s);
-    store(a.x, blockIdx.x, second, y * c + x * s);
-  }
-}
-
 // By the width alone: the number of threads is part of the order of the sum.
 int threads_for(int width) { return width <= 256 ? 32 : width <= 1024 ? 128 : width <= 4096 ? 512 : 1024; }
 
@@ -105,11 +91,5 @@ extern "C" int moeyard_square_sum(const MoeyardSquareSum* a, void* stream) {
 extern "C" int moeyard_scale_by_square_sum(const MoeyardScaleBySquareSum* a, void* stream) {
   if (a->x.rows == 0) return 0;
   scale_by_square_sum<<<a->x.rows, 256, 0, stream_of(stream)>>>(*a);
-  return launched();
-}
-
-extern "C" int moeyard_rope(const MoeyardRope* a, void* stream) {
-  if (a->x.rows == 0 || a->heads == 0 || a->dim == 0) return 0;
-  rope<<<a->x.rows, 256, 0, stream_of(stream)>>>(*a);
   return launched();
 }

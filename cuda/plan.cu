@@ -52,7 +52,7 @@ __device__ int before_warps(const MoeyardPlan& a, int* counts, int slot) {
 }
 
 // offsets from the rows of each slot; called by the whole block.
-__device__ void scan_slots(const MoeyardPlan& a, int* totals) {
+__device__ void scan_slots(const MoeyardPlan& a, int* totals, bool writes) {
   __syncthreads();
   if (threadIdx.x < WARP) {
     int before = 0;
@@ -63,16 +63,20 @@ __device__ void scan_slots(const MoeyardPlan& a, int* totals) {
         int left = __shfl_up_sync(FULL, sum, o);
         if (int(threadIdx.x) >= o) sum += left;
       }
-      if (slot < a.slots) a.offsets[slot] = totals[slot] = before + sum - own;
+      if (slot < a.slots) {
+        totals[slot] = before + sum - own;
+        if (writes) a.offsets[slot] = totals[slot];
+      }
       before += __shfl_sync(FULL, sum, WARP - 1);
     }
-    if (threadIdx.x == 0) a.offsets[a.slots] = before;
+    if (writes && threadIdx.x == 0) a.offsets[a.slots] = before;
   }
   __syncthreads();
 }
 
-// Gives every choice of the block its row. cursors[w * slots + s] + base[s] is where warp w's next row for slot s goes.
-__device__ void place(const MoeyardPlan& a, const Choices& c, int* cursors, const int* base) {
+// Gives every choice of the block its row, and keeps it in `rows` if that is given. cursors[w * slots + s] + base[s] is where warp w's
+// next row for slot s goes.
+__device__ void place(const MoeyardPlan& a, const Choices& c, int* cursors, const int* base, bool writes, int* rows) {
   int lane = threadIdx.x % WARP;
   int* own = cursors + threadIdx.x / WARP * a.slots;
   for (int i = 0; i < EACH; ++i) {
@@ -81,8 +85,11 @@ __device__ void place(const MoeyardPlan& a, const Choices& c, int* cursors, cons
     int earlier = __popc(peers & ((1u << lane) - 1));
     if (slot >= 0) {
       int row = base[slot] + own[slot] + earlier;
-      a.tokens[row] = uint32_t(choice / a.ids.cols);
-      a.rows[choice] = uint32_t(row);
+      if (writes) {
+        a.tokens[row] = uint32_t(choice / a.ids.cols);
+        a.rows[choice] = uint32_t(row);
+      }
+      if (rows) rows[choice - c.first] = row;
     }
     __syncwarp();
     if (slot >= 0 && earlier == 0) own[slot] += __popc(peers);
@@ -90,15 +97,31 @@ __device__ void place(const MoeyardPlan& a, const Choices& c, int* cursors, cons
   }
 }
 
-// All of it, for what one block holds.
-__global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a) {
+// grouped[row] = x[token], by the whole block; in 16-byte words where both lie well.
+__device__ void copy_row(const MoeyardPlan& a, int64_t row, int64_t token, int words) {
+  int bytes = a.x.type == MOEYARD_BF16 ? 2 : 4;
+  const char* from = static_cast<const char*>(a.x.data) + token * a.x.stride * bytes;
+  char* to = static_cast<char*>(a.grouped.data) + row * a.grouped.stride * bytes;
+  for (int c = threadIdx.x; c < words; c += THREADS) reinterpret_cast<uint4*>(to)[c] = reinterpret_cast<const uint4*>(from)[c];
+  if (words == 0)
+    for (int c = threadIdx.x; c < a.x.cols; c += THREADS) store(a.grouped, row, c, load(a.x, token, c));
+}
+
+// All of it, for what one block holds: every block plans for itself, the first writes the plan down, and each copies some rows.
+__global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) {
   extern __shared__ int shared[];
-  int *counts = shared, *base = shared + WARPS * a.slots;
-  Choices c = choices_of_block(a);
+  int *counts = shared, *base = counts + WARPS * a.slots, *rows = base + a.slots;
+  Choices c = {0, a.ids.rows * a.ids.cols};
   count(a, c, counts);
   for (int s = threadIdx.x; s < a.slots; s += THREADS) base[s] = before_warps(a, counts, s);
-  scan_slots(a, base);
-  place(a, c, counts, base);
+  scan_slots(a, base, blockIdx.x == 0);
+  place(a, c, counts, base, blockIdx.x == 0, rows);
+  __syncthreads();
+  for (int choice = blockIdx.x; choice < c.end; choice += gridDim.x) copy_row(a, rows[choice], choice / a.ids.cols, words);
+}
+
+__global__ void __launch_bounds__(THREADS) gather(MoeyardPlan a, int words) {
+  copy_row(a, blockIdx.x, a.tokens[blockIdx.x], words);
 }
 
 __global__ void __launch_bounds__(THREADS) plan_count(MoeyardPlan a) {
@@ -125,7 +148,7 @@ __global__ void __launch_bounds__(THREADS) plan_scan(MoeyardPlan a, int blocks) 
     }
     totals[s] = sum;
   }
-  scan_slots(a, totals);
+  scan_slots(a, totals, true);
 }
 
 __global__ void __launch_bounds__(THREADS) plan_place(MoeyardPlan a) {
@@ -138,7 +161,16 @@ __global__ void __launch_bounds__(THREADS) plan_place(MoeyardPlan a) {
     base[s] = a.offsets[s] + a.counts[int64_t(blockIdx.x) * a.slots + s];
   }
   __syncthreads();
-  place(a, c, counts, base);
+  place(a, c, counts, base, true, nullptr);
+}
+
+// 16-byte words of a row, or 0 where it cannot be copied in such.
+int words_of(const MoeyardPlan& a) {
+  int bytes = a.x.type == MOEYARD_BF16 ? 2 : 4;
+  auto fits = [&](const MoeyardMatrix& m) {
+    return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * bytes % 16 == 0;
+  };
+  return fits(a.x) && fits(a.grouped) && a.x.cols * bytes % 16 == 0 ? a.x.cols * bytes / 16 : 0;
 }
 
 template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
@@ -154,8 +186,9 @@ extern "C" int moeyard_plan(const MoeyardPlan* a, void* stream) {
   auto s = stream_of(stream);
   size_t bytes = size_t(WARPS + 1) * a->slots * sizeof(int);
   if (blocks == 1) {
+    bytes += MOEYARD_PLAN_CHUNK * sizeof(int);
     if (cudaError_t error = allow(plan_whole, bytes)) return int(error);
-    plan_whole<<<1, THREADS, bytes, s>>>(*a);
+    plan_whole<<<choices < 128 ? choices : 128, THREADS, bytes, s>>>(*a, words_of(*a));
     return launched();
   }
   if (cudaError_t error = allow(plan_count, bytes)) return int(error);
@@ -163,5 +196,6 @@ extern "C" int moeyard_plan(const MoeyardPlan* a, void* stream) {
   plan_count<<<blocks, THREADS, bytes, s>>>(*a);
   plan_scan<<<1, THREADS, a->slots * sizeof(int), s>>>(*a, blocks);
   plan_place<<<blocks, THREADS, bytes, s>>>(*a);
+  gather<<<choices, THREADS, 0, s>>>(*a, words_of(*a));
   return launched();
 }

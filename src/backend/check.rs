@@ -292,6 +292,21 @@ pub fn kv_write(k: &View<'_>, v: &View<'_>, spans: &AttentionBatch<'_>, cache: &
     }
 }
 
+/// What [`super::Backend::rope_kv_write`] asks beside [`rope`] and [`kv_write`]. Returns (KV heads, head dimension).
+pub fn rope_kv_write(qkv: &ViewMut<'_>, args: &RopeArgs<'_>, cache: &KvCache) -> (usize, usize) {
+    let KvShape::Gqa { kv_heads, head_dim } = cache.shape else {
+        panic!("queries, keys and values for a cache of {:?}", cache.shape)
+    };
+    assert!(
+        args.head_stride == head_dim && args.heads > kv_heads,
+        "{} heads of {} for a cache of {kv_heads} of {head_dim}",
+        args.heads,
+        args.head_stride
+    );
+    shape("qkv", &qkv.as_view(), qkv.rows(), (args.heads + kv_heads) * head_dim);
+    (kv_heads, head_dim)
+}
+
 /// [`super::Backend::attention_gqa`]. Returns (KV heads, head dimension).
 pub fn attention_gqa(args: &GqaArgs<'_>, out: &ViewMut<'_>) -> (usize, usize) {
     let KvShape::Gqa { kv_heads, head_dim } = args.cache.shape else {

@@ -452,6 +452,23 @@ pub trait Backend: Send + Sync {
         cache: &mut KvCache,
     ) -> Result<()>;
 
+    /// [`Backend::rope`] of the queries and keys of `qkv` `[rows, queries + keys + values]`, `rope.heads` together, then
+    /// [`Backend::kv_write`] of keys and values. Afterwards the query columns are rotated; nobody reads those of the keys.
+    fn rope_kv_write(
+        &self,
+        qkv: ViewMut<'_>,
+        rope: RopeArgs<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let mut qkv = qkv;
+        let (kv_heads, head_dim) = check::rope_kv_write(&qkv, &rope, cache);
+        let (k_end, kv) = (rope.heads * head_dim, kv_heads * head_dim);
+        self.rope(qkv.reborrow().cols_range(0..k_end), rope)?;
+        let qkv = qkv.as_view();
+        self.kv_write(qkv.cols_range(k_end - kv..k_end), qkv.cols_range(k_end..k_end + kv), batch, cache)
+    }
+
     /// Per row and head: softmax over positions `max(0, p - window + 1)..=p` of `q . k * scale` (and the sink), times
     /// v. The maximum is subtracted; sums over positions run in ascending order in groups whose borders depend on
     /// absolute positions only. q, and e^(score - maximum) where it weighs v, are rounded to the cache's type; the weights' sum,

@@ -104,7 +104,6 @@ impl GqaAttention {
         let rows = x.rows();
         let q_end = self.heads * self.head_dim;
         let k_end = q_end + self.kv_heads * self.head_dim;
-        let v_end = k_end + self.kv_heads * self.head_dim;
 
         let mut qkv = scratch.qkv.head_mut(rows);
         self.qkv.forward(backend, x, qkv.reborrow())?;
@@ -115,20 +114,17 @@ impl GqaAttention {
             backend.clamp(limit, qkv.reborrow())?;
         }
         // Queries and keys lie side by side, so one call rotates both.
-        backend.rope(
-            qkv.reborrow().cols_range(0..k_end),
-            RopeArgs {
-                table: step.rope.view(),
-                rows: step.rope_rows,
-                heads: self.heads + self.kv_heads,
-                head_stride: self.head_dim,
-                offset: 0,
-                dim: self.rope_dim,
-                interleaved: self.rope_interleaved,
-            },
-        )?;
+        let rope = RopeArgs {
+            table: step.rope.view(),
+            rows: step.rope_rows,
+            heads: self.heads + self.kv_heads,
+            head_stride: self.head_dim,
+            offset: 0,
+            dim: self.rope_dim,
+            interleaved: self.rope_interleaved,
+        };
+        backend.rope_kv_write(qkv.reborrow(), rope, step.batch, cache)?;
         let qkv = qkv.as_view();
-        backend.kv_write(qkv.cols_range(q_end..k_end), qkv.cols_range(k_end..v_end), step.batch, cache)?;
         backend.attention_gqa(
             GqaArgs {
                 q: qkv.cols_range(0..q_end),

@@ -1,7 +1,7 @@
 //! Memory, norms, rotary embedding, elementwise updates.
 
 use libtest_mimic::Trial;
-use moeyard::backend::{AddNormArgs, DType, NormArgs, RopeArgs};
+use moeyard::backend::{AddNormArgs, AttentionBatch, DType, KvShape, NormArgs, RopeArgs, SeqSpan};
 use moeyard::spec::NormKind;
 
 use crate::pair::{CLOSE, EXACT, Numbers, poisoned, same, tensor, tolerance, values};
@@ -20,6 +20,7 @@ pub fn trials() -> Vec<Trial> {
         trial("dense::sums_and_their_norms", sums_and_their_norms),
         trial("dense::split_norms", split_norms),
         trial("dense::rope", rope),
+        trial("dense::rope_on_the_way_to_the_cache", rope_on_the_way_to_the_cache),
         trial("dense::elementwise", elementwise),
     ]
 }
@@ -216,6 +217,41 @@ fn rope() {
                 };
                 device.rope(x.view_mut().cols_range(1..heads * stride + 2), args).unwrap();
                 values(device, x.view())
+            });
+        }
+    }
+}
+
+fn rope_on_the_way_to_the_cache() {
+    let mut numbers = Numbers::new(9);
+    for (dtype, interleaved) in [(DType::F32, false), (DType::Bf16, false), (DType::Bf16, true)] {
+        for (rows, queries, kv_heads, head_dim, offset, dim) in
+            [(1, 32, 8, 128, 0, 128), (5, 4, 2, 16, 0, 8), (40, 3, 1, 24, 4, 16), (3, 2, 2, 64, 0, 64)]
+        {
+            let cols = (queries + 2 * kv_heads) * head_dim;
+            let (data, table) = (numbers.vec(rows * cols), numbers.vec(50 * dim));
+            let positions: Vec<u32> = (0..rows as u32).map(|row| row + 3).collect();
+            let spans = [SeqSpan { row: 0, rows: rows as u32, position: 3, prompt_len: 9, first_block: 1 }];
+            let what = format!("{dtype:?} {rows} x ({queries} + {kv_heads}) x {head_dim}, {offset} + {dim}");
+            same(&what, tolerance(dtype), |device| {
+                let mut qkv = tensor(device, DType::F32, rows, cols, &data);
+                let table = tensor(device, DType::F32, 50, dim, &table);
+                let shape = KvShape::Gqa { kv_heads, head_dim };
+                let mut cache = device.alloc_kv(shape, dtype, 16, 4).unwrap();
+                let rope = RopeArgs {
+                    table: table.view(),
+                    rows: &positions,
+                    heads: queries + kv_heads,
+                    head_stride: head_dim,
+                    offset,
+                    dim,
+                    interleaved,
+                };
+                let batch = AttentionBatch { spans: &spans, block_table: &[0, 3, 1, 2] };
+                device.rope_kv_write(qkv.view_mut(), rope, batch, &mut cache).unwrap();
+                let queries = qkv.view().cols_range(0..queries * head_dim);
+                // Both backends keep tokens in cache order.
+                [queries, cache.parts[0].view(), cache.parts[1].view()].map(|v| values(device, v)).concat()
             });
         }
     }

@@ -2,8 +2,8 @@
 
 use libtest_mimic::Trial;
 use moeyard::backend::{
-    AttentionBatch, DType, GqaArgs, HostMlp, KvCache, KvShape, Matrix, Mlp, NormArgs, PlannedArgs, RopeArgs,
-    SeqSpan, Tensor,
+    AddNormArgs, AttentionBatch, DType, GqaArgs, HostMlp, KvCache, KvShape, Matrix, Mlp, NormArgs,
+    PlannedArgs, RopeArgs, SeqSpan, Tensor,
 };
 use moeyard::spec::{Activation, NormKind, Renormalize, Router, Score};
 
@@ -150,7 +150,6 @@ impl Toy {
         for Layer { qkv, out, router: gate, slots, cache } in &mut self.layers {
             device.norm(space.residual.head(rows), norm, space.rounded.head_mut(rows)).unwrap();
             device.linear(space.rounded.head(rows), qkv, None, space.qkv.head_mut(rows)).unwrap();
-            let (q, k) = (HEADS * DIM, (HEADS + KV_HEADS) * DIM);
             let rope = RopeArgs {
                 table: self.angles.view(),
                 rows: &positions,
@@ -160,11 +159,10 @@ impl Toy {
                 dim: DIM,
                 interleaved: false,
             };
-            device.rope(space.qkv.head_mut(rows).cols_range(0..k), rope).unwrap();
+            device.rope_kv_write(space.qkv.head_mut(rows), rope, batch, cache).unwrap();
             let all = space.qkv.head(rows);
-            device.kv_write(all.cols_range(q..k), all.cols_range(k..all.cols()), batch, cache).unwrap();
             let args = GqaArgs {
-                q: all.cols_range(0..q),
+                q: all.cols_range(0..HEADS * DIM),
                 cache,
                 batch,
                 heads: HEADS,
@@ -174,9 +172,13 @@ impl Toy {
             };
             device.attention_gqa(args, space.attended.head_mut(rows)).unwrap();
             device.linear(space.attended.head(rows), out, None, space.partial.head_mut(rows)).unwrap();
-            device.add_scaled(space.partial.head(rows), 1.0, space.residual.head_mut(rows)).unwrap();
-            device.norm(space.residual.head(rows), norm, space.normed.head_mut(rows)).unwrap();
-            device.copy_rows(space.normed.head(rows), space.rounded.head_mut(rows)).unwrap();
+            let args = AddNormArgs {
+                addend: Some((space.partial.head(rows), 1.0)),
+                norm,
+                exact: Some(space.normed.head_mut(rows)),
+                rounded: space.rounded.head_mut(rows),
+            };
+            device.add_norm(space.residual.head_mut(rows), args).unwrap();
             device.linear(space.normed.head(rows), gate, None, space.logits.head_mut(rows)).unwrap();
             let (ids, weights) = (space.ids.head_mut(rows), space.weights.head_mut(rows));
             device.route(space.logits.head(rows), None, &router, ids, weights).unwrap();

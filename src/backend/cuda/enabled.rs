@@ -17,8 +17,8 @@ use cudarc::driver::{result, sys};
 
 use super::HopperProducts;
 use crate::backend::{
-    AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs, GqaArgs,
-    HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
+    AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs,
+    GqaArgs, HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
     RawStream, RopeArgs, StepCounts, Tensor, View, ViewMut, check,
 };
 use crate::error::Result;
@@ -147,6 +147,11 @@ impl CudaBackend {
             return staging.push(bytes);
         }
         resident(&mut self.residents.lock_now()).put(&self.gpu, &mut staging, bytes)
+    }
+
+    fn rope_rows(&self, rows: &[u32]) -> Result<usize> {
+        let mut staging = self.staging.lock_now();
+        self.residents.lock_now().rope_rows.put(&self.gpu, &mut staging, bytemuck::cast_slice(rows))
     }
 
     /// `dst[i] = src[index[i]]`, converted.
@@ -392,11 +397,7 @@ impl Backend for CudaBackend {
     }
     fn rope(&self, x: ViewMut<'_>, args: RopeArgs<'_>) -> Result<()> {
         check::rope(&x, &args);
-        let rows = {
-            let mut staging = self.staging.lock_now();
-            let rows = bytemuck::cast_slice(args.rows);
-            self.residents.lock_now().rope_rows.put(&self.gpu, &mut staging, rows)?
-        };
+        let rows = self.rope_rows(args.rows)?;
         let args = ffi::Rope {
             x: ffi::Matrix::of(&x.as_view()),
             table: ffi::Matrix::of(&args.table),
@@ -441,6 +442,15 @@ impl Backend for CudaBackend {
         cache: &mut KvCache,
     ) -> Result<()> {
         self.write_cache(k, v, batch, cache)
+    }
+    fn rope_kv_write(
+        &self,
+        qkv: ViewMut<'_>,
+        rope: RopeArgs<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        self.rotate_and_write(qkv, rope, batch, cache)
     }
     fn attention_gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         self.gqa(args, out)

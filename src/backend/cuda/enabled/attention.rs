@@ -7,7 +7,7 @@ use super::ffi;
 use super::memory::{Buffer, tensor};
 use super::{CudaBackend, Lock as _};
 use crate::backend::{
-    AttentionBatch, DType, GqaArgs, KvCache, KvShape, SeqSpan, Tensor, View, ViewMut, check,
+    AttentionBatch, DType, GqaArgs, KvCache, KvShape, RopeArgs, SeqSpan, Tensor, View, ViewMut, check,
 };
 use crate::error::Result;
 
@@ -132,18 +132,7 @@ impl CudaBackend {
         cache: &mut KvCache,
     ) -> Result<()> {
         check::kv_write(&k, &v, &batch, cache);
-        let rows = |span: &SeqSpan| span.position as usize..(span.position + span.rows) as usize;
-        let slots: Vec<u32> = batch
-            .spans
-            .iter()
-            .flat_map(|span| {
-                rows(span).map(|p| cache_row(batch.block_table, span.first_block, p, cache.block_size))
-            })
-            .collect();
-        let slots = {
-            let mut staging = self.staging.lock_now();
-            self.residents.lock_now().slots.put(&self.gpu, &mut staging, bytemuck::cast_slice(&slots))?
-        };
+        let slots = self.cache_slots(&batch, cache.block_size)?;
         let source = match cache.shape {
             KvShape::Gqa { .. } => [k, v],
             KvShape::Mla { .. } => [v, k],
@@ -154,6 +143,52 @@ impl CudaBackend {
             slots,
         };
         self.gpu.launch("KV write", ffi::moeyard_kv_write, &args)
+    }
+
+    /// Device address of the cache row of each batch row.
+    fn cache_slots(&self, batch: &AttentionBatch<'_>, block_size: usize) -> Result<usize> {
+        let rows = |span: &SeqSpan| span.position as usize..(span.position + span.rows) as usize;
+        let slots: Vec<u32> = batch
+            .spans
+            .iter()
+            .flat_map(|span| {
+                rows(span).map(|p| cache_row(batch.block_table, span.first_block, p, block_size))
+            })
+            .collect();
+        let mut staging = self.staging.lock_now();
+        self.residents.lock_now().slots.put(&self.gpu, &mut staging, bytemuck::cast_slice(&slots))
+    }
+
+    pub(super) fn rotate_and_write(
+        &self,
+        qkv: ViewMut<'_>,
+        rope: RopeArgs<'_>,
+        batch: AttentionBatch<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let (kv_heads, head_dim) = check::rope_kv_write(&qkv, &rope, cache);
+        check::rope(&qkv, &rope);
+        let (all, v) = (qkv.as_view(), rope.heads * head_dim);
+        let k = all.cols_range(v - kv_heads * head_dim..v);
+        check::kv_write(&k, &all.cols_range(v..all.cols()), &batch, cache);
+        let slots = self.cache_slots(&batch, cache.block_size)?;
+        let rows = self.rope_rows(rope.rows)?;
+        let [key, value] = [&cache.parts[0], &cache.parts[1]].map(|part| ffi::Matrix::of(&part.view()));
+        let args = ffi::RopeKv {
+            qkv: ffi::Matrix::of(&qkv.as_view()),
+            table: ffi::Matrix::of(&rope.table),
+            key,
+            value,
+            rows,
+            slots,
+            heads: ffi::int(rope.heads),
+            kv_heads: ffi::int(kv_heads),
+            head_dim: ffi::int(head_dim),
+            offset: ffi::int(rope.offset),
+            dim: ffi::int(rope.dim),
+            interleaved: i32::from(rope.interleaved),
+        };
+        self.gpu.launch("rotary embedding and KV write", ffi::moeyard_rope_kv, &args)
     }
 
     pub(super) fn gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()> {

@@ -165,6 +165,24 @@ pub struct Rope {
     pub reserved: i32,
 }
 
+/// `MoeyardRopeKv`
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+pub struct RopeKv {
+    pub qkv: Matrix,
+    pub table: Matrix,
+    pub key: Matrix,
+    pub value: Matrix,
+    pub rows: usize,
+    pub slots: usize,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub offset: i32,
+    pub dim: i32,
+    pub interleaved: i32,
+}
+
 /// `MoeyardGemm`
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
@@ -258,6 +276,8 @@ pub const PLAN_CHUNK: usize = 1024;
 #[derive(Clone, Copy, NoUninit)]
 pub struct Plan {
     pub ids: Matrix,
+    pub x: Matrix,
+    pub grouped: Matrix,
     pub slot_of: usize,
     pub offsets: usize,
     pub tokens: usize,
@@ -377,6 +397,7 @@ unsafe extern "C" {
     pub fn moeyard_square_sum(args: *const SquareSum, stream: *mut c_void) -> c_int;
     pub fn moeyard_scale_by_square_sum(args: *const ScaleBySquareSum, stream: *mut c_void) -> c_int;
     pub fn moeyard_rope(args: *const Rope, stream: *mut c_void) -> c_int;
+    pub fn moeyard_rope_kv(args: *const RopeKv, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_narrow(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
@@ -410,7 +431,8 @@ const _: () = {
     assert!(size_of::<GateRows>() == 80);
     assert!(size_of::<Route>() == 136);
     assert!(size_of::<Combine>() == 112);
-    assert!(size_of::<Plan>() == 80);
+    assert!(size_of::<Plan>() == 144);
+    assert!(size_of::<RopeKv>() == 168);
     assert!(size_of::<KvWrite>() == 136);
     assert!(size_of::<Span>() == 20);
     assert!(size_of::<KvPart>() == 32);

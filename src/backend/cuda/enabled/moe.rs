@@ -102,6 +102,8 @@ impl CudaBackend {
         });
         let plan = ffi::Plan {
             ids: ffi::Matrix::of(&args.ids),
+            x: ffi::Matrix::of(&args.x),
+            grouped: ffi::Matrix::of(&args.grouped.as_view()),
             slot_of: table.slot_of(),
             offsets,
             tokens,
@@ -111,8 +113,7 @@ impl CudaBackend {
             reserved: 0,
         };
         self.gpu.launch("plan", ffi::moeyard_plan, &plan)?;
-        let PlannedArgs { mut grouped, mut computed, .. } = args;
-        self.copy(args.x, tokens, grouped.reborrow())?;
+        let PlannedArgs { grouped, mut computed, .. } = args;
         let experts = args.slot_of.len();
         let output = computed.reborrow();
         self.experts_on_device(grouped.as_view(), &table, experts, offsets, args.activation, output)?;
