@@ -28,7 +28,7 @@ fn main() {
             let gpu = CudaBackend::open(0).unwrap().into_dyn();
             let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
             if std::env::args().any(|a| a == "products") {
-                let tiles = [0, 128, 192, 256].map(|rows| HopperProducts::Clusters { rows });
+                let tiles = [0, 128, 256].map(|rows| HopperProducts::Clusters { rows });
                 bench.others = tiles.map(|kernel| (format!("{kernel:?}"), open(kernel))).into();
                 bench.products();
             } else {
@@ -145,7 +145,9 @@ impl Bench {
         }
         for shape in SHAPES {
             let slots = self.slots(shape);
-            for (tokens, spread) in [(4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0)] {
+            for (tokens, spread) in
+                [(64, 0.0), (256, 0.0), (1024, 1.0), (4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0)]
+            {
                 self.experts(limits, shape, &slots, tokens, spread);
             }
         }
@@ -189,18 +191,18 @@ impl Bench {
         );
     }
 
-    /// A line of the usual kernel, and of the others where they differ.
+    /// A line of the usual kernels, and one for each of the first `others`.
     fn lines(
         &self,
         limits: Limits,
         name: &str,
-        differ: bool,
+        kernels: usize,
         flops: f64,
         bytes: f64,
         mut call: impl FnMut(&dyn Backend),
     ) {
         self.line(name, self.time(&mut call), flops, bytes, Some(limits));
-        for (kernel, gpu) in self.others.iter().filter(|_| differ) {
+        for (kernel, gpu) in self.others.iter().take(kernels) {
             let seconds = self.time_on(gpu.as_ref(), &mut call);
             self.line(&format!("  by {kernel}"), seconds, flops, bytes, Some(limits));
         }
@@ -242,7 +244,8 @@ impl Bench {
         let mut turn = 0;
         let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
         let name = format!("linear {rows} x {n} x {k}");
-        self.lines(limits, &name, true, 2.0 * (rows * n * k) as f64, bytes, |gpu| {
+        let kernels = if rows > 64 { self.others.len() } else { 1 };
+        self.lines(limits, &name, kernels, 2.0 * (rows * n * k) as f64, bytes, |gpu| {
             turn += 1;
             gpu.linear(x.view(), &matrices[turn % copies], None, out.view_mut()).unwrap();
         });
@@ -303,7 +306,12 @@ impl Bench {
         let bytes = 2.0 * (busy * parameters + rows * (2 * shape.hidden + 2 * shape.width)) as f64;
         let loads = if spread > 0.0 { "log-normal" } else { "uniform" };
         let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
-        self.lines(limits, &name, rows > 64 * busy, 2.0 * (rows * parameters) as f64, bytes, |gpu| {
+        let kernels = match rows.div_ceil(busy) {
+            0..=8 => 0,
+            9..=64 => 1,
+            _ => self.others.len(),
+        };
+        self.lines(limits, &name, kernels, 2.0 * (rows * parameters) as f64, bytes, |gpu| {
             let args =
                 ExpertsArgs { rows: x.view(), offsets: &offsets, slots, activation: Activation::SiluMul };
             gpu.experts(args, out.view_mut()).unwrap();

@@ -388,6 +388,7 @@ fn kernels_agree_on_experts() {
     for (hidden, width) in [(256, 192), (136, 72), (64, 520)] {
         for case in [(Activation::SiluMul, false), (SWIGLU, true)] {
             agree_on_experts(hidden, width, &[0, 300, 0, 1, 77, 513, 0, 64], case);
+            agree_on_experts(hidden, width, &[17, 0, 1, 40, 130, 5, 0], case);
             agree_on_experts(hidden, width, &[700], case);
             agree_on_experts(hidden, width, &[0, 0, 256, 0], case);
         }
@@ -396,6 +397,8 @@ fn kernels_agree_on_experts() {
 
 fn kernels_agree_on_many_experts() {
     let mut numbers = Numbers::new(21);
-    let counts: Vec<usize> = (0..150).map(|_| numbers.below(300).saturating_sub(60)).collect();
-    agree_on_experts(64, 32, &counts, (Activation::SiluMul, false));
+    for most in [300, 60] {
+        let counts: Vec<usize> = (0..150).map(|_| numbers.below(most).saturating_sub(most / 5)).collect();
+        agree_on_experts(64, 32, &counts, (Activation::SiluMul, false));
+    }
 }

@@ -43,7 +43,7 @@ pub enum HopperProducts {
     /// A block for each tile.
     Blocks,
     /// Persistent pairs of blocks and the copy engine (`cutlass-sys`): products of many rows, in tiles of `rows`, 64, 128, 192 or 256, or,
-    /// with 0, of what suits the groups; and those of few rows with one matrix.
+    /// with 0, of what suits the groups; those of few rows with one matrix; and of more than eight with several.
     Clusters {
         /// Rows of a tile.
         rows: usize,

@@ -131,7 +131,9 @@ impl Tile {
         let fit = batches * groups.slots() <= cutlass_sys::MOST_GROUPS;
         match hopper {
             Some(HopperProducts::Clusters { rows }) if many && fit => Tile::Clusters(rows),
-            Some(HopperProducts::Clusters { .. }) if single && !many => Tile::ThinClusters,
+            Some(HopperProducts::Clusters { .. }) if !many && (single || (mean > 8 && fit)) => {
+                Tile::ThinClusters
+            }
             Some(_) if many => Tile::Warpgroups,
             _ => Tile::Bf16(mean.next_power_of_two().clamp(8, 128)),
         }
@@ -468,10 +470,13 @@ mod tests {
             (&[0usize, 0] as &[usize], 1, blocks, Tile::Bf16(8)),
             (&[0, 1, 1, 2], 1, clusters, Tile::Bf16(8)),
             (&[0, 10, 40], 1, blocks, Tile::Bf16(32)),
-            (&[0, 64, 64], 1, clusters, Tile::Bf16(64)),
+            (&[0, 8, 16], 1, clusters, Tile::Bf16(8)),
+            (&[0, 8, 17], 1, clusters, Tile::ThinClusters),
+            (&[0, 64, 64], 1, blocks, Tile::Bf16(64)),
             (&[0, 1], 1, clusters, Tile::ThinClusters),
             (&[0, 64], 1, clusters, Tile::ThinClusters),
-            (&[0, 64], 2, clusters, Tile::Bf16(64)),
+            (&[0, 64], 2, clusters, Tile::ThinClusters),
+            (&[0, 64], 1025, clusters, Tile::Bf16(64)),
             (&[0, 65], 1, blocks, Tile::Warpgroups),
             (&[0, 65], 1, clusters, Tile::Clusters(192)),
             (&[0, 65], 1024, clusters, Tile::Clusters(192)),
