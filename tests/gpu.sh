@@ -149,7 +149,7 @@ if part nccl; then
             fi
         done
     fi
-    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2 CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2 CUDA_DEVICE_MAX_CONNECTIONS=32 CUDA_MODULE_LOADING=EAGER
     start=$SECONDS
     timeout 120 bin/gpu --test-threads 1 nccl:: >"$logs/nccl.txt" 2>&1
     outcome "collectives of NCCL" $? "$(grep -m1 -E '^with NCCL|ignored: NCCL' "$logs/nccl.txt"); $(grep '^test result' "$logs/nccl.txt"), $((SECONDS - start)) s"
@@ -172,7 +172,7 @@ if part nccl; then
             outcome "$base: the bits of one rank with NCCL between $ranks" $? ""
         done
     done
-    unset NCCL_MULTI_RANK_GPU_ENABLE NCCL_NVLS_ENABLE NCCL_MAX_CTAS CUDA_DEVICE_MAX_CONNECTIONS
+    unset NCCL_MULTI_RANK_GPU_ENABLE NCCL_NVLS_ENABLE NCCL_MAX_CTAS CUDA_DEVICE_MAX_CONNECTIONS CUDA_MODULE_LOADING
 fi
 
 # Out-of-bounds and uninitialised accesses, and races in shared memory, in whole models with attention of both kinds.

@@ -48,7 +48,7 @@ pub fn trials() -> Vec<Trial> {
     let many = trial("nccl::shared::rounds_of_large_rows", rounds_of_large_rows);
     alone
         .map(|trial| trial.with_ignored_flag(library.is_err()))
-        .chain(together.chain([hang, many]).map(|trial| trial.with_ignored_flag(shared.is_err())))
+        .chain(together.chain([many, hang]).map(|trial| trial.with_ignored_flag(shared.is_err())))
         .collect()
 }
 

@@ -222,7 +222,12 @@ impl Nccl {
 
     /// Before an exchange: nothing is allocated or freed from here to [`Nccl::leave`].
     fn enter(&mut self) -> Result<()> {
-        if self.watch.options.shared_gpu { self.host.barrier() } else { Ok(()) }
+        if !self.watch.options.shared_gpu {
+            return Ok(());
+        }
+        // All earlier work is in the stream: a kernel that is loaded first may wait for those of other ranks.
+        self.backend.stream()?;
+        self.host.barrier()
     }
 
     /// After an exchange was put into the stream.
