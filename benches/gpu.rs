@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use half::bf16;
-use moeyard::backend::cuda::{self, CudaBackend, HopperProducts};
+use moeyard::backend::cuda::{self, CudaBackend, ProductKernels};
 use moeyard::backend::{
     AttentionBatch, Backend, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
     KvShape, Matrix, MlaArgs, Mlp, PlannedArgs, SeqSpan, Tensor,
@@ -28,8 +28,8 @@ fn main() {
             let gpu = CudaBackend::open(0).unwrap().into_dyn();
             let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
             if std::env::args().any(|a| a == "products") {
-                let tiles = [0, 128, 256].map(|rows| HopperProducts::Clusters { rows });
-                bench.others = tiles.map(|kernel| (format!("{kernel:?}"), open(kernel))).into();
+                let tiles = [0, 128, 192].map(|rows| ProductKernels::Clusters { rows });
+                bench.others = tiles.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 bench.products();
             } else {
                 bench.run();

@@ -8,7 +8,6 @@ use super::toolkit::{Toolkit, architectures, hopper_only, type_check_only};
 
 /// One translation unit per kernel family, the slowest to compile first.
 const FAMILIES: &[&str] = &[
-    "gemm_sm90",
     "gemm_bf16",
     "attention_sm90",
     "attention_mla",
@@ -25,7 +24,7 @@ const FAMILIES: &[&str] = &[
     "device",
 ];
 /// Those that are empty elsewhere.
-const HOPPER_ONLY: &[&str] = &["gemm_sm90", "attention_sm90", "attention_mla"];
+const HOPPER_ONLY: &[&str] = &["attention_sm90", "attention_mla"];
 /// Each nvcc takes about a gigabyte.
 const JOBS: usize = 2;
 

@@ -117,7 +117,7 @@ typedef struct {
 } MoeyardRopeKv;
 MOEYARD_API int moeyard_rope_kv(const MoeyardRopeKv* args, void* stream);
 
-// ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu, gemm_sm90.cu
+// ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu
 
 // What happens to a gate and an up column before they are stored.
 typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 2 } MoeyardActivation;
@@ -138,7 +138,7 @@ typedef struct {
   int32_t n, k;
   int32_t ldw;     // elements from one row of w to the next
   int32_t w_type;
-  int32_t row_tile;  // rows of x per tile: 64 (f32), 8, 16, 32, 64 or 128 (bf16), 128 (sm90)
+  int32_t row_tile;  // rows of x per tile: 64 (f32), 8, 16, 32, 64 or 128 (bf16)
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
@@ -150,8 +150,6 @@ MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 MOEYARD_API int moeyard_gemm_narrow(const MoeyardGemm* args, void* stream);
 // Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
 MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
-// The same, on compute capability 9.0 only and for tiles of many rows.
-MOEYARD_API int moeyard_gemm_sm90(const MoeyardGemm* args, void* stream);
 
 // ---- cutlass-sys/src/grouped_gemm.cu
 

@@ -1,7 +1,7 @@
 //! Linear layers, MLPs and grouped experts, and what their bits may not depend on.
 
 use libtest_mimic::Trial;
-use moeyard::backend::cuda::{CudaBackend, HopperProducts};
+use moeyard::backend::cuda::{CudaBackend, ProductKernels};
 use moeyard::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Precision, Tensor};
 use moeyard::spec::Activation;
 
@@ -267,9 +267,10 @@ fn an_expert_has_the_same_bits_in_every_slot() {
 }
 
 /// Backends on the same GPU with every choice of kernels and tiles, the plainest first.
-fn all_kernels() -> Vec<(HopperProducts, std::sync::Arc<dyn moeyard::backend::Backend>)> {
-    let grouped = [0, 64, 128, 192, 256].map(|rows| HopperProducts::Clusters { rows });
-    std::iter::once(HopperProducts::Blocks)
+fn all_kernels() -> Vec<(ProductKernels, std::sync::Arc<dyn moeyard::backend::Backend>)> {
+    let grouped = [0, 64, 128, 192, 256].map(|rows| ProductKernels::Clusters { rows });
+    [ProductKernels::Portable, ProductKernels::Best]
+        .into_iter()
         .chain(grouped)
         .map(|kernel| (kernel, CudaBackend::open(0).unwrap().with_products(kernel).into_dyn()))
         .collect()

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use super::{GpuInfo, HopperProducts, Link};
+use super::{GpuInfo, Link, ProductKernels};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 
@@ -35,7 +35,7 @@ impl CudaBackend {
     }
 
     /// With other kernels for products.
-    pub fn with_products(self, _products: HopperProducts) -> CudaBackend {
+    pub fn with_products(self, _products: ProductKernels) -> CudaBackend {
         match self.0 {}
     }
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 
-use super::HopperProducts;
+use super::ProductKernels;
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs,
     GqaArgs, HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
@@ -30,7 +30,7 @@ use memory::{Buffer, Resident, Staging, Upload};
 /// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
-    products: HopperProducts,
+    products: ProductKernels,
     /// Where the rows of the layer at work go.
     plan: Mutex<Buffer>,
     scratch: Mutex<Scratch>,
@@ -100,7 +100,7 @@ impl CudaBackend {
         let staging = Mutex::new(Staging::new(&gpu)?);
         Ok(CudaBackend {
             gpu,
-            products: HopperProducts::Blocks,
+            products: ProductKernels::Best,
             plan: Mutex::default(),
             scratch: Mutex::default(),
             tensor_maps: Mutex::default(),
@@ -111,7 +111,7 @@ impl CudaBackend {
     }
 
     /// With other kernels for products: for tests and benchmarks.
-    pub fn with_products(mut self, products: HopperProducts) -> CudaBackend {
+    pub fn with_products(mut self, products: ProductKernels) -> CudaBackend {
         self.products = products;
         self
     }

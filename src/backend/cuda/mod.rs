@@ -37,13 +37,16 @@ impl fmt::Display for Link {
     }
 }
 
-/// What computes products of bf16 on Hopper. The bits are the same, so the choice is one of speed alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HopperProducts {
-    /// A block for each tile.
-    Blocks,
-    /// Persistent pairs of blocks and the copy engine (`cutlass-sys`): products of many rows, in tiles of `rows`, 64, 128, 192 or 256, or,
-    /// with 0, of what suits the groups; those of few rows with one matrix; and of more than eight with several.
+/// What computes products of bf16. The bits are the same, so the choice is one of speed alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ProductKernels {
+    /// The fastest here.
+    #[default]
+    Best,
+    /// Those that run on every GPU.
+    Portable,
+    /// On Hopper, persistent pairs of blocks and the copy engine (`cutlass-sys`) wherever they can be used. Tiles of many rows have `rows`
+    /// of them, 64, 128, 192 or 256, or, with 0, what suits the groups.
     Clusters {
         /// Rows of a tile.
         rows: usize,

@@ -401,7 +401,6 @@ unsafe extern "C" {
     pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_narrow(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
-    pub fn moeyard_gemm_sm90(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;

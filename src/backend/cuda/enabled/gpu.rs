@@ -167,7 +167,7 @@ impl Gpu {
         &self.info
     }
 
-    /// Whether `moeyard_gemm_sm90` runs here.
+    /// Whether the kernels made of warpgroup instructions run here.
     pub fn has_warpgroups(&self) -> bool {
         has_warpgroups(ARCHS, self.info.capability)
     }

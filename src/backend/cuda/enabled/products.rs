@@ -6,7 +6,7 @@
 use super::ffi;
 use super::memory::{Upload, tensor, upload};
 use super::{CudaBackend, Lock as _};
-use crate::backend::cuda::HopperProducts;
+use crate::backend::cuda::ProductKernels;
 use crate::backend::{
     DType, ExpertsArgs, HostData, HostMatrix, HostMlp, Matrix, Mlp, Tensor, View, ViewMut, check,
 };
@@ -117,7 +117,6 @@ enum Tile {
     /// Few outputs in f32: routers and gates.
     Narrow,
     Bf16(usize),
-    Warpgroups,
     /// With 0, the device chooses.
     Clusters(usize),
     ThinClusters,
@@ -125,16 +124,15 @@ enum Tile {
 
 impl Tile {
     /// For rows that are bf16 and lie well; `single` if all of them meet one matrix, once.
-    fn of_bf16(groups: Groups<'_>, batches: usize, single: bool, hopper: Option<HopperProducts>) -> Tile {
+    fn of_bf16(groups: Groups<'_>, batches: usize, single: bool, kernels: ProductKernels) -> Tile {
         let mean = groups.mean();
-        let many = mean > 64;
         let fit = batches * groups.slots() <= cutlass_sys::MOST_GROUPS;
-        match hopper {
-            Some(HopperProducts::Clusters { rows }) if many && fit => Tile::Clusters(rows),
-            Some(HopperProducts::Clusters { .. }) if !many && (single || (mean > 8 && fit)) => {
+        match kernels {
+            ProductKernels::Best if mean > 64 && fit => Tile::Clusters(0),
+            ProductKernels::Clusters { rows } if mean > 64 && fit => Tile::Clusters(rows),
+            ProductKernels::Clusters { .. } if mean <= 64 && (single || (mean > 8 && fit)) => {
                 Tile::ThinClusters
             }
-            Some(_) if many => Tile::Warpgroups,
             _ => Tile::Bf16(mean.next_power_of_two().clamp(8, 128)),
         }
     }
@@ -143,7 +141,6 @@ impl Tile {
         match self {
             Tile::F32 | Tile::Narrow => 64,
             Tile::Bf16(rows) => rows,
-            Tile::Warpgroups => 128,
             Tile::Clusters(rows) => rows,
             Tile::ThinClusters => 64,
         }
@@ -253,8 +250,8 @@ impl CudaBackend {
         let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
         let single = matches!(weights, Weights::One { .. }) && batches.count == 1;
         let tile = if fast {
-            let hopper = self.gpu.has_warpgroups().then_some(self.products);
-            Tile::of_bf16(groups, batches.count, single, hopper)
+            let kernels = if self.gpu.has_warpgroups() { self.products } else { ProductKernels::Portable };
+            Tile::of_bf16(groups, batches.count, single, kernels)
         } else if all_f32 && single && shape.n <= NARROW {
             // By the shape alone: it sums in another order than the general kernel.
             Tile::Narrow
@@ -291,7 +288,6 @@ impl CudaBackend {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
             Tile::Narrow => self.gpu.launch("narrow product", ffi::moeyard_gemm_narrow, &args),
             Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
-            Tile::Warpgroups => self.gpu.launch("warpgroup product", ffi::moeyard_gemm_sm90, &args),
             Tile::Clusters(_) | Tile::ThinClusters => {
                 let groups = args.slots.max(args.batches) as usize;
                 let mut maps = self.tensor_maps.lock_now();
@@ -465,28 +461,28 @@ mod tests {
 
     #[test]
     fn tiles_follow_the_mean_load() {
-        let (blocks, clusters) = (Some(HopperProducts::Blocks), Some(HopperProducts::Clusters { rows: 192 }));
-        for (offsets, batches, hopper, expected) in [
-            (&[0usize, 0] as &[usize], 1, blocks, Tile::Bf16(8)),
+        use ProductKernels::{Best, Portable};
+        let clusters = ProductKernels::Clusters { rows: 192 };
+        for (offsets, batches, kernels, expected) in [
+            (&[0usize, 0] as &[usize], 1, Best, Tile::Bf16(8)),
             (&[0, 1, 1, 2], 1, clusters, Tile::Bf16(8)),
-            (&[0, 10, 40], 1, blocks, Tile::Bf16(32)),
+            (&[0, 10, 40], 1, Best, Tile::Bf16(32)),
             (&[0, 8, 16], 1, clusters, Tile::Bf16(8)),
             (&[0, 8, 17], 1, clusters, Tile::ThinClusters),
-            (&[0, 64, 64], 1, blocks, Tile::Bf16(64)),
+            (&[0, 64, 64], 1, Best, Tile::Bf16(64)),
             (&[0, 1], 1, clusters, Tile::ThinClusters),
             (&[0, 64], 1, clusters, Tile::ThinClusters),
             (&[0, 64], 2, clusters, Tile::ThinClusters),
             (&[0, 64], 1025, clusters, Tile::Bf16(64)),
-            (&[0, 65], 1, blocks, Tile::Warpgroups),
+            (&[0, 65], 1, Best, Tile::Clusters(0)),
             (&[0, 65], 1, clusters, Tile::Clusters(192)),
-            (&[0, 65], 1024, clusters, Tile::Clusters(192)),
-            (&[0, 65], 1025, clusters, Tile::Warpgroups),
-            (&[0, 65], 1, None, Tile::Bf16(128)),
-            (&[0, 5000], 1, None, Tile::Bf16(128)),
-            (&[0, 8192, 8192], 1, blocks, Tile::Warpgroups),
+            (&[0, 65], 1024, Best, Tile::Clusters(0)),
+            (&[0, 65], 1025, Best, Tile::Bf16(128)),
+            (&[0, 65], 1, Portable, Tile::Bf16(128)),
+            (&[0, 8192, 8192], 1, Best, Tile::Clusters(0)),
         ] {
             let (groups, single) = (Groups::Known { offsets }, offsets.len() == 2 && batches == 1);
-            assert_eq!(Tile::of_bf16(groups, batches, single, hopper), expected, "{offsets:?}");
+            assert_eq!(Tile::of_bf16(groups, batches, single, kernels), expected, "{offsets:?}");
         }
     }
 
