@@ -192,6 +192,12 @@ typedef struct {
 } MoeyardRoute;
 MOEYARD_API int moeyard_route(const MoeyardRoute* args, void* stream);
 
+// out[i] = [column of the greatest element of x[i], elements that are not finite]
+typedef struct {
+  MoeyardMatrix x, out;
+} MoeyardBest;
+MOEYARD_API int moeyard_best(const MoeyardBest* args, void* stream);
+
 typedef struct {
   MoeyardMatrix rows, weights, out;
   const uint32_t* index;

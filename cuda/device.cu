@@ -23,6 +23,7 @@ static_assert(sizeof(MoeyardGemm) == 176);
 static_assert(sizeof(MoeyardGroupedGemm) == 192);
 static_assert(sizeof(MoeyardGate) == 80);
 static_assert(sizeof(MoeyardRoute) == 136);
+static_assert(sizeof(MoeyardBest) == 64);
 static_assert(sizeof(MoeyardCombine) == 112);
 static_assert(sizeof(MoeyardPlan) == 144);
 static_assert(sizeof(MoeyardRopeKv) == 168);

@@ -347,6 +347,14 @@ pub fn attention_mla(args: &MlaArgs<'_>, out: &ViewMut<'_>) -> (usize, usize) {
     (latent, rope_dim)
 }
 
+/// [`super::Backend::best`].
+pub fn best(x: &View<'_>, out: &ViewMut<'_>) {
+    dtype("best of", x, DType::F32);
+    dtype("best", &out.as_view(), DType::I32);
+    shape("best", &out.as_view(), x.rows(), 2);
+    assert!(x.cols() > 0 && i32::try_from(x.cols()).is_ok(), "the best of {} columns", x.cols());
+}
+
 /// [`super::Backend::route`].
 pub fn route(
     logits: &View<'_>,

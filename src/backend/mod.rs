@@ -484,6 +484,12 @@ pub trait Backend: Send + Sync {
     /// `[rows, heads * v_dim]`.
     fn attention_mla(&self, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()>;
 
+    // ---- choosing tokens
+
+    /// Each row's greatest element: `out[i] = [column, elements that are not finite]`, I32, x f32. The lowest column among equals;
+    /// it says nothing of a row with elements that are not finite.
+    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()>;
+
     // ---- mixture of experts
 
     /// Chooses experts. `logits` `[rows, experts]` f32, `bias` `[1, experts]` f32 with `router.choice_bias`; writes

@@ -3,9 +3,10 @@
 use super::Hooks;
 use super::mover::{Orders, SliceAnswer};
 use super::options::EngineOptions;
-use super::plan::{RowResult, StepPlan};
-use super::sampler::Sampler;
-use crate::backend::{Backend, DType};
+use super::plan::{RowResult, StepPlan, SubPlan};
+use super::request::TokenEvent;
+use super::sampler::{Sampler, wants_best};
+use crate::backend::{Backend, DType, Tensor};
 use crate::error::{Error, Result};
 use crate::metrics::{self, RankMeter};
 use crate::model::{Model, Routing, StepOutput};
@@ -140,6 +141,8 @@ impl Ranks {
                 observer: hooks.steps.clone(),
                 sampler: Sampler::default(),
                 logits: Vec::new(),
+                best: None,
+                chosen: Vec::new(),
             };
             let answers = sender.clone();
             let thread = std::thread::Builder::new()
@@ -192,6 +195,9 @@ struct Rank {
     sampler: Sampler,
     /// Some logit rows in host memory; `[rows][vocab]`.
     logits: Vec<f32>,
+    /// Of each logit row its best token and its elements that are not finite, on the device and on the host.
+    best: Option<Tensor>,
+    chosen: Vec<[i32; 2]>,
 }
 
 /// Logits that are copied to the host at once: enough that a GPU is asked rarely, few enough for the caches of a CPU.
@@ -269,9 +275,41 @@ impl Rank {
 
     /// Does the jobs of the logit rows that this rank owns.
     fn sample(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        report.rows.clear();
+        if self.take_best(plan, report)? { Ok(()) } else { self.sample_logits(plan, report) }
+    }
+
+    /// The jobs where all of them want their rows' best tokens, which the device finds: the logits stay there. If some logit is not
+    /// finite they are looked at after all.
+    fn take_best(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<bool> {
         let RankSetup { backend, output, dp_rank, .. } = &self.setup;
         let sub = &plan.sub_plans[*dp_rank];
-        report.rows.clear();
+        let rows = output.logit_rows.len();
+        let jobs = || output.logit_rows.iter().map(|&row| job_of(self.index, sub, row));
+        if rows == 0 || !jobs().all(|job| wants_best(&sub.jobs[job])) {
+            return Ok(false);
+        }
+        if self.best.as_ref().is_none_or(|best| best.rows() < rows) {
+            self.best = Some(backend.alloc(DType::I32, output.logits.rows(), 2)?);
+        }
+        let best = self.best.as_mut().expect("made above");
+        backend.best(output.logits.head(rows), best.head_mut(rows))?;
+        self.chosen.resize(rows, [0; 2]);
+        backend.download(best.head(rows), bytemuck::cast_slice_mut(&mut self.chosen))?;
+        if self.chosen.iter().any(|&[_, infinite]| infinite > 0) {
+            return Ok(false);
+        }
+        for (&[token, _], job) in self.chosen.iter().zip(jobs()) {
+            let event = TokenEvent { token: token as u32, logprob: None, rank: 0, top: Vec::new() };
+            report.rows.push(RowResult { job: job as u32, outcome: Ok(Some(event)), logits: None });
+        }
+        Ok(true)
+    }
+
+    /// The jobs on logits in host memory.
+    fn sample_logits(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        let RankSetup { backend, output, dp_rank, .. } = &self.setup;
+        let sub = &plan.sub_plans[*dp_rank];
         let vocab = output.logits.cols();
         let at_once = (LOGIT_BYTES / (vocab * DType::F32.bytes())).max(1);
         for (piece, wanted) in output.logit_rows.chunks(at_once).enumerate() {
@@ -279,17 +317,20 @@ impl Rank {
             self.logits.resize(wanted.len() * vocab, 0.0);
             let logits = output.logits.view().rows_range(first..first + wanted.len());
             backend.download(logits, bytemuck::cast_slice_mut(&mut self.logits))?;
-            for (row, logits) in wanted.iter().zip(self.logits.chunks_exact(vocab)) {
-                let job = sub
-                    .logit_rows
-                    .binary_search(row)
-                    .unwrap_or_else(|_| panic!("rank {} returned logits of row {row} unasked", self.index));
+            for (&row, logits) in wanted.iter().zip(self.logits.chunks_exact(vocab)) {
+                let job = job_of(self.index, sub, row);
                 let (index, job) = (job as u32, &sub.jobs[job]);
                 report.rows.push(self.sampler.run(index, job, sub.history_of(job), logits));
             }
         }
         Ok(())
     }
+}
+
+/// Which job a logit row is for.
+fn job_of(rank: usize, sub: &SubPlan, row: u32) -> usize {
+    let job = sub.logit_rows.binary_search(&row);
+    job.unwrap_or_else(|_| panic!("rank {rank} returned logits of row {row} unasked"))
 }
 
 /// What a panic said.

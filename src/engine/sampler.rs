@@ -57,6 +57,16 @@ pub enum RowError {
     },
 }
 
+/// Whether the job asks for the best token of its row and nothing else.
+pub fn wants_best(job: &RowJob) -> bool {
+    let request = &job.request;
+    job.task == RowTask::Sample
+        && !job.capture
+        && request.logprobs.is_none()
+        && request.sampling.temperature == 0.0
+        && !adjust::changes(request, job.position)
+}
+
 /// Chooses tokens; holds only scratch memory.
 #[derive(Debug, Default)]
 pub struct Sampler {

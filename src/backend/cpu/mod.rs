@@ -12,6 +12,7 @@ mod attention;
 mod attention_gqa;
 mod attention_latent;
 mod attention_mla;
+mod best;
 mod combine;
 mod elementwise;
 mod experts;
@@ -210,6 +211,9 @@ impl Backend for CpuBackend {
         weights: ViewMut<'_>,
     ) -> Result<()> {
         route::route(self, logits, bias, router, ids, weights)
+    }
+    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        best::best(self, x, out)
     }
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         experts::experts(self, args, out)

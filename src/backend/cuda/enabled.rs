@@ -469,6 +469,11 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.choose(logits, bias, router, ids, weights)
     }
+    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::best(&x, &out);
+        let args = ffi::Best { x: ffi::Matrix::of(&x), out: ffi::Matrix::of(&out.as_view()) };
+        self.gpu.launch("best columns", ffi::moeyard_best, &args)
+    }
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         self.experts_of(args, out)
     }

@@ -264,6 +264,19 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
+    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        check::best(&x, &out);
+        let x = Host::read(x);
+        let best = (0..x.rows).flat_map(|i| {
+            let row = x.row(i);
+            let better = |best: usize, d: usize| if row[d] > row[best] { d } else { best };
+            let infinite = row.iter().filter(|x| !x.is_finite()).count();
+            [(0..x.cols).fold(0, better) as i32, infinite as i32]
+        });
+        host::write_ints(&best.collect::<Vec<_>>(), out);
+        Ok(())
+    }
+
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::experts(&args, &out);
         let mut out = out;

@@ -17,6 +17,23 @@ pub(super) struct Adjuster {
     allowed: Vec<u32>,
 }
 
+/// Whether the request asks for any change before the token at `position` is chosen.
+pub(super) fn changes(request: &Request, position: u32) -> bool {
+    let sampling = &request.sampling;
+    request.constraint.is_some()
+        || sampling.allowed_tokens.is_some()
+        || !sampling.bad_words.is_empty()
+        || !excluded_stops(request, position).is_empty()
+        || !sampling.logit_bias.is_empty()
+        || sampling.has_penalties()
+}
+
+/// Stop tokens that may not come yet.
+fn excluded_stops(request: &Request, position: u32) -> &[u32] {
+    let early = (position as usize) < request.prompt.len() + request.sampling.min_tokens;
+    if early { &request.stop_tokens } else { &[] }
+}
+
 impl Adjuster {
     /// The logits to choose from: `logits` itself where the request changes nothing. Excluded tokens have negative
     /// infinity.
@@ -27,18 +44,10 @@ impl Adjuster {
         position: u32,
         generated: &[u32],
     ) -> Result<&'a [f32], RowError> {
-        let sampling = &request.sampling;
-        let early = (position as usize) < request.prompt.len() + sampling.min_tokens;
-        let stops: &[u32] = if early { &request.stop_tokens } else { &[] };
-        let changes = request.constraint.is_some()
-            || sampling.allowed_tokens.is_some()
-            || !sampling.bad_words.is_empty()
-            || !stops.is_empty()
-            || !sampling.logit_bias.is_empty()
-            || sampling.has_penalties();
-        if !changes {
+        if !changes(request, position) {
             return Ok(logits);
         }
+        let (sampling, stops) = (&request.sampling, excluded_stops(request, position));
         self.copy_allowed(logits, sampling.allowed_tokens.as_deref());
         self.constrain(request, position, generated)?;
         for word in &sampling.bad_words {

@@ -256,6 +256,14 @@ pub struct Route {
     pub epsilon: f32,
 }
 
+/// `MoeyardBest`
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+pub struct Best {
+    pub x: Matrix,
+    pub out: Matrix,
+}
+
 /// `MoeyardCombine`
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
@@ -403,6 +411,7 @@ unsafe extern "C" {
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
+    pub fn moeyard_best(args: *const Best, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
     pub fn moeyard_plan(args: *const Plan, stream: *mut c_void) -> c_int;
     pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
@@ -429,6 +438,7 @@ const _: () = {
     assert!(size_of::<GroupedGemm>() == 192);
     assert!(size_of::<GateRows>() == 80);
     assert!(size_of::<Route>() == 136);
+    assert!(size_of::<Best>() == 64);
     assert!(size_of::<Combine>() == 112);
     assert!(size_of::<Plan>() == 144);
     assert!(size_of::<RopeKv>() == 168);
