@@ -206,5 +206,5 @@ fn main() {
         moved.experts,
         moved.bytes as f64 / moved.seconds / 1e6
     );
-    launched.finish(Duration::ZERO, Duration::MAX);
+    launched.finish(Duration::ZERO, Duration::MAX).unwrap();
 }

@@ -320,6 +320,34 @@ fn a_failing_rank_ends_every_request_and_is_reported() {
 }
 
 #[test]
+fn a_device_that_fails_or_is_full_is_told_from_other_failures() {
+    for (fault, expected) in [
+        (Fault::ErrorAt(1), None),
+        (Fault::DeviceAt(1), Some("cuda:1: rank 1 failed: cuda:1: a kernel: CUDA_ERROR_ILLEGAL_ADDRESS")),
+        (
+            Fault::MemoryAt(1),
+            Some("cuda:1: rank 1 failed: not enough memory on cuda:1: 4096 bytes more > 512 available"),
+        ),
+    ] {
+        let options = options();
+        let script = Script::of(&options);
+        let mut ranks = setups(&script, 2, 1, options.max_logit_rows, &backend()).unwrap();
+        ranks[1] =
+            setups(&Script { fault, ..script }, 2, 1, options.max_logit_rows, &backend()).unwrap().remove(1);
+        let engine = Engine::start(ranks, options, Hooks::default()).unwrap();
+        let streams: Vec<_> = (0..2).map(|i| engine.submit(request(prompt(i, 8), 50)).unwrap()).collect();
+        for stream in streams {
+            assert!(matches!(collect(stream).1.reason, FinishReason::Error(_)));
+        }
+        let lost = engine.lost_device();
+        assert!(matches!(lost, None | Some(Error::Device { .. })));
+        assert_eq!(lost.map(|error| error.to_string()).as_deref(), expected);
+        // Nothing more is given to a device in such a state.
+        assert!(matches!(engine.submit(request(vec![1], 1)), Err(Error::Stopped(_))));
+    }
+}
+
+#[test]
 fn a_hung_rank_is_noticed_and_named() {
     let options = EngineOptions { step_timeout: Duration::from_millis(300), ..options() };
     let script = Script::of(&options);

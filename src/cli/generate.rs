@@ -66,7 +66,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     };
     let launched = prepared.launch(Needs::default(), None)?;
     let outcome = stream(&prepared, &launched.engine, request);
-    launched.finish(Duration::ZERO, Duration::MAX);
+    launched.finish(Duration::ZERO, Duration::MAX)?;
     outcome
 }
 

@@ -255,7 +255,10 @@ impl Prepared {
 impl Launched {
     /// Stops the engine, giving running requests `drain` to finish and a step under way `patience` beyond that, and
     /// completes the trace. A trace that failed is told, and is no failure of serving.
-    pub fn finish(self, drain: Duration, patience: Duration) {
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when a device ended the engine.
+    pub fn finish(self, drain: Duration, patience: Duration) -> Result<()> {
         if !self.engine.shutdown_within(drain, patience) {
             tracing::warn!("a step was still under way at the end of the shutdown");
         }
@@ -269,6 +272,7 @@ impl Launched {
         {
             tracing::warn!("the placement is not saved: {error}");
         }
+        self.engine.lost_device().map_or(Ok(()), Err)
     }
 }
 

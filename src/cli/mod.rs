@@ -159,7 +159,7 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     std::fs::rename(temporary, path).map_err(|e| Error::io(path, e))
 }
 
-/// 2: what was given cannot be run. 1: it was run and failed.
+/// 2: what was given cannot be run. 1: it was run and failed. 70: a device failed under it.
 fn exit_code(error: &Error) -> ExitCode {
     match error {
         Error::Checkpoint(_)
@@ -170,9 +170,28 @@ fn exit_code(error: &Error) -> ExitCode {
         | Error::Routing(_) => ExitCode::from(2),
         Error::Busy { .. }
         | Error::Conflict(_)
-        | Error::Device { .. }
         | Error::Peer { .. }
         | Error::Remote(_)
         | Error::Stopped(_) => ExitCode::from(1),
+        Error::Device { .. } => ExitCode::from(70),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_tells_failures_apart_by_the_exit_code() {
+        let device = || "cuda:0".to_owned();
+        for (error, expected) in [
+            (Error::config("port", "taken"), 2),
+            (Error::Memory { device: device(), sum: "1 > 0".to_owned() }, 2),
+            (Error::Stopped("rank 0 panicked".to_owned()), 1),
+            (Error::Device { device: device(), why: "CUDA_ERROR_ILLEGAL_ADDRESS".to_owned() }, 70),
+        ] {
+            let (found, expected) = (exit_code(&error), ExitCode::from(expected));
+            assert_eq!(format!("{found:?}"), format!("{expected:?}"), "{error}");
+        }
     }
 }

@@ -56,7 +56,7 @@ async fn serve(prepared: Prepared, generation: Generation) -> Result<()> {
     let (drain, patience) = if hurried { (Duration::ZERO, LAST_STEP) } else { (drain, Duration::MAX) };
     tokio::task::spawn_blocking(move || launched.finish(drain, patience))
         .await
-        .map_err(|e| Error::Stopped(e.to_string()))?;
+        .map_err(|e| Error::Stopped(e.to_string()))??;
     outcome
 }
 

@@ -58,7 +58,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let launched = prepared.launch(needs, None)?;
     let mut dump = Dump::new(&prepared);
     let outcome = run_jobs(&launched.engine, &jobs, &mut dump);
-    launched.finish(Duration::ZERO, Duration::MAX);
+    launched.finish(Duration::ZERO, Duration::MAX)?;
     outcome?;
     input.redo_text(&prepared.model.tokenizer, &mut dump)?;
     dump.write(&arguments.out, &input)

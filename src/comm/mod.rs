@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{Backend, View, ViewMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One rank's end of a group. All ranks of a group call the same methods in the same order; a rank that has no rows
 /// calls with zero rows. When a rank fails or leaves, the calls of the others return [`crate::Error::Peer`] instead
@@ -95,6 +95,22 @@ pub fn connect(transport: &Transport, backends: &[Arc<dyn Backend>]) -> Result<V
             boxed(nccl::Nccl::world(Arc::clone(library), backends, *options)?)
         }
     })
+}
+
+/// What all ranks made, in rank order, or the error of the first that failed by itself: the others only saw it fail.
+///
+/// # Errors
+/// As told.
+pub fn all_or_cause<T>(outcomes: impl IntoIterator<Item = Result<T>>) -> Result<Vec<T>> {
+    let (mut made, mut failure) = (Vec::new(), None);
+    for outcome in outcomes {
+        match outcome {
+            Ok(one) => made.push(one),
+            Err(error) if matches!(failure, None | Some(Error::Peer { .. })) => failure = Some(error),
+            Err(_) => {}
+        }
+    }
+    failure.map_or(Ok(made), Err)
 }
 
 fn boxed<C: Communicator + 'static>(ranks: Vec<C>) -> Vec<Box<dyn Communicator>> {

@@ -1,6 +1,6 @@
 //! The engine thread: collects requests, plans, lets the ranks work, and reports.
 
-use super::handle::{Command, EngineHandle, Shared, Submission, lock};
+use super::handle::{Command, EngineHandle, Failure, Shared, Submission, lock};
 use super::mover::{Mover, Orders};
 use super::options::EngineOptions;
 use super::plan::{Phase, StepPlan, SubResults};
@@ -61,6 +61,7 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         deadline: None,
         observer: hooks.steps,
         watchdog: Watchdog::new(shared.options.step_timeout),
+        lost_device: None,
         mover,
         balancer,
         ranks,
@@ -74,13 +75,13 @@ fn run(shared: Arc<Shared>, ranks: Ranks, dp_ranks: usize, commands: Receiver<Co
         Err(panic) => Some(format!("the engine {}", panic_text(panic.as_ref()))),
     };
     shared.open.store(false, Ordering::Release);
-    let Driver { mut callers, ranks, commands, mover, .. } = driver;
+    let Driver { mut callers, ranks, commands, mover, lost_device: device, .. } = driver;
     if let Some(mut mover) = mover {
         mover.abandon(failure.as_deref().unwrap_or("the engine has stopped"));
     }
     if let Some(why) = failure {
         tracing::error!("the engine stops: {why}");
-        *lock(&shared.failure) = Some(why.clone());
+        *lock(&shared.failure) = Some(Failure { why: why.clone(), device });
         shared.alive.store(false, Ordering::Release);
         callers.fail_all(&why);
         // Ranks may be stuck in a device call: their threads are left alone and end when they can.
@@ -111,6 +112,8 @@ struct Driver {
     deadline: Option<Instant>,
     observer: Option<Arc<dyn StepObserver>>,
     watchdog: Watchdog,
+    /// The device that ended it all, where one did.
+    lost_device: Option<String>,
     /// Where the engine knows its experts.
     mover: Option<Mover>,
     /// Where they are to move by themselves, or on request.
@@ -326,7 +329,7 @@ impl Driver {
     }
 
     /// What went wrong first, as far as the ranks say so within a short time.
-    fn cause(&self, rank: usize, failure: RankFailure) -> String {
+    fn cause(&mut self, rank: usize, failure: RankFailure) -> String {
         let mut found = (rank, failure);
         let until = Instant::now() + FAILURE_GRACE;
         while found.1.from_peer {
@@ -337,6 +340,7 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
+        self.lost_device = found.1.device;
         format!("rank {} failed: {}", found.0, found.1.why)
     }
 

@@ -57,7 +57,7 @@ pub(super) struct Shared {
     /// What became of rebalancing. As `stats`.
     pub rebalancing: Arc<Mutex<Record>>,
     /// Why the engine died, once it has.
-    pub failure: Mutex<Option<String>>,
+    pub failure: Mutex<Option<Failure>>,
     /// Where the experts live, if the engine knows.
     experts: Option<Experts>,
     /// The migration under way.
@@ -66,6 +66,13 @@ pub(super) struct Shared {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// The engine thread has nothing more to do.
     ended: (Mutex<bool>, Condvar),
+}
+
+/// Why the engine died.
+pub(super) struct Failure {
+    pub why: String,
+    /// The device that failed or is full, where that is why.
+    pub device: Option<String>,
 }
 
 impl Shared {
@@ -95,8 +102,8 @@ impl Shared {
 
     /// Why no more requests are taken.
     fn stopped(&self) -> Error {
-        let failure = lock(&self.failure).clone();
-        Error::Stopped(failure.unwrap_or_else(|| "it is shutting down".into()))
+        let failure = lock(&self.failure);
+        Error::Stopped(failure.as_ref().map_or("it is shutting down", |failure| &failure.why).to_owned())
     }
 }
 
@@ -274,6 +281,13 @@ impl EngineHandle {
     /// All ranks work; false after a failure and after the end of a shutdown.
     pub fn is_alive(&self) -> bool {
         self.shared.alive.load(Ordering::Acquire)
+    }
+
+    /// [`Error::Device`] when the engine died because of a device: what was on it is lost, and only a new process can use it again.
+    pub fn lost_device(&self) -> Option<Error> {
+        let failure = lock(&self.shared.failure);
+        let Failure { why, device } = failure.as_ref()?;
+        Some(Error::Device { device: device.clone()?, why: why.clone() })
     }
 
     /// New requests are taken; false from the first moment of a shutdown on.

@@ -99,6 +99,18 @@ pub(super) struct RankFailure {
     pub why: String,
     /// It only saw another rank fail.
     pub from_peer: bool,
+    /// The device that failed or is full, where that is why.
+    pub device: Option<String>,
+}
+
+impl RankFailure {
+    fn of(error: &Error) -> RankFailure {
+        let device = match error {
+            Error::Device { device, .. } | Error::Memory { device, .. } => Some(device.clone()),
+            _ => None,
+        };
+        RankFailure { why: error.to_string(), from_peer: matches!(error, Error::Peer { .. }), device }
+    }
 }
 
 /// What a rank answers.
@@ -210,10 +222,8 @@ impl Rank {
             let outcome = catch_unwind(AssertUnwindSafe(|| self.work(work, &answers)));
             let failure = match outcome {
                 Ok(Ok(())) => continue,
-                Ok(Err(error)) => {
-                    RankFailure { from_peer: matches!(error, Error::Peer { .. }), why: error.to_string() }
-                }
-                Err(panic) => RankFailure { from_peer: false, why: panic_text(panic.as_ref()) },
+                Ok(Err(error)) => RankFailure::of(&error),
+                Err(panic) => RankFailure { why: panic_text(panic.as_ref()), from_peer: false, device: None },
             };
             // The model goes first: with it goes this rank's end of the communicator, which frees the others.
             drop(self);

@@ -53,6 +53,10 @@ pub enum Fault {
     None,
     /// The step with this number fails.
     ErrorAt(u64),
+    /// The step with this number fails on a device.
+    DeviceAt(u64),
+    /// The step with this number finds its device full.
+    MemoryAt(u64),
     /// The step with this number panics.
     PanicAt(u64),
     /// The step with this number never ends.
@@ -277,6 +281,14 @@ impl Model for ScriptedModel {
         match self.script.fault {
             Fault::ErrorAt(at) if at == step => {
                 return Err(Error::config("scripted model", format!("fails at step {step}")));
+            }
+            Fault::DeviceAt(at) if at == step => {
+                let why = "a kernel: CUDA_ERROR_ILLEGAL_ADDRESS".to_owned();
+                return Err(Error::Device { device: "cuda:1".to_owned(), why });
+            }
+            Fault::MemoryAt(at) if at == step => {
+                let sum = "4096 bytes more > 512 available".to_owned();
+                return Err(Error::Memory { device: "cuda:1".to_owned(), sum });
             }
             Fault::PanicAt(at) if at == step => panic!("the scripted model panics at step {step}"),
             Fault::HangAt(at) if at == step => loop {

@@ -9,7 +9,7 @@ use router_sim::split::Split;
 use crate::backend::{Backend, Precision};
 use crate::comm::solo::Solo;
 use crate::comm::{self, Communicator, Transport};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::Rank;
 use crate::metrics::{RankMeter, WorkClock};
 use crate::model::StepOutput;
@@ -81,7 +81,7 @@ pub struct WorldOptions {
 /// Loads every rank in parallel, one backend each, and returns them in rank order.
 ///
 /// # Errors
-/// Of connecting, or of the lowest rank that failed.
+/// Of connecting, or of the lowest rank that failed by itself. [`Error::Device`] too when a device runs out of memory.
 ///
 /// # Panics
 /// When the numbers of backends and ranks differ, or the placement is for another world.
@@ -107,7 +107,13 @@ pub fn load_world(
             .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
     });
-    results.into_iter().collect()
+    comm::all_or_cause(results).map_err(|error| match error {
+        // What was planned fits: the device has less than it told, and may have more at the next try.
+        Error::Memory { device, sum } => {
+            Error::Device { device, why: format!("out of memory while loading: {sum}") }
+        }
+        other => other,
+    })
 }
 
 fn load_rank(

@@ -191,6 +191,10 @@ fn degrees_that_do_not_divide_name_the_nearest() {
     serve(&demo, "--expert-parallel-size 0").refused(&["expert-parallel-size: expected 1 to 512"]);
     serve(&demo, "--pipeline-parallel-size 2").refused(&["pipeline-parallel-size", "expected 1, found 2"]);
     serve(&demo, "--device cuda").refused(&["device", "cuda: "]);
+    serve(&demo, "--device cpu --comm nccl")
+        .refused(&["comm: nccl exchanges rows between GPUs", "on the CPU"]);
+    serve(&demo, "--comm mpi").refused(&["mpi", "auto", "local", "nccl"]);
+    serve(&demo, "--comm-timeout 0").refused(&["comm-timeout: expected 1 to 86400, found 0"]);
     serve(&demo, "--block-size 24").refused(&["block-size", "multiple of 16", "24"]);
     serve(&demo, "--max-model-len 2000").refused(&["max-model-len: expected 1 to 1024, found 2000"]);
 }

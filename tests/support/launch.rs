@@ -61,7 +61,7 @@ impl Launch {
 
     /// Ends the engine and completes the trace, if there is one.
     pub fn finish(self) -> Prepared {
-        self.launched.finish(Duration::ZERO, Duration::MAX);
+        self.launched.finish(Duration::ZERO, Duration::MAX).unwrap();
         self.prepared
     }
 }

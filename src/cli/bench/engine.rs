@@ -109,7 +109,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         random: Random::new(work.seed),
     };
     let outcome = bench.measure(&work);
-    launched.finish(Duration::ZERO, Duration::MAX);
+    launched.finish(Duration::ZERO, Duration::MAX)?;
     let (prefill, decode) = outcome?;
     show(&table(&rows(&prefill, &decode)), arguments.json.as_deref());
     match &arguments.json {

@@ -18,8 +18,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Communicator;
 use super::local::{Local, check_counts};
+use super::{Communicator, all_or_cause};
 use crate::backend::reference::ReferenceBackend;
 use crate::backend::{Backend, DType, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
@@ -152,19 +152,7 @@ impl Nccl {
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect()
         });
-        let (mut ranks, mut failure) = (Vec::new(), None);
-        for outcome in connected {
-            match outcome {
-                Ok(rank) => ranks.push(rank),
-                // The cause counts, not those who saw it.
-                Err(error) if matches!(failure, None | Some(Error::Peer { .. })) => failure = Some(error),
-                Err(_) => {}
-            }
-        }
-        match failure {
-            None => Ok(ranks),
-            Some(error) => Err(error),
-        }
+        all_or_cause(connected)
     }
 
     /// Takes the seat that `host` has in its group.
