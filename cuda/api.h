@@ -158,7 +158,7 @@ MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
 // an activation, out is bf16 in steps of four.
 typedef struct {
   MoeyardGemm product;
-  void* maps;  // working memory, 256 bytes per group, a multiple of 128
+  void* maps;  // working memory, 640 bytes per group, a multiple of 128
   int32_t thin;
   int32_t reserved;
 } MoeyardGroupedGemm;

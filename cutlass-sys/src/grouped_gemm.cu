@@ -27,21 +27,23 @@ constexpr int GROUP_THREADS = 128;
 constexpr int STRIP = 16;  // tiles of rows that are walked for a tile of outputs before the next: they stay in the second-level cache
 constexpr int MOST_GROUPS = 1024;
 constexpr int ROW_BYTES = DEPTH * 2;
+constexpr int WIDTHS = 4;  // in chunks, of a tile of rows
+constexpr int COPIERS = 4;  // warps; one thread of each works, so that what it takes to start a copy does not hold up the next
 
 // A block: one warpgroup that copies, MULTIPLIERS that multiply 64 outputs each. A tile of rows is up to four chunks.
 template <int MULTIPLIERS_, int CHUNK_, int STAGES_> struct Form {
   static constexpr int MULTIPLIERS = MULTIPLIERS_, CHUNK = CHUNK_, STAGES = STAGES_;
   static constexpr int THREADS = (1 + MULTIPLIERS) * GROUP_THREADS;
-  static constexpr int OUTPUTS = MULTIPLIERS * 64, WIDTHS = 4, ROWS = WIDTHS * CHUNK;
-  static constexpr int BOX_ROWS = CHUNK / BLOCKS;  // rows of one copy
+  static constexpr int OUTPUTS = MULTIPLIERS * 64, ROWS = WIDTHS * CHUNK;
+  static_assert(STAGES % COPIERS == 0, "a stage belongs to one copier");
   static constexpr int WEIGHT_BYTES = OUTPUTS * ROW_BYTES, STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 };
 using Wide = Form<2, 64, 4>;   // for arithmetic
 using Thin = Form<1, 16, 12>;  // for bandwidth: what is under way counts
 
-// Matrices of one group, as the copy engine sees them.
+// Matrices of one group, as the copy engine sees them: rows in boxes of a block's share of one to four chunks.
 struct alignas(128) Maps {
-  CUtensorMap weights, rows;
+  CUtensorMap weights, rows[WIDTHS];
 };
 
 // One product: rows of one slot, or one of equal products side by side.
@@ -77,7 +79,7 @@ static_assert(SHARED_BYTES<Wide> <= 227 * 1024 && SHARED_BYTES<Thin> <= 227 * 10
 // Called by the first warp. Wide tiles read their weights once for more rows; narrow ones keep more clusters busy when there is little
 // to do. The least estimated time wins: rounds of tiles, times the mean tile and what it costs beside its rows.
 template <class F> __device__ __forceinline__ void make_schedule(Schedule& s, const MoeyardGemm& a, int clusters) {
-  constexpr int WIDTHS = F::WIDTHS, CHUNK = F::CHUNK, BESIDE = 48;
+  constexpr int CHUNK = F::CHUNK, BESIDE = 48;
   int lane = threadIdx.x % WARP, groups = groups_of(a), pairs = divide_up(a.n, F::OUTPUTS * BLOCKS);
   unsigned tiles[WIDTHS] = {};
   for (int g = lane; g < groups; g += WARP) {
@@ -149,34 +151,34 @@ __device__ __forceinline__ void fetch_ahead(const Shared<F>& shared, const Moeya
     cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&map.weights, step * DEPTH, work.tile * F::OUTPUTS);
 }
 
-// One thread: keeps the stages filled.
+// One thread of each copier: keeps its stages filled.
 template <class F>
 __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a, const Maps* maps, bool made_here, int cluster,
                                         int clusters, int rank) {
   constexpr auto KEEP = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr uint16_t BOTH = (1 << BLOCKS) - 1;
-  int groups = groups_of(a), steps = divide_up(a.k, DEPTH), known = -1;
+  int groups = groups_of(a), steps = divide_up(a.k, DEPTH), known = -1, copier = threadIdx.x / WARP;
   Ring<F::STAGES> ring;
   for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
     Work work = work_of(shared.schedule, groups, tile, rank);
     const Maps& map = maps[work.group];
     if (made_here && work.group != known) {
       cute::tma_descriptor_fence_acquire(&map.weights);
-      cute::tma_descriptor_fence_acquire(&map.rows);
+      for (const CUtensorMap& rows : map.rows) cute::tma_descriptor_fence_acquire(&rows);
       known = work.group;
     }
-    int boxes = divide_up(work.rows, F::CHUNK), own = rank * boxes * F::BOX_ROWS;
+    int chunks = divide_up(work.rows, F::CHUNK), own = rank * chunks * (F::CHUNK / BLOCKS);
+    const CUtensorMap* rows = &map.rows[chunks - 1];
     for (int step = 0; step < steps; ++step, ring.advance()) {
+      if (ring.stage % COPIERS != copier) continue;
       shared.empty[ring.stage].wait(ring.phase ^ 1);
       auto& full = shared.full[ring.stage];
-      full.arrive_and_expect_tx(F::WEIGHT_BYTES + boxes * F::CHUNK * ROW_BYTES);
+      full.arrive_and_expect_tx(F::WEIGHT_BYTES + chunks * F::CHUNK * ROW_BYTES);
       auto* barrier = reinterpret_cast<uint64_t*>(&full);
       unsigned char* to = shared.stages[ring.stage];
       cute::SM90_TMA_LOAD_2D::copy(&map.weights, barrier, KEEP, to, step * DEPTH, work.tile * F::OUTPUTS);
-      to += F::WEIGHT_BYTES + own * ROW_BYTES;
-      for (int box = 0; box < boxes; ++box)
-        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map.rows, barrier, BOTH, KEEP, to + box * F::BOX_ROWS * ROW_BYTES, step * DEPTH,
-                                               work.row + own + box * F::BOX_ROWS);
+      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(rows, barrier, BOTH, KEEP, to + F::WEIGHT_BYTES + own * ROW_BYTES, step * DEPTH,
+                                             work.row + own);
     }
   }
 }
@@ -202,37 +204,114 @@ __host__ __device__ inline bool in_fours(const MoeyardGemm& a) {
          a.out.stride % 4 == 0 && batches;
 }
 
-// A lane's columns become rows of the output first, eight bytes a store.
-template <int WIDTH, class Sums>
-__device__ __forceinline__ void finish_in_fours(const MoeyardGemm& a, const Tile& tile, const Outputs& o, int first, int64_t shift, const Sums& sums) {
-  int lane = threadIdx.x % WARP, odd = lane % 2, four = lane % 4 / 2 * 4;
-  auto* out = static_cast<bf16*>(a.out.data) + int64_t(tile.row) * a.out.stride + shift;
-  if (a.activation) {
-    out += first / 2 + four;
+// The reciprocal of a number from 1 to 2^125, rounded as a division rounds it: what the compiler does there, without a branch, so that
+// many are under way together.
+__device__ __forceinline__ float reciprocal(float y) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(y));
+  return fmaf(r, -fmaf(y, r, -1.0f), r);
+}
+
+// gate[i] = activate(gate[i], up[i]), the same bits.
+template <bool CLAMPED, int COUNT>
+__device__ __forceinline__ void activate_all(const MoeyardGemm& a, float (&gate)[COUNT], const float (&up)[COUNT]) {
+  float sigmoids[COUNT];
+  bool far = false;
 #pragma unroll
-    for (int j = 0; j < WIDTH / 8; j += 2) {
-      uint32_t t[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int at = (j + i) * 4;
-        float low = activate(sums(at) + o.low, sums(at + 2) + o.high, a.activation, a.limit, a.alpha);
-        float high = activate(sums(at + 1) + o.low, sums(at + 3) + o.high, a.activation, a.limit, a.alpha);
-        t[i] = transposed(low, high);
-      }
-      uint2 value = exchanged(t[0], t[1]);
-      int row = (j + odd) * 8 + lane / 4;
-      if (row < tile.rows) *reinterpret_cast<uint2*>(out + row * a.out.stride) = value;
-    }
-    return;
+  for (int i = 0; i < COUNT; ++i) {
+    if (CLAMPED) gate[i] = fminf(gate[i], a.limit);
+    sigmoids[i] = 1.0f + expf(-(CLAMPED ? a.alpha * gate[i] : gate[i]));
+    far |= !(sigmoids[i] < 0x1p125f);
   }
-  out += first + odd * 8 + four;
+  if (far) {
 #pragma unroll
-  for (int j = 0; j < WIDTH / 8; ++j) {
-    uint32_t low = transposed(sums(j * 4) + o.low, sums(j * 4 + 1) + o.low);
-    uint32_t high = transposed(sums(j * 4 + 2) + o.high, sums(j * 4 + 3) + o.high);
+    for (int i = 0; i < COUNT; ++i) sigmoids[i] = 1.0f / sigmoids[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sigmoids[i] = reciprocal(sigmoids[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if (CLAMPED) gate[i] = gate[i] * sigmoids[i] * (fminf(fmaxf(up[i], -a.limit), a.limit) + 1.0f);
+    else gate[i] = gate[i] * sigmoids[i] * up[i];
+  }
+}
+
+// A warp's 16 outputs of some rows of a tile, on their way out.
+struct Ending {
+  Outputs outputs;
+  int first;  // output
+  int64_t shift;
+};
+
+// bf16 in fours: a lane's columns become rows of the output first, eight bytes a store. `sums` are of WIDTH rows from `row` on.
+template <int WIDTH, bool CLAMPED, class Sums>
+__device__ __forceinline__ void finish_gated(const MoeyardGemm& a, const Tile& tile, const Ending& end, int row, const Sums& sums) {
+  int lane = threadIdx.x % WARP, odd = lane % 2;
+  float gate[WIDTH / 4], up[WIDTH / 4];
+#pragma unroll
+  for (int i = 0; i < WIDTH / 4; ++i) {
+    gate[i] = sums[i / 2 * 4 + i % 2] + end.outputs.low;
+    up[i] = sums[i / 2 * 4 + i % 2 + 2] + end.outputs.high;
+  }
+  activate_all<CLAMPED>(a, gate, up);
+  auto* out = static_cast<bf16*>(a.out.data) + end.shift + end.first / 2 + lane % 4 / 2 * 4;
+  row += odd * 8 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < WIDTH / 4; i += 4, row += 16) {
+    uint2 value = exchanged(transposed(gate[i], gate[i + 1]), transposed(gate[i + 2], gate[i + 3]));
+    if (row < tile.rows) *reinterpret_cast<uint2*>(out + int64_t(tile.row + row) * a.out.stride) = value;
+  }
+}
+template <int WIDTH, class Sums>
+__device__ __forceinline__ void finish_plain(const MoeyardGemm& a, const Tile& tile, const Ending& end, int row, const Sums& sums) {
+  int lane = threadIdx.x % WARP;
+  auto* out = static_cast<bf16*>(a.out.data) + end.shift + end.first + lane % 2 * 8 + lane % 4 / 2 * 4;
+  row += lane / 4;
+#pragma unroll
+  for (int j = 0; j < WIDTH / 8; ++j, row += 8) {
+    uint32_t low = transposed(sums[j * 4] + end.outputs.low, sums[j * 4 + 1] + end.outputs.low);
+    uint32_t high = transposed(sums[j * 4 + 2] + end.outputs.high, sums[j * 4 + 3] + end.outputs.high);
     uint2 value = exchanged(low, high);
-    int row = j * 8 + lane / 4;
-    if (row < tile.rows) *reinterpret_cast<uint2*>(out + row * a.out.stride) = value;
+    if (row < tile.rows) *reinterpret_cast<uint2*>(out + int64_t(tile.row + row) * a.out.stride) = value;
+  }
+}
+// Outputs that lie anyhow.
+template <class T, int WIDTH, class Sums>
+__device__ __forceinline__ void finish_anyhow(const MoeyardGemm& a, const Tile& tile, const Ending& end, int row, const Sums& sums) {
+  int lane = threadIdx.x % WARP;
+  bool low = end.outputs.n < a.n, high = end.outputs.n + 8 < a.n;
+  row += lane % 4 * 2;
+  T* out = static_cast<T*>(a.out.data) + end.shift + end.outputs.n + int64_t(tile.row + row) * a.out.stride;
+#pragma unroll
+  for (int j = 0; j < WIDTH / 8; ++j, row += 8, out += 8 * a.out.stride)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      T* at = out + e * a.out.stride;
+      bool here = row + e < tile.rows;
+      if (here && low) at[0] = narrow<T>(sums[j * 4 + e] + end.outputs.low);
+      if (here && high) at[8] = narrow<T>(sums[j * 4 + e + 2] + end.outputs.high);
+    }
+}
+
+// As a loop over chunks: unrolled it would be more code than the instruction cache holds. The registers that the loop reads are always the
+// same; the others move up.
+template <int WIDTH, class Sums>
+__device__ __forceinline__ void finish_tile(const MoeyardGemm& a, const Tile& tile, const Ending& end, const Sums& sums) {
+  constexpr int CHUNK = WIDTH % 64 ? WIDTH : 64;
+  bool fours = in_fours(a);
+  float held[WIDTH / 2];
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) held[i] = sums(i);
+#pragma unroll 1
+  for (int row = 0; row < WIDTH; row += CHUNK) {
+    if (a.activation == MOEYARD_SILU_MUL) finish_gated<CHUNK, false>(a, tile, end, row, held);
+    else if (a.activation) finish_gated<CHUNK, true>(a, tile, end, row, held);
+    else if (fours) finish_plain<CHUNK>(a, tile, end, row, held);
+    else if (a.out.type == MOEYARD_F32) finish_anyhow<float, CHUNK>(a, tile, end, row, held);
+    else finish_anyhow<bf16, CHUNK>(a, tile, end, row, held);
+#pragma unroll
+    for (int i = 0; i + CHUNK / 2 < WIDTH / 2; ++i) held[i] = held[i + CHUNK / 2];
   }
 }
 
@@ -282,18 +361,7 @@ __device__ __forceinline__ void multiply(Shared<F>& shared, Ring<F::STAGES>& rin
 
   int lane = threadIdx.x % WARP, output = work.tile * F::OUTPUTS + part * 64 + thread / WARP * 16;
   if (output >= a.n) return;
-  Outputs outputs = outputs_of(a, tile, output, lane);
-  if (in_fours(a)) return finish_in_fours<WIDTH>(a, tile, outputs, output, shift, sums);
-  bool has_low = outputs.n < a.n, has_high = outputs.n + 8 < a.n;
-#pragma unroll
-  for (int j = 0; j < WIDTH / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      int row = j * 8 + lane % 4 * 2 + e;
-      if (row >= tile.rows) continue;
-      if (has_low) store(a.out, tile.row + row, shift + outputs.n, sums(j * 4 + e) + outputs.low);
-      if (has_high) store(a.out, tile.row + row, shift + outputs.n + 8, sums(j * 4 + e + 2) + outputs.high);
-    }
+  finish_tile<WIDTH>(a, tile, Ending{outputs_of(a, tile, output, lane), output, shift}, sums);
 }
 
 template <class F>
@@ -342,7 +410,7 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(F::THREADS, 1)
   constexpr bool SHIFT = F::MULTIPLIERS > 1;
   if (threadIdx.x < GROUP_THREADS) {
     if constexpr (SHIFT) cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x == 0) produce<F>(shared, a, maps ? maps : &own, maps != nullptr, cluster, clusters, rank);
+    if (threadIdx.x % WARP == 0) produce<F>(shared, a, maps ? maps : &own, maps != nullptr, cluster, clusters, rank);
     __syncwarp();
   } else {
     if constexpr (SHIFT) cutlass::arch::warpgroup_reg_alloc<232>();
@@ -377,11 +445,11 @@ __global__ void __launch_bounds__(WARP) describe(const __grid_constant__ Moeyard
     const void* weight = a.offsets ? a.weights[group] : a.weight;
     point(made.weights, static_cast<const bf16*>(weight) + batch * a.w_batch, a.k, a.n, a.ldw);
     const bf16* x = static_cast<const bf16*>(a.x.data) + batch * a.x_batch + int64_t(rows.start) * a.x.stride;
-    point(made.rows, x, a.k, rows.rows, a.x.stride);
+    for (CUtensorMap& map : made.rows) point(map, x, a.k, rows.rows, a.x.stride);
   }
   __syncwarp();
   cute::tma_descriptor_cp_fence_release(&maps[group].weights, made.weights);
-  cute::tma_descriptor_cp_fence_release(&maps[group].rows, made.rows);
+  for (int i = 0; i < WIDTHS; ++i) cute::tma_descriptor_cp_fence_release(&maps[group].rows[i], made.rows[i]);
 #endif
 }
 
@@ -418,7 +486,8 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
   Maps own;
   const void* weight = single ? a.weight : args.maps;
   if (int error = make_map(&own.weights, weight, a.k, a.n, a.ldw, F::OUTPUTS)) return error;
-  if (int error = make_map(&own.rows, a.x.data, a.k, a.x.rows, a.x.stride, F::BOX_ROWS)) return error;
+  for (int i = 0; i < WIDTHS; ++i)
+    if (int error = make_map(&own.rows[i], a.x.data, a.k, a.x.rows, a.x.stride, (i + 1) * F::CHUNK / BLOCKS)) return error;
   auto* maps = single ? nullptr : static_cast<Maps*>(args.maps);
   if (!single) describe<<<groups, WARP, 0, stream>>>(a, own, maps);
   cudaLaunchAttribute early{};

@@ -347,13 +347,13 @@ fn kernels_agree_on_linear() {
 }
 
 /// Every slot's rows by themselves, 50 at a time, against all at once.
-fn agree_on_experts(hidden: usize, width: usize, counts: &[usize], case: (Activation, bool)) {
+fn agree_on_experts(hidden: usize, width: usize, counts: &[usize], case: (Activation, bool), scale: f32) {
     let (activation, bias) = case;
     let mut numbers = Numbers::new(20);
     let host: Vec<HostMlp> =
         counts.iter().map(|_| host_mlp(&mut numbers, hidden, width, bias, DType::Bf16)).collect();
     let rows: usize = counts.iter().sum();
-    let data = numbers.vec(rows * hidden);
+    let data: Vec<f32> = numbers.vec(rows * hidden).iter().map(|x| x * scale).collect();
     let mut expected = None;
     for (kernel, gpu) in all_kernels() {
         let gpu = gpu.as_ref();
@@ -388,10 +388,12 @@ fn agree_on_experts(hidden: usize, width: usize, counts: &[usize], case: (Activa
 fn kernels_agree_on_experts() {
     for (hidden, width) in [(256, 192), (136, 72), (64, 520)] {
         for case in [(Activation::SiluMul, false), (SWIGLU, true)] {
-            agree_on_experts(hidden, width, &[0, 300, 0, 1, 77, 513, 0, 64], case);
-            agree_on_experts(hidden, width, &[17, 0, 1, 40, 130, 5, 0], case);
-            agree_on_experts(hidden, width, &[700], case);
-            agree_on_experts(hidden, width, &[0, 0, 256, 0], case);
+            agree_on_experts(hidden, width, &[0, 300, 0, 1, 77, 513, 0, 64], case, 1.0);
+            agree_on_experts(hidden, width, &[17, 0, 1, 40, 130, 5, 0], case, 1.0);
+            // Gates far beyond what an exponential can hold.
+            agree_on_experts(hidden, width, &[17, 70, 0, 200], case, 150.0);
+            agree_on_experts(hidden, width, &[700], case, 1.0);
+            agree_on_experts(hidden, width, &[0, 0, 256, 0], case, 1.0);
         }
     }
 }
@@ -400,6 +402,6 @@ fn kernels_agree_on_many_experts() {
     let mut numbers = Numbers::new(21);
     for most in [300, 60] {
         let counts: Vec<usize> = (0..150).map(|_| numbers.below(most).saturating_sub(most / 5)).collect();
-        agree_on_experts(64, 32, &counts, (Activation::SiluMul, false));
+        agree_on_experts(64, 32, &counts, (Activation::SiluMul, false), 1.0);
     }
 }
