@@ -28,7 +28,7 @@ fn main() {
             let gpu = CudaBackend::open(0).unwrap().into_dyn();
             let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
             if std::env::args().any(|a| a == "products") {
-                let tiles = [0, 128, 192].map(|rows| ProductKernels::Clusters { rows });
+                let tiles = [192, 128].map(|rows| ProductKernels::Clusters { rows });
                 bench.others = tiles.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 bench.products();
             } else {
@@ -145,9 +145,16 @@ impl Bench {
         }
         for shape in SHAPES {
             let slots = self.slots(shape);
-            for (tokens, spread) in
-                [(64, 0.0), (256, 0.0), (1024, 1.0), (4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0)]
-            {
+            for (tokens, spread) in [
+                (64, 0.0),
+                (256, 0.0),
+                (1024, 1.0),
+                (4096, -1.0),
+                (4096, 0.0),
+                (4096, 1.0),
+                (16384, -1.0),
+                (16384, 1.0),
+            ] {
                 self.experts(limits, shape, &slots, tokens, spread);
             }
         }
@@ -208,6 +215,28 @@ impl Bench {
         }
     }
 
+    /// A line for each kernel when `calls` in a row are one step, known again: what the host does for each call does not count.
+    fn lines_of_steps(
+        &self,
+        limits: Limits,
+        calls: usize,
+        flops: f64,
+        bytes: f64,
+        mut call: impl FnMut(&dyn Backend),
+    ) {
+        let usual = ("usual".to_owned(), self.gpu.clone());
+        for (kernel, gpu) in std::iter::once(&usual).chain(self.others.iter().take(1)) {
+            let seconds = self.time_on(gpu.as_ref(), |gpu| {
+                let mut body = || {
+                    (0..calls).for_each(|_| call(gpu));
+                    Ok(())
+                };
+                gpu.step(&mut body).unwrap();
+            }) / calls as f64;
+            self.line(&format!("  in a step, by {kernel}"), seconds, flops, bytes, Some(limits));
+        }
+    }
+
     fn random(&mut self, rows: usize, cols: usize) -> Tensor {
         // A period that is prime to everything keeps rows different; generating gigabytes would take longer than the benchmark.
         let period: Vec<bf16> = (0..65_537).map(|_| bf16::from_f32(self.numbers.unit() * 0.05)).collect();
@@ -244,11 +273,16 @@ impl Bench {
         let mut turn = 0;
         let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
         let name = format!("linear {rows} x {n} x {k}");
+        let flops = 2.0 * (rows * n * k) as f64;
         let kernels = if rows > 64 { self.others.len() } else { 1 };
-        self.lines(limits, &name, kernels, 2.0 * (rows * n * k) as f64, bytes, |gpu| {
+        let mut call = |gpu: &dyn Backend| {
             turn += 1;
             gpu.linear(x.view(), &matrices[turn % copies], None, out.view_mut()).unwrap();
-        });
+        };
+        self.lines(limits, &name, kernels, flops, bytes, &mut call);
+        if rows <= 64 {
+            self.lines_of_steps(limits, 64usize.next_multiple_of(copies), flops, bytes, &mut call);
+        }
     }
 
     fn slots(&mut self, shape: ExpertShape) -> Vec<Option<Mlp>> {
@@ -269,8 +303,12 @@ impl Bench {
         slots
     }
 
-    /// Rows of each expert: every choice is independent, its probability the exponential of a normal number times `spread`.
+    /// Rows of each expert: every choice is independent, its probability the exponential of a normal number times `spread`. Below 0, all
+    /// have as many.
     fn loads(&mut self, shape: ExpertShape, rows: usize, spread: f32) -> Vec<usize> {
+        if spread < 0.0 {
+            return vec![rows / shape.experts; shape.experts];
+        }
         let odds: Vec<f32> = (0..shape.experts).map(|_| (self.numbers.normal() * spread).exp()).collect();
         let total: f32 = odds.iter().sum();
         let mut counts = vec![0; shape.experts];
@@ -304,7 +342,11 @@ impl Bench {
         let busy = counts.iter().filter(|&&n| n > 0).count();
         let parameters = 3 * shape.hidden * shape.width;
         let bytes = 2.0 * (busy * parameters + rows * (2 * shape.hidden + 2 * shape.width)) as f64;
-        let loads = if spread > 0.0 { "log-normal" } else { "uniform" };
+        let loads = match spread {
+            ..0.0 => "even",
+            0.0 => "uniform",
+            _ => "log-normal",
+        };
         let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
         let kernels = match rows.div_ceil(busy) {
             0..=8 => 0,
