@@ -36,8 +36,12 @@ if [ $? = 2 ] && grep -q 'device: cuda: ' "$logs/no-gpu.txt"; then note "a missi
 
 if part operations; then
     start=$SECONDS
-    timeout 150 bin/gpu --test-threads 12 --skip kernels_agree --skip nccl:: >"$logs/operations.txt" 2>&1
+    timeout 150 bin/gpu --test-threads 12 --skip kernels_agree --skip nccl:: --skip sticky:: >"$logs/operations.txt" 2>&1
     outcome "operations against the reference" $? "$(grep '^test result' "$logs/operations.txt"), $((SECONDS - start)) s"
+    # By itself: it leaves its process without a GPU.
+    timeout 60 bin/gpu --test-threads 1 sticky:: >"$logs/sticky.txt" 2>&1
+    outcome "an illegal access is told and stays" $? "$(grep '^test result' "$logs/sticky.txt")"
+    cat "$logs/sticky.txt" >>"$logs/operations.txt"
     # By themselves: a kernel that faults takes everything in its process with it.
     timeout 60 bin/gpu --test-threads 1 kernels_agree >"$logs/kernels.txt" 2>&1
     outcome "kernels of products against each other" $? "$(grep '^test result' "$logs/kernels.txt")"
@@ -154,6 +158,10 @@ if part nccl; then
     timeout 120 bin/gpu --test-threads 1 nccl:: >"$logs/nccl.txt" 2>&1
     outcome "collectives of NCCL" $? "$(grep -m1 -E '^with NCCL|ignored: NCCL' "$logs/nccl.txt"); $(grep '^test result' "$logs/nccl.txt"), $((SECONDS - start)) s"
     grep -E 'FAILED|panicked|ignored: |^---- ' "$logs/nccl.txt" | head -40
+    if [ -x bin/gpu_bench ]; then
+        timeout 60 bin/gpu_bench exchanges 2>&1 | tee "$logs/exchanges.txt"
+        outcome "exchanges between ranks on one GPU" "${PIPESTATUS[0]}" ""
+    fi
     shares=$(grep -c '^test nccl::shared.* ok$' "$logs/nccl.txt")
     for model in models/*/; do
         base="$(basename "$model")"

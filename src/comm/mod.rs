@@ -6,7 +6,7 @@ mod meeting;
 pub mod nccl;
 pub mod solo;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

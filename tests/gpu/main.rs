@@ -5,6 +5,7 @@ mod attention;
 #[path = "../support/collectives.rs"]
 mod collectives;
 mod dense;
+mod faults;
 mod moe;
 mod nccl;
 mod pair;
@@ -30,6 +31,7 @@ fn main() {
         ranks::trials(),
         steps::trials(),
         nccl::trials(),
+        faults::trials(),
     ];
     let all = groups.into_iter().flatten();
     let trials = match gpus {

@@ -58,6 +58,8 @@ pub struct Nccl {
     arrived: Room,
     /// This rank's part of a sum.
     part: Room,
+    /// How a sum is divided.
+    counts: Vec<usize>,
     outgoing: Vec<Piece>,
     incoming: Vec<Piece>,
 }
@@ -168,6 +170,7 @@ impl Nccl {
             packed: Room::default(),
             arrived: Room::default(),
             part: Room::default(),
+            counts: Vec::new(),
             outgoing: Vec::new(),
             incoming: Vec::new(),
         })
@@ -309,13 +312,15 @@ impl Nccl {
     /// The sum of many bytes: every rank adds up a part of the rows, and all gather the parts.
     fn sum_divided(&mut self, mut x: ViewMut<'_>) -> Result<()> {
         let (rank, size, rows) = (self.host.rank(), self.host.size(), x.rows());
-        let counts: Vec<usize> = (0..size).map(|r| rows * (r + 1) / size - rows * r / size).collect();
+        let mut counts = std::mem::take(&mut self.counts);
+        counts.clear();
+        counts.extend((0..size).map(|r| rows * (r + 1) / size - rows * r / size));
         let mut part = std::mem::take(&mut self.part);
         let backend = Arc::clone(&self.backend);
         let mut sum = part.take(backend.as_ref(), x.dtype(), counts[rank], x.cols())?;
         self.reduce_scatter_rows(x.as_view(), &counts, sum.reborrow())?;
         self.all_gather_rows(sum.as_view(), &counts, x.reborrow())?;
-        self.part = part;
+        (self.part, self.counts) = (part, counts);
         Ok(())
     }
 }

@@ -3,8 +3,8 @@ use crate::backend::Precision;
 use crate::backend::ViewMut;
 use crate::backend::reference::ReferenceBackend;
 use crate::comm::Communicator;
-use crate::comm::local::Local;
 use crate::comm::solo::Solo;
+use crate::comm::tests::worlds;
 use crate::metrics::WorkClock;
 
 const SHAPE: ExpertShape = ExpertShape { hidden: 70, intermediate: 33, bias: true, dtype: DType::F32 };
@@ -55,13 +55,12 @@ fn weights_arrive_whole_and_slots_follow_the_placement() {
     let legs: Arc<[Leg]> = [leg(1, 0, 1, 1), leg(2, 1, 0, 0)].into();
     let landed =
         [Landed { layer: 0, rank: 0, place: 0, slot: 0 }, Landed { layer: 0, rank: 1, place: 0, slot: 0 }];
-    for expert_tp in [1, 2] {
-        let backends = (0..2 * expert_tp).map(|_| Arc::new(ReferenceBackend) as Arc<dyn Backend>).collect();
+    for (expert_tp, world) in [1, 2].into_iter().flat_map(|x| worlds(2 * x).map(|world| (x, world))) {
         std::thread::scope(|scope| {
-            for end in Local::world(backends) {
+            for (_, end) in world {
                 let (legs, old, new) = (legs.clone(), &old, &new);
                 scope.spawn(move || {
-                    let mut rank = rank(Box::new(end), expert_tp);
+                    let mut rank = rank(end, expert_tp);
                     let me = rank.world.rank() / expert_tp;
                     let backend = rank.backend.clone();
                     let held = old.layer(0).slots_of_rank(me).iter();
