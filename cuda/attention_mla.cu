@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
   float* maxima = reinterpret_cast<float*>(shared + (weights + WEIGHT_BYTES - start_of_shared));
   float* sums = maxima + HEADS;
 
-  int group = threadIdx.x / 128, lane = threadIdx.x % WARP;
+  int group = uniform(int(threadIdx.x) / 128), lane = threadIdx.x % WARP;
   Copies copies(a, span, end);
   if (group == 1) {
     copies.look_up(first);

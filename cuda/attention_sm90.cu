@@ -2,37 +2,68 @@
 // with heads of 64 or 128, windows, sinks; and the expanded form of MLA, whose keys are 128 columns of rows in order of position
 // and 64 of the paged cache. A row has the bits that attention_bf16.cu and attention_decode.cu give it.
 //
-// A block works on 128 (row, query head) pairs that share a KV head, 64 for each of two warpgroups, and walks all positions they see.
-// The warpgroups take turns to issue products: while one's scores become weights, the tensor cores work for the other (the schedule
-// of FlashAttention-3, Shah et al. 2024). A turn also tells the other warpgroup that copies have landed and which tiles are read.
+// A block works on 128 (row, query head) pairs that share a KV head, 64 for each of two warpgroups, and walks all positions they see;
+// a third warpgroup copies keys and values. The two take turns to issue products: while one's scores become weights, the tensor
+// cores work for the other (the schedule of FlashAttention-3, Shah et al. 2024).
 #include "attention_wgmma.cuh"
+#include "roles.cuh"
 #include "softmax.cuh"
 
 using namespace moeyard;
 
 namespace {
 
-constexpr int GROUPS = 2, UNITS = GROUPS * 64, THREADS = GROUPS * 128;
-// Tiles of keys, and of values, in shared memory. In iteration t a warpgroup reads keys t + 1 and values t and copies keys t + 3 and
-// values t + 2, while the other may still be in iteration t - 1.
-constexpr int STAGES = 4;
+constexpr int GROUPS = 2, UNITS = GROUPS * 64, WORKERS = GROUPS * 128, COPIERS = 128, THREADS = COPIERS + WORKERS;
+constexpr int COPIER_REGISTERS = 56, WORKER_REGISTERS = 224;
+// Tiles of keys, and of values, in shared memory.
+constexpr int STAGES = 3;
+// Named barriers: of the workers, and a turn of each of their warpgroups.
+constexpr int ALL_WORKERS = 1, TURN = 2;
 
 // Widths of keys and values.
 template <int KEY, int VALUE> struct Shape {
   static constexpr bool EXPANDED = KEY != VALUE;
   static constexpr int KEY_BYTES = KEY / 64 * PANEL_BYTES, VALUE_BYTES = VALUE / 64 * PANEL_BYTES;
   static constexpr int QUERY_BYTES = GROUPS * KEY_BYTES;
-  static constexpr int SHARED_BYTES = QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) + 1024;
+  static constexpr int PHASE_BYTES = 4 * STAGES * 8;
+  static constexpr int SHARED_BYTES = QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) + PHASE_BYTES + 1024;
 };
 
-// A thread's share of the copies of a tile: the same piece of 16 bytes of two rows in every panel.
+// Where a block keeps what: queries, then tiles of keys and of values, each with a phase "full" and one "empty".
+template <int KEY, int VALUE> struct Layout {
+  using S = Shape<KEY, VALUE>;
+  uint32_t queries, tiles_of_keys, tiles_of_values, phases;
+  __device__ explicit Layout(uint32_t shared) {
+    queries = (shared + 1023) / 1024 * 1024;
+    tiles_of_keys = queries + S::QUERY_BYTES;
+    tiles_of_values = tiles_of_keys + STAGES * S::KEY_BYTES;
+    phases = tiles_of_values + STAGES * S::VALUE_BYTES;
+  }
+  __device__ uint32_t keys(int t) const { return tiles_of_keys + t % STAGES * S::KEY_BYTES; }
+  __device__ uint32_t values(int t) const { return tiles_of_values + t % STAGES * S::VALUE_BYTES; }
+  __device__ uint32_t keys_full(int t) const { return phases + t % STAGES * 8; }
+  __device__ uint32_t keys_empty(int t) const { return phases + (STAGES + t % STAGES) * 8; }
+  __device__ uint32_t values_full(int t) const { return phases + (2 * STAGES + t % STAGES) * 8; }
+  __device__ uint32_t values_empty(int t) const { return phases + (3 * STAGES + t % STAGES) * 8; }
+  // Of the phase in which tile t is there.
+  __device__ static int parity(int t) { return t / STAGES % 2; }
+  __device__ void init() const {
+    for (int t = 0; t < STAGES; ++t) {
+      phase_init(keys_full(t), COPIERS), phase_init(values_full(t), COPIERS);
+      phase_init(keys_empty(t), WORKERS / WARP), phase_init(values_empty(t), WORKERS / WARP);
+    }
+  }
+};
+
+// A copier's share of a tile: the same piece of 16 bytes of four rows in every panel.
 template <int KEY, int VALUE> struct Copies {
   using S = Shape<KEY, VALUE>;
+  static constexpr int APART = COPIERS / 8, COUNT = TILE / APART;
   const MoeyardAttention& a;
   const MoeyardSpan& span;
   const bf16 *keys, *rope, *values;
   int end, piece, row;
-  int next[2], paged[2];  // cache rows of the tile of keys copied next, and of the one copied last
+  int next[COUNT], paged[COUNT];  // cache rows of the tile of keys copied next, and of the one copied last
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
     piece = threadIdx.x % 8, row = threadIdx.x / 8;
@@ -48,22 +79,22 @@ template <int KEY, int VALUE> struct Copies {
     const bf16* source = from + at * stride;
 #pragma unroll
     for (int p = 0; p < PANELS; ++p)
-      copy_async(swizzled(to + p * PANEL_BYTES, row + i * 32, piece), source + p * 64, valid);
+      copy_async(swizzled(to + p * PANEL_BYTES, row + i * APART, piece), source + p * 64, valid);
   }
 
   // Some time before `issue_keys`, so that the block table does not hold up the copies.
   __device__ void look_up(int start) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int position = start + row + i * 32;
+    for (int i = 0; i < COUNT; ++i) {
+      int position = start + row + i * APART;
       next[i] = position < end ? cache_row(a, span, position) : 0;
     }
   }
 
   __device__ void issue_keys(int start, uint32_t to) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int position = start + row + i * 32;
+    for (int i = 0; i < COUNT; ++i) {
+      int position = start + row + i * APART;
       bool valid = position < end;
       paged[i] = next[i];
       if constexpr (S::EXPANDED) {
@@ -78,20 +109,46 @@ template <int KEY, int VALUE> struct Copies {
   // Of the tile whose keys were copied last.
   __device__ void issue_values(int start, uint32_t to) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int position = start + row + i * 32;
+    for (int i = 0; i < COUNT; ++i) {
+      int position = start + row + i * APART;
       bool valid = position < end;
       copy<VALUE / 64>(values, a.value.stride, i, S::EXPANDED ? (valid ? position : 0) : paged[i], valid, to);
     }
   }
 };
 
+// What the copiers do: tiles of keys and values in turn, two of these under way.
+template <int KEY, int VALUE>
+__device__ void copy_tiles(Copies<KEY, VALUE>& copies, const Layout<KEY, VALUE>& at, int first, int tiles) {
+  auto landed = [&](uint32_t full) {
+    copy_wait<2>();
+    fence_for_wgmma();
+    phase_arrive(full);
+  };
+  copies.look_up(first);
+  for (int t = 0; t < tiles; ++t) {
+    if (t >= STAGES) phase_wait(at.keys_empty(t), at.parity(t - STAGES));
+    copies.issue_keys(first + t * TILE, at.keys(t));
+    copy_commit();
+    copies.look_up(first + (t + 1) * TILE);
+    if (t > 0) landed(at.keys_full(t - 1));
+    if (t >= STAGES) phase_wait(at.values_empty(t), at.parity(t - STAGES));
+    copies.issue_values(first + t * TILE, at.values(t));
+    copy_commit();
+    if (t > 0) landed(at.values_full(t - 1));
+  }
+  copy_wait<0>();
+  fence_for_wgmma();
+  phase_arrive(at.keys_full(tiles - 1));
+  phase_arrive(at.values_full(tiles - 1));
+}
+
 // The queries' columns come in two parts where the keys do.
 template <int KEY, int VALUE>
 __device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, uint32_t to) {
   constexpr int PIECES = KEY / 8;
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
-  for (int i = threadIdx.x; i < UNITS * PIECES; i += THREADS) {
+  for (int i = threadIdx.x - COPIERS; i < UNITS * PIECES; i += WORKERS) {
     int unit = i / PIECES, piece = i % PIECES, column = piece * 8, part = column >= a.key[0].dim;
     uint4 x = {};
     if (unit < units) {
@@ -103,10 +160,6 @@ __device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span
     store_shared(swizzled(panel, unit % 64, piece % 8), x);
   }
 }
-
-// Named barriers: a warpgroup waits for its turn, and gives it to the other one.
-__device__ inline void take_turn(int warpgroup) { asm volatile("bar.sync %0, %1;\n" ::"r"(1 + warpgroup), "n"(THREADS) : "memory"); }
-__device__ inline void give_turn(int warpgroup) { asm volatile("bar.arrive %0, %1;\n" ::"r"(1 + warpgroup), "n"(THREADS) : "memory"); }
 
 template <int KEY> __device__ inline void multiply_tile(float (&score)[TILE / 8][4], uint32_t queries, uint32_t keys) {
   uint64_t q = descriptor(queries), k = descriptor(keys);
@@ -128,27 +181,24 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
   int first = a.window ? max(0, int(span.position) - a.window + 1) : 0, end = int(span.position + span.rows);
   first = first / TILE * TILE;
-  uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
-  uint32_t keys = base + S::QUERY_BYTES, values = keys + STAGES * S::KEY_BYTES;
-
-  Copies<KEY, VALUE> copies(a, span, kv_head, end);
   int tiles = (end - first + TILE - 1) / TILE;
-  // Keys of tile t and values of the tile before it.
-  auto fetch = [&](int t) __attribute__((always_inline)) {
-    if (t > 0 && t <= tiles) copies.issue_values(first + (t - 1) * TILE, values + (t - 1) % STAGES * S::VALUE_BYTES);
-    if (t < tiles) copies.issue_keys(first + t * TILE, keys + t % STAGES * S::KEY_BYTES);
-    copy_commit();
-    copies.look_up(first + (t + 1) * TILE);
-  };
-  copies.look_up(first);
-  fetch(0);
-  fetch(1);
-  fetch(2);
-  fetch_queries<KEY, VALUE>(a, span, kv_head, base);
+  Layout<KEY, VALUE> at(shared_address(shared));
+  if (threadIdx.x == 0) at.init();
+  __syncthreads();
+  if (threadIdx.x < COPIERS) {
+    fewer_registers<COPIER_REGISTERS>();
+    Copies<KEY, VALUE> copies(a, span, kv_head, end);
+    copy_tiles(copies, at, first, tiles);
+    return;
+  }
+  more_registers<WORKER_REGISTERS>();
+  fetch_queries<KEY, VALUE>(a, span, kv_head, at.queries);
+  fence_for_wgmma();
+  named_wait<WORKERS>(ALL_WORKERS);
 
   // Of this lane's two pairs, and of its warpgroup.
-  int warpgroup = threadIdx.x / 128, lane = threadIdx.x % WARP;
-  int pair[2] = {int(threadIdx.x) / WARP * 16 + lane / 4, int(threadIdx.x) / WARP * 16 + lane / 4 + 8};
+  int warp = uniform((int(threadIdx.x) - COPIERS) / WARP), warpgroup = warp / 4, lane = threadIdx.x % WARP;
+  int pair[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
   Sight sight;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -160,7 +210,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   int own_end = working ? int(span.position) + (own_units - 1) / group + 1 : first;
   int own_tiles = (own_end - first + TILE - 1) / TILE;
   int lowest = int(span.position) + warpgroup * 64 / group;  // of the rows' positions
-  uint32_t queries = base + warpgroup * S::KEY_BYTES;
+  uint32_t queries = at.queries + warpgroup * S::KEY_BYTES;
   float scale = a.scale * LOG2E;
   State total[2] = {nothing(), nothing()}, state[2] = {nothing(), nothing()};
   float out[VALUE / 8][4] = {}, sums[VALUE / 8][4] = {};  // of the chunk, and of those before it
@@ -177,61 +227,66 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     for (int i = 0; i < TILE / 16; ++i) operand(weights[i], score, i);
   };
 
-  copy_wait<1>();
-  fence_for_wgmma();
-  __syncthreads();  // keys 0 and 1, values 0
+  // A tile has been read by this warp.
+  auto release = [&](uint32_t empty) __attribute__((always_inline)) {
+    if (lane == 0) phase_arrive(empty);
+  };
+
+  phase_wait(at.keys_full(0), at.parity(0));
   if (working) {
     wgmma_begin();
-    multiply_tile<KEY>(score, queries, keys);
+    multiply_tile<KEY>(score, queries, at.keys(0));
     wgmma_commit();
     wgmma_wait<0>();
     settle(score);
     soften(first);
     pack_weights();
   }
-  if (warpgroup == 1) give_turn(0);
+  release(at.keys_empty(0));
+  if (warpgroup == 1) named_arrive<WORKERS>(TURN);
   for (int t = 0; t < tiles; ++t) {
-    take_turn(warpgroup);
-    // Behind the products of this turn.
-    auto end_turn = [&]() __attribute__((always_inline)) {
-      copy_wait<0>();
-      fence_for_wgmma();
-      if (warpgroup == 0 || t + 1 < tiles) give_turn(warpgroup ^ 1);
-      fetch(t + 3);
-    };
-    if (t >= own_tiles) {
-      end_turn();
-      continue;
-    }
-    int start = first + t * TILE;
-    uint64_t v = value_descriptor(values + t % STAGES * S::VALUE_BYTES);
+    bool more = t + 1 < own_tiles;
+    if (t + 1 < tiles) phase_wait(at.keys_full(t + 1), at.parity(t + 1));
+    phase_wait(at.values_full(t), at.parity(t));
+    named_wait<WORKERS>(TURN + warpgroup);
     auto multiply_all_values = [&]() __attribute__((always_inline)) {
+      uint64_t v = value_descriptor(at.values(t));
 #pragma unroll
       for (int i = 0; i < TILE / 16; ++i) multiply_values(out, weights[i], v + i * (16 * 128 >> 4));
       wgmma_commit();
     };
+    auto end_turn = [&]() __attribute__((always_inline)) {
+      if (warpgroup == 0 || t + 1 < tiles) named_arrive<WORKERS>(TURN + (warpgroup ^ 1));
+    };
     settle(out);
-    if (t + 1 == own_tiles) {
-      wgmma_begin();
-      multiply_all_values();
+    if (!more) {  // the last tile that this warpgroup sees, or one that only the other one does
+      if (t + 1 == own_tiles) {
+        wgmma_begin();
+        multiply_all_values();
+      }
       end_turn();
       wgmma_wait<0>();
       settle(out);
+      if (t + 1 < tiles) release(at.keys_empty(t + 1));
+      release(at.values_empty(t));
       continue;
     }
+    int start = first + t * TILE;
     wgmma_begin();
-    multiply_tile<KEY>(score, queries, keys + (t + 1) % STAGES * S::KEY_BYTES);
+    multiply_tile<KEY>(score, queries, at.keys(t + 1));
     wgmma_commit();
     multiply_all_values();
     end_turn();
     wgmma_wait<1>();
     settle(score);
+    release(at.keys_empty(t + 1));
     bool chunk_ends = (start + TILE) % CHUNK == 0;
     State before[2] = {state[0], state[1]};
     if (chunk_ends) state[0] = state[1] = nothing();
     soften(start + TILE);
     wgmma_wait<0>();
     settle(out);
+    release(at.values_empty(t));
     if (chunk_ends) {  // it joins those before
       Factors f[2] = {join(total[0], before[0]), join(total[1], before[1])};
 #pragma unroll

@@ -12,6 +12,9 @@ namespace moeyard {
 
 constexpr int TILE = 64, CHUNK = 512;
 
+// A value that is the same in all lanes, as the compiler then knows.
+__device__ inline int uniform(int x) { return __shfl_sync(FULL, x, 0); }
+
 // 2^x; 0 for -inf and for what would be a denormal.
 __device__ inline float power(float x) {
   float y;
