@@ -13,6 +13,37 @@ constexpr unsigned FULL = 0xffffffffu;
 inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 inline int launched() { return int(cudaGetLastError()); }
 
+// From compute capability 9.0 on a kernel given to a stream by `launch_early` may start while the one before it still runs. Such a kernel
+// calls this before it reads or writes memory that others write: it returns when all of the kernel before is done and seen. Then
+// the next one may start. A kernel that is launched otherwise may call it too.
+__device__ inline void start_in_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Whether the current device starts kernels early.
+inline bool starts_early() {
+  int device = 0, major = 0;
+  return !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && major >= 9;
+}
+
+template <class... Parameters, class... Arguments>
+int launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream_of(stream);
+  config.attrs = &early;
+  config.numAttrs = starts_early() ? 1 : 0;
+  return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
 template <class T> __device__ inline T narrow(float x);

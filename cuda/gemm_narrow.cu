@@ -22,6 +22,12 @@ template <int ROWS, int COLS, bool ALIGNED> __global__ void __launch_bounds__(WA
   constexpr int AHEAD = 16 / (ROWS + COLS);  // steps whose loads are under way at once
   int lane = threadIdx.x % WARP, row = blockIdx.x * ROWS, col = (blockIdx.y * WARPS + threadIdx.x / WARP) * COLS;
   if (col >= a.n) return;
+  // Weights never change while a step runs, so they are on their way before the rows are.
+  for (int k = lane * 32; k < a.k; k += 32 * WARP) {
+    const float* ahead = static_cast<const float*>(a.weight) + int64_t(col) * a.ldw + k;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(ahead));
+  }
+  start_in_turn();
   const float *x[ROWS], *w[COLS];
   // What lies outside is computed from the last row and output, and dropped.
   for (int i = 0; i < ROWS; ++i) x[i] = static_cast<const float*>(a.x.data) + min(row + i, a.x.rows - 1) * a.x.stride;
@@ -59,9 +65,7 @@ template <int ROWS, int COLS, bool ALIGNED> __global__ void __launch_bounds__(WA
 template <int ROWS, int COLS> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid((a.x.rows + ROWS - 1) / ROWS, (a.n + WARPS * COLS - 1) / (WARPS * COLS));
   bool aligned = reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0 && a.ldw % 4 == 0 && a.k % 4 == 0;
-  if (aligned) narrow<ROWS, COLS, true><<<grid, WARPS * WARP, 0, stream_of(stream)>>>(a);
-  else narrow<ROWS, COLS, false><<<grid, WARPS * WARP, 0, stream_of(stream)>>>(a);
-  return launched();
+  return launch_early(aligned ? narrow<ROWS, COLS, true> : narrow<ROWS, COLS, false>, grid, WARPS * WARP, 0, stream, a);
 }
 
 }  // namespace

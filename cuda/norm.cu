@@ -13,6 +13,7 @@ template <bool ALL_HELD> __global__ void norm(MoeyardNorm a) {
   int64_t row = blockIdx.x / groups;
   int first = int(blockIdx.x % groups) * a.width;
   float held[HELD];
+  start_in_turn();
   auto each = [&](auto body) {
     if constexpr (ALL_HELD) {
 #pragma unroll
@@ -77,9 +78,8 @@ extern "C" int moeyard_norm(const MoeyardNorm* a, void* stream) {
   int64_t vectors = int64_t(a->x.rows) * (a->x.cols / a->width);
   if (vectors == 0) return 0;
   int threads = threads_for(a->width);
-  if (a->width <= threads * HELD) norm<true><<<unsigned(vectors), threads, 0, stream_of(stream)>>>(*a);
-  else norm<false><<<unsigned(vectors), threads, 0, stream_of(stream)>>>(*a);
-  return launched();
+  auto* kernel = a->width <= threads * HELD ? norm<true> : norm<false>;
+  return launch_early(kernel, dim3(unsigned(vectors)), threads, 0, stream, *a);
 }
 
 extern "C" int moeyard_square_sum(const MoeyardSquareSum* a, void* stream) {

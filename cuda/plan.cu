@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) 
   extern __shared__ int shared[];
   int *counts = shared, *base = counts + WARPS * a.slots, *rows = base + a.slots;
   Choices c = {0, a.ids.rows * a.ids.cols};
+  start_in_turn();
   count(a, c, counts);
   for (int s = threadIdx.x; s < a.slots; s += THREADS) base[s] = before_warps(a, counts, s);
   scan_slots(a, base, blockIdx.x == 0);
@@ -121,11 +122,13 @@ __global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) 
 }
 
 __global__ void __launch_bounds__(THREADS) gather(MoeyardPlan a, int words) {
+  start_in_turn();
   copy_row(a, blockIdx.x, a.tokens[blockIdx.x], words);
 }
 
 __global__ void __launch_bounds__(THREADS) plan_count(MoeyardPlan a) {
   extern __shared__ int shared[];
+  start_in_turn();
   count(a, choices_of_block(a), shared);
   for (int s = threadIdx.x; s < a.slots; s += THREADS) a.counts[int64_t(blockIdx.x) * a.slots + s] = before_warps(a, shared, s);
 }
@@ -134,6 +137,7 @@ __global__ void __launch_bounds__(THREADS) plan_count(MoeyardPlan a) {
 __global__ void __launch_bounds__(THREADS) plan_scan(MoeyardPlan a, int blocks) {
   extern __shared__ int totals[];
   constexpr int AHEAD = 16;  // loads under way at once
+  start_in_turn();
   for (int s = threadIdx.x; s < a.slots; s += THREADS) {
     int sum = 0;
     for (int b = 0; b < blocks; b += AHEAD) {
@@ -155,6 +159,7 @@ __global__ void __launch_bounds__(THREADS) plan_place(MoeyardPlan a) {
   extern __shared__ int shared[];
   int *counts = shared, *base = shared + WARPS * a.slots;
   Choices c = choices_of_block(a);
+  start_in_turn();
   count(a, c, counts);
   for (int s = threadIdx.x; s < a.slots; s += THREADS) {
     before_warps(a, counts, s);
@@ -183,19 +188,16 @@ template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
 extern "C" int moeyard_plan(const MoeyardPlan* a, void* stream) {
   int choices = a->ids.rows * a->ids.cols, blocks = (choices + MOEYARD_PLAN_CHUNK - 1) / MOEYARD_PLAN_CHUNK;
   if (choices == 0) return 0;
-  auto s = stream_of(stream);
   size_t bytes = size_t(WARPS + 1) * a->slots * sizeof(int);
   if (blocks == 1) {
     bytes += MOEYARD_PLAN_CHUNK * sizeof(int);
     if (cudaError_t error = allow(plan_whole, bytes)) return int(error);
-    plan_whole<<<choices < 128 ? choices : 128, THREADS, bytes, s>>>(*a, words_of(*a));
-    return launched();
+    return launch_early(plan_whole, dim3(choices < 128 ? choices : 128), THREADS, bytes, stream, *a, words_of(*a));
   }
   if (cudaError_t error = allow(plan_count, bytes)) return int(error);
   if (cudaError_t error = allow(plan_place, bytes)) return int(error);
-  plan_count<<<blocks, THREADS, bytes, s>>>(*a);
-  plan_scan<<<1, THREADS, a->slots * sizeof(int), s>>>(*a, blocks);
-  plan_place<<<blocks, THREADS, bytes, s>>>(*a);
-  gather<<<choices, THREADS, 0, s>>>(*a, words_of(*a));
-  return launched();
+  if (int error = launch_early(plan_count, dim3(blocks), THREADS, bytes, stream, *a)) return error;
+  if (int error = launch_early(plan_scan, dim3(1), THREADS, a->slots * sizeof(int), stream, *a, blocks)) return error;
+  if (int error = launch_early(plan_place, dim3(blocks), THREADS, bytes, stream, *a)) return error;
+  return launch_early(gather, dim3(choices), THREADS, 0, stream, *a, words_of(*a));
 }

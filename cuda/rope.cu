@@ -27,6 +27,7 @@ __device__ inline const float* angles_of(const MoeyardMatrix& table, uint32_t ro
 }
 
 __global__ void rope(MoeyardRope a) {
+  start_in_turn();
   const float* angles = angles_of(a.table, a.rows[blockIdx.x]);
   for (int i = blockIdx.y * THREADS + threadIdx.x; i < a.heads * (a.dim / 2); i += gridDim.y * THREADS) {
     Pair pair = rotated(a.x, blockIdx.x, angles, i, a.head_stride, a.offset, a.dim, a.interleaved);
@@ -36,6 +37,7 @@ __global__ void rope(MoeyardRope a) {
 }
 
 __global__ void rope_kv(MoeyardRopeKv a) {
+  start_in_turn();
   const float* angles = angles_of(a.table, a.rows[blockIdx.x]);
   int64_t row = blockIdx.x, to = a.slots[row];
   int start = blockIdx.y * THREADS + threadIdx.x, step = gridDim.y * THREADS;
@@ -65,12 +67,11 @@ dim3 grid_of(int rows, int work) {
 
 extern "C" int moeyard_rope(const MoeyardRope* a, void* stream) {
   if (a->x.rows == 0 || a->heads == 0 || a->dim == 0) return 0;
-  rope<<<grid_of(a->x.rows, a->heads * (a->dim / 2)), THREADS, 0, stream_of(stream)>>>(*a);
-  return launched();
+  return launch_early(rope, grid_of(a->x.rows, a->heads * (a->dim / 2)), THREADS, 0, stream, *a);
 }
 
 extern "C" int moeyard_rope_kv(const MoeyardRopeKv* a, void* stream) {
   if (a->qkv.rows == 0) return 0;
-  rope_kv<<<grid_of(a->qkv.rows, a->heads * (a->dim / 2) + a->kv_heads * a->head_dim), THREADS, 0, stream_of(stream)>>>(*a);
-  return launched();
+  int work = a->heads * (a->dim / 2) + a->kv_heads * a->head_dim;
+  return launch_early(rope_kv, grid_of(a->qkv.rows, work), THREADS, 0, stream, *a);
 }

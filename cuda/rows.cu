@@ -10,6 +10,7 @@ constexpr int THREADS = 256;
 __device__ int64_t target_row(int64_t i, int half) { return half < 0 ? i : i / 8 * 16 + half * 8 + i % 8; }
 
 __global__ void copy_bits(MoeyardCopy a, int words) {  // rows of 16-byte words
+  start_in_turn();
   int64_t from = a.index ? a.index[blockIdx.x] : blockIdx.x, to = target_row(blockIdx.x, a.half);
   int bytes = a.src.type == MOEYARD_BF16 ? 2 : 4;
   const uint4* src = reinterpret_cast<const uint4*>(static_cast<const char*>(a.src.data) + from * a.src.stride * bytes);
@@ -18,6 +19,7 @@ __global__ void copy_bits(MoeyardCopy a, int words) {  // rows of 16-byte words
 }
 
 __global__ void copy_elements(MoeyardCopy a) {
+  start_in_turn();
   int64_t from = a.index ? a.index[blockIdx.x] : blockIdx.x, to = target_row(blockIdx.x, a.half);
   for (int c = blockIdx.y * THREADS + threadIdx.x; c < a.src.cols; c += gridDim.y * THREADS) {
     if (a.src.type == MOEYARD_I32)
@@ -37,12 +39,14 @@ __global__ void transpose_heads(MoeyardTransposeHeads a) {
 }
 
 __global__ void embed(MoeyardEmbed a) {
+  start_in_turn();
   int64_t from = a.ids[blockIdx.x];
   for (int c = threadIdx.x; c < a.table.cols; c += THREADS)
     store(a.out, blockIdx.x, c, load(a.table, from, c) * a.scale);
 }
 
 __global__ void map(MoeyardMap a) {
+  start_in_turn();
   for (int c = blockIdx.y * THREADS + threadIdx.x; c < a.y.cols; c += gridDim.y * THREADS) {
     float y = load(a.y, blockIdx.x, c);
     switch (a.kind) {
@@ -74,10 +78,8 @@ extern "C" int moeyard_copy(const MoeyardCopy* a, void* stream) {
   if (a->rows == 0 || a->src.cols == 0) return 0;
   int64_t bytes = int64_t(a->src.cols) * bytes_of(a->src.type);
   if (a->src.type == a->dst.type && bytes % 16 == 0 && in_words(a->src) && in_words(a->dst))
-    copy_bits<<<grid_of(a->rows, int(bytes / 16)), THREADS, 0, stream_of(stream)>>>(*a, int(bytes / 16));
-  else
-    copy_elements<<<grid_of(a->rows, a->src.cols), THREADS, 0, stream_of(stream)>>>(*a);
-  return launched();
+    return launch_early(copy_bits, grid_of(a->rows, int(bytes / 16)), THREADS, 0, stream, *a, int(bytes / 16));
+  return launch_early(copy_elements, grid_of(a->rows, a->src.cols), THREADS, 0, stream, *a);
 }
 
 extern "C" int moeyard_transpose_heads(const MoeyardTransposeHeads* a, void* stream) {
@@ -88,12 +90,10 @@ extern "C" int moeyard_transpose_heads(const MoeyardTransposeHeads* a, void* str
 
 extern "C" int moeyard_embed(const MoeyardEmbed* a, void* stream) {
   if (a->out.rows == 0) return 0;
-  embed<<<a->out.rows, THREADS, 0, stream_of(stream)>>>(*a);
-  return launched();
+  return launch_early(embed, dim3(a->out.rows), THREADS, 0, stream, *a);
 }
 
 extern "C" int moeyard_map(const MoeyardMap* a, void* stream) {
   if (a->y.rows == 0 || a->y.cols == 0) return 0;
-  map<<<grid_of(a->y.rows, a->y.cols), THREADS, 0, stream_of(stream)>>>(*a);
-  return launched();
+  return launch_early(map, grid_of(a->y.rows, a->y.cols), THREADS, 0, stream, *a);
 }

@@ -119,7 +119,7 @@ fn has_warpgroups(archs: &str, capability: (u32, u32)) -> bool {
 }
 
 /// Launches of a step that are not put off: the GPU works on them while the host puts the others together.
-const STEP_HEAD: usize = 16;
+const STEP_HEAD: usize = 32;
 
 /// Held while a stream is captured, which is when the driver refuses to wait for the whole GPU.
 static CAPTURE: Mutex<()> = Mutex::new(());
