@@ -32,8 +32,12 @@ fn vector(name: &str, x: &View<'_>, cols: usize) {
 
 /// Asserts that every index is below a limit.
 fn below(name: &str, index: &[u32], limit: usize) {
-    for (i, &n) in index.iter().enumerate() {
-        assert!((n as usize) < limit, "{name}[{i}]: {n} of {limit}");
+    // Block tables are long and checked in every layer: the usual pass has no branches.
+    let greatest = index.iter().fold(0, |max, &n| n.max(max));
+    if greatest as usize >= limit {
+        for (i, &n) in index.iter().enumerate() {
+            assert!((n as usize) < limit, "{name}[{i}]: {n} of {limit}");
+        }
     }
 }
 

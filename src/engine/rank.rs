@@ -153,8 +153,9 @@ impl Ranks {
                 observer: hooks.steps.clone(),
                 sampler: Sampler::default(),
                 logits: Vec::new(),
-                best: None,
-                chosen: Vec::new(),
+                device_best: None,
+                found: Vec::new(),
+                best: Vec::new(),
             };
             let answers = sender.clone();
             let thread = std::thread::Builder::new()
@@ -207,9 +208,11 @@ struct Rank {
     sampler: Sampler,
     /// Some logit rows in host memory; `[rows][vocab]`.
     logits: Vec<f32>,
-    /// Of each logit row its best token and its elements that are not finite, on the device and on the host.
-    best: Option<Tensor>,
-    chosen: Vec<[i32; 2]>,
+    /// The best token of each logit row, and its elements that are not finite: on the device, and copied to the host.
+    device_best: Option<Tensor>,
+    found: Vec<[i32; 2]>,
+    /// The best token of each logit row that wants no more.
+    best: Vec<Option<u32>>,
 }
 
 /// Logits that are copied to the host at once: enough that a GPU is asked rarely, few enough for the caches of a CPU.
@@ -283,55 +286,61 @@ impl Rank {
         Ok(())
     }
 
-    /// Does the jobs of the logit rows that this rank owns.
+    /// Does the jobs of the logit rows that this rank owns. Logits come to the host for those alone that want more than the best token.
     fn sample(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
-        report.rows.clear();
-        if self.take_best(plan, report)? { Ok(()) } else { self.sample_logits(plan, report) }
-    }
-
-    /// The jobs where all of them want their rows' best tokens, which the device finds: the logits stay there. If some logit is not
-    /// finite they are looked at after all.
-    fn take_best(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<bool> {
-        let RankSetup { backend, output, dp_rank, .. } = &self.setup;
-        let sub = &plan.sub_plans[*dp_rank];
-        let rows = output.logit_rows.len();
-        let jobs = || output.logit_rows.iter().map(|&row| job_of(self.index, sub, row));
-        if rows == 0 || !jobs().all(|job| wants_best(&sub.jobs[job])) {
-            return Ok(false);
-        }
-        if self.best.as_ref().is_none_or(|best| best.rows() < rows) {
-            self.best = Some(backend.alloc(DType::I32, output.logits.rows(), 2)?);
-        }
-        let best = self.best.as_mut().expect("made above");
-        backend.best(output.logits.head(rows), best.head_mut(rows))?;
-        self.chosen.resize(rows, [0; 2]);
-        backend.download(best.head(rows), bytemuck::cast_slice_mut(&mut self.chosen))?;
-        if self.chosen.iter().any(|&[_, infinite]| infinite > 0) {
-            return Ok(false);
-        }
-        for (&[token, _], job) in self.chosen.iter().zip(jobs()) {
-            let event = TokenEvent { token: token as u32, logprob: None, rank: 0, top: Vec::new() };
-            report.rows.push(RowResult { job: job as u32, outcome: Ok(Some(event)), logits: None });
-        }
-        Ok(true)
-    }
-
-    /// The jobs on logits in host memory.
-    fn sample_logits(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
+        self.find_best(plan)?;
         let RankSetup { backend, output, dp_rank, .. } = &self.setup;
         let sub = &plan.sub_plans[*dp_rank];
         let vocab = output.logits.cols();
         let at_once = (LOGIT_BYTES / (vocab * DType::F32.bytes())).max(1);
-        for (piece, wanted) in output.logit_rows.chunks(at_once).enumerate() {
-            let first = piece * at_once;
-            self.logits.resize(wanted.len() * vocab, 0.0);
-            let logits = output.logits.view().rows_range(first..first + wanted.len());
+        report.rows.clear();
+        let mut next = 0;
+        while let Some(&row) = output.logit_rows.get(next) {
+            if let Some(token) = self.best[next] {
+                let event = TokenEvent { token, logprob: None, rank: 0, top: Vec::new() };
+                let job = job_of(self.index, sub, row) as u32;
+                report.rows.push(RowResult { job, outcome: Ok(Some(event)), logits: None });
+                next += 1;
+                continue;
+            }
+            let rows = self.best[next..].iter().take(at_once).take_while(|best| best.is_none()).count();
+            self.logits.resize(rows * vocab, 0.0);
+            let logits = output.logits.view().rows_range(next..next + rows);
             backend.download(logits, bytemuck::cast_slice_mut(&mut self.logits))?;
+            let wanted = &output.logit_rows[next..next + rows];
             for (&row, logits) in wanted.iter().zip(self.logits.chunks_exact(vocab)) {
                 let job = job_of(self.index, sub, row);
                 let (index, job) = (job as u32, &sub.jobs[job]);
                 report.rows.push(self.sampler.run(index, job, sub.history_of(job), logits));
             }
+            next += rows;
+        }
+        Ok(())
+    }
+
+    /// Lets the device find the best tokens of rows that want no more, if there are any.
+    fn find_best(&mut self, plan: &StepPlan) -> Result<()> {
+        let RankSetup { backend, output, dp_rank, .. } = &self.setup;
+        let sub = &plan.sub_plans[*dp_rank];
+        let rows = output.logit_rows.len();
+        let wants = |row: u32| wants_best(&sub.jobs[job_of(self.index, sub, row)]);
+        self.best.clear();
+        self.best.resize(rows, None);
+        if !output.logit_rows.iter().any(|&row| wants(row)) {
+            return Ok(());
+        }
+        if self.device_best.as_ref().is_none_or(|best| best.rows() < rows) {
+            self.device_best = Some(backend.alloc(DType::I32, output.logits.rows(), 2)?);
+        }
+        let device_best = self.device_best.as_mut().expect("made above");
+        backend.best(output.logits.head(rows), device_best.head_mut(rows))?;
+        self.found.resize(rows, [0; 2]);
+        backend.download(device_best.head(rows), bytemuck::cast_slice_mut(&mut self.found))?;
+        for ((best, &row), &[token, infinite]) in
+            self.best.iter_mut().zip(&output.logit_rows).zip(&self.found)
+        {
+            // What is wrong with a row, its logits tell.
+            *best = (infinite == 0 && wants(row)).then_some(token as u32);
         }
         Ok(())
     }

@@ -25,13 +25,15 @@ pub enum Work {
     Dense,
     /// Choosing tokens.
     Sample,
+    /// Waiting for a device that was given everything it has to do.
+    Device,
     /// Waiting for other ranks, whatever for.
     Wait,
 }
 
 impl Work {
     /// All, in the order of their numbers.
-    pub const ALL: [Work; 9] = [
+    pub const ALL: [Work; 10] = [
         Work::Attention,
         Work::Router,
         Work::Dispatch,
@@ -40,6 +42,7 @@ impl Work {
         Work::AllReduce,
         Work::Dense,
         Work::Sample,
+        Work::Device,
         Work::Wait,
     ];
 
@@ -54,6 +57,7 @@ impl Work {
             Work::AllReduce => "allreduce",
             Work::Dense => "dense",
             Work::Sample => "sample",
+            Work::Device => "device",
             Work::Wait => "wait",
         }
     }

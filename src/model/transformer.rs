@@ -137,9 +137,8 @@ impl Model for Transformer {
         } else {
             self.compute(batch, owned.clone(), out)?;
         }
-        // What a device still has to do counts here, whatever it is.
-        self.settle()?;
         self.rank.lap(Work::Dense);
+        self.settle()?;
         self.record(owned, batch.want_routing, &mut out.routing)
     }
 
@@ -208,13 +207,15 @@ impl Transformer {
     fn settle(&mut self) -> Result<()> {
         let Transformer { rank, layers, placement, load, scratch, .. } = self;
         let Scratch { moe: moe_scratch, host, .. } = scratch;
-        let planned =
-            || layers.iter().filter_map(DecoderLayer::moe).filter(|moe| moe.is_planned(rank, placement));
-        if planned().next().is_none() {
+        if !layers.iter().filter_map(DecoderLayer::moe).any(|moe| moe.is_planned(rank, placement)) {
             return Ok(());
         }
         moe_scratch.fetch(rank.backend.as_ref())?;
-        planned().for_each(|moe| moe.settle(placement, &host.phases, load, moe_scratch));
+        rank.lap(Work::Device);
+        let planned =
+            layers.iter().filter_map(DecoderLayer::moe).filter(|moe| moe.is_planned(rank, placement));
+        planned.for_each(|moe| moe.settle(placement, &host.phases, load, moe_scratch));
+        rank.lap(Work::Router);
         Ok(())
     }
 

@@ -17,6 +17,7 @@ use crate::engine::request::{Event, FinishReason, Request};
 use crate::engine::stats::{RequestTiming, StepTiming};
 use crate::engine::{EngineHandle, TimingObserver};
 use crate::error::{Error, Result};
+use crate::metrics::{self, RankMeter};
 
 /// `moeyard bench`.
 #[derive(Args)]
@@ -56,19 +57,48 @@ struct Work {
     seed: u64,
 }
 
+/// Seconds of each kind of work, of an average rank.
+type Phases = [f64; metrics::Work::ALL.len()];
+
+/// One step.
+#[derive(Clone, Copy)]
+struct Step {
+    timing: StepTiming,
+    phases: Phases,
+}
+
 /// Steps of the engine under test.
-#[derive(Default)]
-struct Steps(Mutex<Vec<StepTiming>>);
+struct Steps {
+    meters: Vec<Arc<RankMeter>>,
+    /// The steps, and what the meters showed after the latest.
+    taken: Mutex<(Vec<Step>, Phases)>,
+}
 
 impl Steps {
-    fn take(&self) -> Vec<StepTiming> {
-        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn new(meters: Vec<Arc<RankMeter>>) -> Steps {
+        Steps { meters, taken: Mutex::default() }
+    }
+
+    fn take(&self) -> Vec<Step> {
+        std::mem::take(&mut self.taken.lock().unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn spent(&self) -> Phases {
+        metrics::Work::ALL.map(|work| {
+            let seconds: f64 = self.meters.iter().map(|meter| meter.spent(work).as_secs_f64()).sum();
+            seconds / self.meters.len() as f64
+        })
     }
 }
 
 impl TimingObserver for Steps {
     fn on_step(&self, timing: &StepTiming) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(*timing);
+        let now = self.spent();
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let (steps, before) = &mut *taken;
+        let phases = std::array::from_fn(|i| now[i] - before[i]);
+        *before = now;
+        steps.push(Step { timing: *timing, phases });
     }
     fn on_first_token(&self, _: Duration) {}
     fn on_next_token(&self, _: Duration) {}
@@ -86,6 +116,8 @@ struct Prefill {
 struct Decode {
     sequences: usize,
     steps: Samples,
+    /// Milliseconds of a step in each kind of work, on average.
+    phases: Phases,
 }
 
 /// Measures and prints.
@@ -100,7 +132,8 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         raw,
         Needs::default(),
     )?;
-    let steps = Arc::new(Steps::default());
+    let meters = prepared.counters.iter().map(|counters| Arc::clone(&counters.meter)).collect();
+    let steps = Arc::new(Steps::new(meters));
     let launched = prepared.launch(Needs::default(), Some(Arc::clone(&steps) as _))?;
     let mut bench = Bench {
         engine: &launched.engine,
@@ -111,7 +144,8 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let outcome = bench.measure(&work);
     launched.finish(Duration::ZERO, Duration::MAX)?;
     let (prefill, decode) = outcome?;
-    show(&table(&rows(&prefill, &decode)), arguments.json.as_deref());
+    let tables = [table(&rows(&prefill, &decode)), table(&phase_rows(&decode))].join("\n");
+    show(&tables, arguments.json.as_deref());
     match &arguments.json {
         Some(path) => write_json(path, &report(&prepared, &prefill, &decode)),
         None => Ok(()),
@@ -154,7 +188,7 @@ impl Bench<'_> {
             let mut seconds = Vec::new();
             for _ in 0..work.repeat {
                 let steps = self.run(1, tokens, 1)?;
-                seconds.push(steps.iter().map(|step| step.duration.as_secs_f64()).sum());
+                seconds.push(steps.iter().map(|step| step.timing.duration.as_secs_f64()).sum());
                 bar.inc(1);
             }
             prefill.push(Prefill { tokens, times: Samples::of_seconds(seconds) });
@@ -163,15 +197,18 @@ impl Bench<'_> {
         for &sequences in &work.batch {
             let steps = self.run(sequences, work.context_len, work.steps + 1)?;
             // Only steps in which all sequences decode and none is still reading its prompt.
-            let full = steps.iter().filter(|step| step.prefill_rows == 0 && step.decode_rows == sequences);
-            let steps = Samples::of_seconds(full.map(|step| step.duration.as_secs_f64()));
+            let full = |step: &&Step| step.timing.prefill_rows == 0 && step.timing.decode_rows == sequences;
+            let full: Vec<_> = steps.iter().filter(full).collect();
+            let steps = Samples::of_seconds(full.iter().map(|step| step.timing.duration.as_secs_f64()));
             if steps.is_empty() {
                 let why = format!(
                     "{sequences} sequences never ran together: --max-num-seqs, --kv-cache-memory or --steps is too small"
                 );
                 return Err(Error::config("--batch", why));
             }
-            decode.push(Decode { sequences, steps });
+            let mean =
+                |i: usize| full.iter().map(|step| step.phases[i] * 1e3).sum::<f64>() / full.len() as f64;
+            decode.push(Decode { sequences, steps, phases: std::array::from_fn(mean) });
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -179,7 +216,7 @@ impl Bench<'_> {
     }
 
     /// Runs random prompts side by side to their ends; the steps that took.
-    fn run(&mut self, sequences: usize, prompt: usize, tokens: usize) -> Result<Vec<StepTiming>> {
+    fn run(&mut self, sequences: usize, prompt: usize, tokens: usize) -> Result<Vec<Step>> {
         self.steps.take();
         let mut streams = Vec::with_capacity(sequences);
         for _ in 0..sequences {
@@ -213,6 +250,19 @@ fn rows(prefill: &[Prefill], decode: &[Decode]) -> Vec<Vec<String>> {
     rows
 }
 
+/// Where the time of a decode step goes on a rank, by kinds of work that take any.
+fn phase_rows(decode: &[Decode]) -> Vec<Vec<String>> {
+    let busy: Vec<usize> =
+        (0..metrics::Work::ALL.len()).filter(|&i| decode.iter().any(|d| d.phases[i] >= 0.0005)).collect();
+    let name = |i: &usize| metrics::Work::ALL[*i].label().to_owned();
+    let mut rows = vec![[vec!["ms of a decode step".to_owned()], busy.iter().map(name).collect()].concat()];
+    rows.extend(decode.iter().map(|d| {
+        let ms = busy.iter().map(|&i| format!("{:.3}", d.phases[i])).collect();
+        [vec![format!("batch {}", d.sequences)], ms].concat()
+    }));
+    rows
+}
+
 fn report(prepared: &Prepared, prefill: &[Prefill], decode: &[Decode]) -> Value {
     let parallel = prepared.options.parallel;
     let figures = |tokens: usize, times: &Samples| {
@@ -226,8 +276,19 @@ fn report(prepared: &Prepared, prefill: &[Prefill], decode: &[Decode]) -> Value 
     };
     let prefill: Vec<_> =
         prefill.iter().map(|p| with("prompt_tokens", p.tokens, figures(p.tokens, &p.times))).collect();
-    let decode: Vec<_> =
-        decode.iter().map(|d| with("batch", d.sequences, figures(d.sequences, &d.steps))).collect();
+    let phases = |d: &Decode| {
+        let ms =
+            metrics::Work::ALL.iter().zip(d.phases).map(|(work, ms)| (work.label().into(), json!(round(ms))));
+        Value::Object(ms.collect())
+    };
+    let decode: Vec<_> = decode
+        .iter()
+        .map(|d| {
+            let mut figures = with("batch", d.sequences, figures(d.sequences, &d.steps));
+            figures["phases_mean_ms"] = phases(d);
+            figures
+        })
+        .collect();
     json!({
         "moeyard": env!("CARGO_PKG_VERSION"),
         "model": prepared.model.name,
