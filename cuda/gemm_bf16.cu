@@ -76,8 +76,17 @@ __device__ void finish_all(const MoeyardGemm& a, const Tile& tile, int col, cons
   }
 }
 
+// Brings the beginning of a block's weights into the second-level cache, which shows what other kernels write.
+template <class S> __device__ void fetch_ahead(const bf16* w, int64_t ldw, int rows, int steps) {
+  constexpr int LINES = 16;  // of 128 bytes, a stage's share of a row
+  int lines = min(steps, LINES);
+  for (int i = threadIdx.x; i < min(rows, S::N) * lines; i += S::THREADS)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i / lines * ldw + i % lines * DEPTH));
+}
+
 template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
+  if (!a.early) start_in_turn();
   Tile tile = find_tile(a, blockIdx.x, S::R);
   if (tile.rows == 0) return;
   int col = blockIdx.y * S::N;
@@ -85,6 +94,10 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
   const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   uint32_t base = shared_address(shared);
   int steps = (a.k + DEPTH - 1) / DEPTH;
+  if (a.early) {
+    fetch_ahead<S>(w, a.ldw, a.n - col, steps);
+    start_in_turn();
+  }
   Source<S::N, S::THREADS> weights(w, a.ldw, a.n - col, a.k);
   Source<S::R, S::THREADS> rows(x, a.x.stride, tile.rows, a.k);
   auto issue = [&](int step) {
@@ -111,8 +124,7 @@ template <class S> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
   cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES);
   if (error) return int(error);
-  gemm<S><<<grid, S::THREADS, S::SHARED_BYTES, stream_of(stream)>>>(a);
-  return launched();
+  return launch_early(gemm<S>, grid, S::THREADS, S::SHARED_BYTES, stream, a);
 }
 
 // With few tiles, narrower ones keep more multiprocessors busy.
