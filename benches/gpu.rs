@@ -191,6 +191,23 @@ impl Bench {
         best
     }
 
+    /// Seconds per call when `calls` in a row are one step.
+    fn time_in_steps(&self, gpu: &dyn Backend, calls: usize, mut call: impl FnMut(&dyn Backend)) -> f64 {
+        let step = |gpu: &dyn Backend| {
+            let mut body = || {
+                (0..calls).for_each(|_| call(gpu));
+                Ok(())
+            };
+            gpu.step(&mut body).unwrap();
+        };
+        self.time_on(gpu, step) / calls as f64
+    }
+
+    /// Seconds per call outside of steps, and in steps of `calls`.
+    fn alone_and_in_steps(&self, calls: usize, mut call: impl FnMut(&dyn Backend)) -> [f64; 2] {
+        [self.time(&mut call), self.time_in_steps(self.gpu.as_ref(), calls, call)]
+    }
+
     fn line(&self, name: &str, seconds: f64, flops: f64, bytes: f64, limits: Option<Limits>) {
         let share =
             limits.map_or(String::new(), |l| format!("{:.0} %", 100.0 * bytes / seconds / l.bandwidth));
@@ -230,13 +247,7 @@ impl Bench {
     ) {
         let usual = ("usual".to_owned(), self.gpu.clone());
         for (kernel, gpu) in std::iter::once(&usual).chain(self.others.iter().take(1)) {
-            let seconds = self.time_on(gpu.as_ref(), |gpu| {
-                let mut body = || {
-                    (0..calls).for_each(|_| call(gpu));
-                    Ok(())
-                };
-                gpu.step(&mut body).unwrap();
-            }) / calls as f64;
+            let seconds = self.time_in_steps(gpu.as_ref(), calls, &mut call);
             self.line(&format!("  in a step, by {kernel}"), seconds, flops, bytes, Some(limits));
         }
     }
@@ -465,7 +476,7 @@ impl Bench {
     }
 
     /// 32 heads over 8 KV heads of 128, as Mixtral has them.
-    fn attention(&mut self, spans: &[SeqSpan], context: usize) -> f64 {
+    fn attention(&mut self, spans: &[SeqSpan], context: usize) -> [f64; 2] {
         const BLOCK: usize = 32;
         let (heads, kv_heads, dim) = (32, 8, 128);
         let blocks = spans.len() * context.div_ceil(BLOCK);
@@ -481,7 +492,7 @@ impl Bench {
         self.gpu.copy_rows(random.view(), q.view_mut()).unwrap();
         let mut out = self.gpu.alloc(DType::Bf16, rows, heads * dim).unwrap();
         let block_table: Vec<u32> = (0..blocks as u32).collect();
-        self.time(|gpu| {
+        self.alone_and_in_steps(if rows == spans.len() { 64 } else { 2 }, |gpu| {
             let batch = AttentionBatch { spans, block_table: &block_table };
             let args =
                 GqaArgs { q: q.view(), cache: &cache, batch, heads, scale: 0.088, window: None, sinks: None };
@@ -491,27 +502,23 @@ impl Bench {
 
     fn decode_attention(&mut self, limits: Limits, sequences: usize, context: usize) {
         let spans = last_rows(sequences, context);
-        let seconds = self.attention(&spans, context);
+        let [seconds, in_step] = self.attention(&spans, context);
         let bytes = (sequences * context * 2 * 8 * 128 * 2) as f64;
         let flops = (sequences * context * 32 * 128 * 4) as f64;
-        self.line(
-            &format!("attention, {sequences} rows over {context}"),
-            seconds,
-            flops,
-            bytes,
-            Some(limits),
-        );
+        let name = format!("attention, {sequences} rows over {context}");
+        self.line(&name, seconds, flops, bytes, Some(limits));
+        self.line("  in a step", in_step, flops, bytes, Some(limits));
     }
 
     fn prefill_attention(&mut self, rows: usize) {
         let spans = [prompt(rows)];
-        let seconds = self.attention(&spans, rows);
+        let [seconds, _] = self.attention(&spans, rows);
         let flops = (rows * rows / 2 * 32 * 128 * 4) as f64;
         self.line(&format!("attention, prompt of {rows}"), seconds, flops, 0.0, None);
     }
 
     /// 128 heads of DeepSeek-V3: both products with `kv_b` included.
-    fn mla(&mut self, spans: &[SeqSpan], context: usize) -> f64 {
+    fn mla(&mut self, spans: &[SeqSpan], context: usize) -> [f64; 2] {
         const BLOCK: usize = 32;
         let blocks = spans.len() * context.div_ceil(BLOCK);
         let shape = KvShape::Mla { latent: LATENT, rope_dim: ROPE };
@@ -531,7 +538,7 @@ impl Bench {
         self.gpu.copy_rows(random.view(), q.view_mut()).unwrap();
         let mut out = self.gpu.alloc(DType::Bf16, rows, MLA_HEADS * V_DIM).unwrap();
         let block_table: Vec<u32> = (0..blocks as u32).collect();
-        self.time(|gpu| {
+        self.alone_and_in_steps(if rows == spans.len() { 64 } else { 2 }, |gpu| {
             let batch = AttentionBatch { spans, block_table: &block_table };
             let args = MlaArgs { q: q.view(), cache: &cache, weights: &weights, batch, scale: 0.0722 };
             gpu.attention_mla(args, out.view_mut()).unwrap();
@@ -539,16 +546,17 @@ impl Bench {
     }
 
     fn decode_mla(&mut self, limits: Limits, sequences: usize, context: usize) {
-        let seconds = self.mla(&last_rows(sequences, context), context);
+        let [seconds, in_step] = self.mla(&last_rows(sequences, context), context);
         let weights = MLA_HEADS * (NOPE + V_DIM) * LATENT;
         let bytes = 2 * (sequences * context * (LATENT + ROPE) + weights);
         let flops = 2 * sequences * (context * MLA_HEADS * (2 * LATENT + ROPE) + weights);
         let name = format!("MLA, {sequences} rows over {context}");
         self.line(&name, seconds, flops as f64, bytes as f64, Some(limits));
+        self.line("  in a step", in_step, flops as f64, bytes as f64, Some(limits));
     }
 
     fn prefill_mla(&mut self, rows: usize) {
-        let seconds = self.mla(&[prompt(rows)], rows);
+        let [seconds, _] = self.mla(&[prompt(rows)], rows);
         let attention = rows * rows / 2 * MLA_HEADS * 2 * (NOPE + ROPE + V_DIM);
         let flops = attention + 2 * rows * MLA_HEADS * (NOPE + V_DIM) * LATENT;
         self.line(&format!("MLA, prompt of {rows}"), seconds, flops as f64, 0.0, None);

@@ -75,6 +75,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
 
   Copies<D> copies(a, span, kv_head, end);
   copies.look_up(first);
+  start_in_turn();  // spans and the block table are no kernel's work
   for (int t = 0; t < STAGES - 1; ++t) {
     if (t < tiles) copies.issue(first + t * TILE, base + t * S::STAGE_BYTES);
     copy_commit();
@@ -158,8 +159,7 @@ template <int D> int launch(const MoeyardAttention& a, void* stream) {
   if (error) return int(error);
   int group = a.heads / a.kv_heads;
   dim3 grid(a.span_count, a.kv_heads * ((group + UNITS - 1) / UNITS), a.chunks);
-  attention<D><<<grid, THREADS, BYTES, stream_of(stream)>>>(a);
-  int code = launched();
+  int code = launch_early(attention<D>, grid, THREADS, BYTES, stream, a);
   return code || a.chunks == 1 ? code : merge_chunks<D>(a, stream);
 }
 

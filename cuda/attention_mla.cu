@@ -101,8 +101,9 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
 
   int group = uniform(int(threadIdx.x) / 128), lane = threadIdx.x % WARP;
   Copies copies(a, span, end);
+  if (group == 1) copies.look_up(first);
+  start_in_turn();  // spans and the block table are no kernel's work
   if (group == 1) {
-    copies.look_up(first);
     copies.issue(first, stages);
     copy_commit();
     copies.look_up(first + TILE);
@@ -222,7 +223,6 @@ extern "C" int moeyard_attention_mla(const MoeyardAttention* a, void* stream) {
   cudaError_t error = cudaFuncSetAttribute(attention, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error) return int(error);
   dim3 grid(a->span_count * ((a->heads + HEADS - 1) / HEADS), a->chunks ? a->chunks : 1);
-  attention<<<grid, THREADS, SHARED_BYTES, stream_of(stream)>>>(*a);
-  int code = launched();
+  int code = launch_early(attention, grid, THREADS, SHARED_BYTES, stream, *a);
   return code || a->chunks <= 1 ? code : merge_chunks<LATENT>(*a, stream);
 }

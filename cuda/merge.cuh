@@ -22,6 +22,7 @@ template <int D> __global__ void __launch_bounds__(D) merge(MoeyardAttention a) 
   const float* from = partial<D>(a, blockIdx.x, head, 0);
   State total = nothing();
   float value = 0.0f;
+  start_in_turn();
   for (int first = 0; first < chunks; first += AT_ONCE) {
     float late[AT_ONCE];
     State state[AT_ONCE];
@@ -43,8 +44,7 @@ template <int D> __global__ void __launch_bounds__(D) merge(MoeyardAttention a) 
 }
 
 template <int D> int merge_chunks(const MoeyardAttention& a, void* stream) {
-  merge<D><<<dim3(a.span_count, a.heads), D, 0, stream_of(stream)>>>(a);
-  return launched();
+  return launch_early(merge<D>, dim3(a.span_count, a.heads), D, 0, stream, a);
 }
 
 }  // namespace moeyard
