@@ -110,10 +110,15 @@ impl CudaBackend {
         })
     }
 
-    /// With other kernels for products: for tests and benchmarks.
+    /// With other kernels: for tests and benchmarks.
     pub fn with_products(mut self, products: ProductKernels) -> CudaBackend {
         self.products = products;
         self
+    }
+
+    /// Whether kernels with Hopper's own instructions are used.
+    fn warpgroups(&self) -> bool {
+        self.gpu.has_warpgroups() && self.products != ProductKernels::Portable
     }
 
     /// Bytes free on the GPU.

@@ -37,13 +37,13 @@ impl fmt::Display for Link {
     }
 }
 
-/// What computes products of bf16. The bits are the same, so the choice is one of speed alone.
+/// What computes products of bf16, and attention over them. The bits are the same, MLA's aside, so the choice is one of speed alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ProductKernels {
     /// The fastest here.
     #[default]
     Best,
-    /// Those that run on every GPU.
+    /// Those that run on every GPU, for attention too.
     Portable,
     /// On Hopper, persistent pairs of blocks and the copy engine (`cutlass-sys`) wherever they can be used. Tiles of many rows have `rows`
     /// of them, 64, 128, 192 or 256, or, with 0, what suits the groups.

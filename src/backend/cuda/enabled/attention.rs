@@ -238,7 +238,7 @@ impl CudaBackend {
     /// Sequences with a single row apart from those with more: the former are spread over a block for each chunk of positions.
     fn gqa_on_tensor_cores(&self, spans: &[SeqSpan], common: ffi::Attention, group: usize) -> Result<()> {
         let (single, several): (Vec<_>, Vec<_>) = spans.iter().map(whole).partition(|s| s.rows == 1);
-        let (units, launcher): (_, ffi::Launcher<ffi::Attention>) = if self.gpu.has_warpgroups() {
+        let (units, launcher): (_, ffi::Launcher<ffi::Attention>) = if self.warpgroups() {
             (WARPGROUP_UNITS, ffi::moeyard_attention_sm90)
         } else {
             (MMA_UNITS, ffi::moeyard_attention_bf16)

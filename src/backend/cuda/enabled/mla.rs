@@ -91,7 +91,7 @@ impl CudaBackend {
         let (w, dtype) = (args.weights, args.cache.dtype);
         let (width, q_width) = (w.nope_dim + w.v_dim, args.q.cols() / w.heads);
         let rope_dim = q_width - w.nope_dim;
-        let tensor_cores = self.gpu.has_warpgroups()
+        let tensor_cores = self.warpgroups()
             && dtype == DType::Bf16
             && (w.nope_dim, rope_dim, w.v_dim) == (NOPE, ROPE, VALUE)
             && args.scale > 0.0
@@ -234,7 +234,7 @@ impl CudaBackend {
         let (heads, latent) = (attention.heads as usize, attention.value.dim as usize);
         let attention =
             ffi::Attention { spans: table, span_count: ffi::int(single.len()), span_rows: 1, ..attention };
-        let tensor_cores = self.gpu.has_warpgroups()
+        let tensor_cores = self.warpgroups()
             && attention.kv_type == ffi::type_code(DType::Bf16)
             && (latent, attention.key[1].dim as usize) == (LATENT, ROPE)
             && attention.scale > 0.0

@@ -251,7 +251,7 @@ impl CudaBackend {
         let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
         let single = matches!(weights, Weights::One { .. }) && batches.count == 1;
         let tile = if fast {
-            let kernels = if self.gpu.has_warpgroups() { self.products } else { ProductKernels::Portable };
+            let kernels = if self.warpgroups() { self.products } else { ProductKernels::Portable };
             Tile::of_bf16(groups, batches.count, single, kernels)
         } else if all_f32 && single && shape.n <= NARROW {
             // By the shape alone: it sums in another order than the general kernel.
