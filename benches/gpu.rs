@@ -32,8 +32,9 @@ fn main() {
             let gpu = CudaBackend::open(0).unwrap().into_dyn();
             let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
             if std::env::args().any(|a| a == "products") {
-                let tiles = [192, 128].map(|rows| ProductKernels::Clusters { rows });
-                bench.others = tiles.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
+                let kernels =
+                    [ProductKernels::Clusters { rows: 192 }, ProductKernels::HoldingClusters { rows: 0 }];
+                bench.others = kernels.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 bench.products();
             } else {
                 bench.run();

@@ -154,13 +154,14 @@ MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
 
 // ---- cutlass-sys/src/grouped_gemm.cu
 
-// What moeyard_gemm_bf16 computes, on compute capability 9.0: tiles of 64, 128, 192 or 256 rows (`row_tile`), or `thin` ones of 16, 32, 48 or
-// 64; with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With
-// an activation, out is bf16 in steps of four.
+typedef enum { MOEYARD_WIDE = 0, MOEYARD_HOLDING = 1, MOEYARD_THIN = 2 } MoeyardClusterForm;
+// What moeyard_gemm_bf16 computes, on compute capability 9.0, by pairs of blocks. `row_tile` is one to four times 64 (wide, holding) or
+// 16 (thin); with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With an
+// activation, out is bf16 in steps of four.
 typedef struct {
   MoeyardGemm product;
   void* maps;  // working memory, 640 bytes per group, a multiple of 128
-  int32_t thin;
+  int32_t form;
   int32_t reserved;
 } MoeyardGroupedGemm;
 MOEYARD_API int moeyard_gemm_grouped(const MoeyardGroupedGemm* args, void* stream);

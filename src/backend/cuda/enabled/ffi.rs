@@ -209,13 +209,22 @@ pub struct Gemm {
     pub early: i32,
 }
 
+/// `MoeyardClusterForm`
+#[repr(i32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, NoUninit)]
+pub enum ClusterForm {
+    Wide = 0,
+    Holding = 1,
+    Thin = 2,
+}
+
 /// `MoeyardGroupedGemm`
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
 pub struct GroupedGemm {
     pub product: Gemm,
     pub maps: usize,
-    pub thin: i32,
+    pub form: ClusterForm,
     pub reserved: i32,
 }
 

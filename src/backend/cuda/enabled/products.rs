@@ -119,20 +119,21 @@ enum Tile {
     Narrow,
     Bf16(usize),
     /// With 0, the device chooses.
-    Clusters(usize),
-    ThinClusters,
+    Clusters(ffi::ClusterForm, usize),
 }
 
 impl Tile {
     /// For rows that are bf16 and lie well; `single` if all of them meet one matrix, once.
     fn of_bf16(groups: Groups<'_>, batches: usize, single: bool, kernels: ProductKernels) -> Tile {
+        use ffi::ClusterForm::{Holding, Thin, Wide};
         let mean = groups.mean();
         let fit = batches * groups.slots() <= cutlass_sys::MOST_GROUPS;
         match kernels {
-            ProductKernels::Best if mean > 64 && fit => Tile::Clusters(0),
-            ProductKernels::Clusters { rows } if mean > 64 && fit => Tile::Clusters(rows),
+            ProductKernels::Best if mean > 64 && fit => Tile::Clusters(Wide, 0),
+            ProductKernels::Clusters { rows } if mean > 64 && fit => Tile::Clusters(Wide, rows),
+            ProductKernels::HoldingClusters { rows } if mean > 64 && fit => Tile::Clusters(Holding, rows),
             ProductKernels::Clusters { .. } if mean <= 64 && (single || (mean > 8 && fit)) => {
-                Tile::ThinClusters
+                Tile::Clusters(Thin, 0)
             }
             _ => Tile::Bf16(mean.next_power_of_two().clamp(8, 128)),
         }
@@ -142,8 +143,7 @@ impl Tile {
         match self {
             Tile::F32 | Tile::Narrow => 64,
             Tile::Bf16(rows) => rows,
-            Tile::Clusters(rows) => rows,
-            Tile::ThinClusters => 64,
+            Tile::Clusters(_, rows) => rows,
         }
     }
 }
@@ -291,13 +291,12 @@ impl CudaBackend {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
             Tile::Narrow => self.gpu.launch("narrow product", ffi::moeyard_gemm_narrow, &args),
             Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
-            Tile::Clusters(_) | Tile::ThinClusters => {
+            Tile::Clusters(form, _) => {
                 let groups = args.slots.max(args.batches) as usize;
                 let mut maps = self.tensor_maps.lock_now();
                 let maps = maps.take(&self.gpu, DType::F32, groups, cutlass_sys::BYTES_PER_GROUP / 4)?;
-                let thin = i32::from(tile == Tile::ThinClusters);
                 let maps = maps.as_view().address();
-                let args = ffi::GroupedGemm { product: args, maps, thin, reserved: 0 };
+                let args = ffi::GroupedGemm { product: args, maps, form, reserved: 0 };
                 self.gpu.launch("grouped product", ffi::moeyard_gemm_grouped, &args)
             }
         }
@@ -467,24 +466,27 @@ mod tests {
     #[test]
     fn tiles_follow_the_mean_load() {
         use ProductKernels::{Best, Portable};
+        use ffi::ClusterForm::{Holding, Thin, Wide};
         let clusters = ProductKernels::Clusters { rows: 192 };
+        let holding = ProductKernels::HoldingClusters { rows: 0 };
         for (offsets, batches, kernels, expected) in [
             (&[0usize, 0] as &[usize], 1, Best, Tile::Bf16(8)),
             (&[0, 1, 1, 2], 1, clusters, Tile::Bf16(8)),
             (&[0, 10, 40], 1, Best, Tile::Bf16(32)),
             (&[0, 8, 16], 1, clusters, Tile::Bf16(8)),
-            (&[0, 8, 17], 1, clusters, Tile::ThinClusters),
+            (&[0, 8, 17], 1, clusters, Tile::Clusters(Thin, 0)),
             (&[0, 64, 64], 1, Best, Tile::Bf16(64)),
-            (&[0, 1], 1, clusters, Tile::ThinClusters),
-            (&[0, 64], 1, clusters, Tile::ThinClusters),
-            (&[0, 64], 2, clusters, Tile::ThinClusters),
+            (&[0, 1], 1, clusters, Tile::Clusters(Thin, 0)),
+            (&[0, 64], 1, clusters, Tile::Clusters(Thin, 0)),
+            (&[0, 64], 2, clusters, Tile::Clusters(Thin, 0)),
             (&[0, 64], 1025, clusters, Tile::Bf16(64)),
-            (&[0, 65], 1, Best, Tile::Clusters(0)),
-            (&[0, 65], 1, clusters, Tile::Clusters(192)),
-            (&[0, 65], 1024, Best, Tile::Clusters(0)),
+            (&[0, 65], 1, Best, Tile::Clusters(Wide, 0)),
+            (&[0, 65], 1, clusters, Tile::Clusters(Wide, 192)),
+            (&[0, 65], 1024, Best, Tile::Clusters(Wide, 0)),
             (&[0, 65], 1025, Best, Tile::Bf16(128)),
+            (&[0, 65], 1, holding, Tile::Clusters(Holding, 0)),
             (&[0, 65], 1, Portable, Tile::Bf16(128)),
-            (&[0, 8192, 8192], 1, Best, Tile::Clusters(0)),
+            (&[0, 8192, 8192], 1, Best, Tile::Clusters(Wide, 0)),
         ] {
             let (groups, single) = (Groups::Known { offsets }, offsets.len() == 2 && batches == 1);
             assert_eq!(Tile::of_bf16(groups, batches, single, kernels), expected, "{offsets:?}");
