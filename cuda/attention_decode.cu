@@ -1,19 +1,20 @@
 // Attention of single rows over a paged bf16 cache on the tensor cores: grouped queries with heads of 64 or 128, windows, sinks.
 //
 // A block takes one chunk of 512 positions for one KV head and up to 16 of its query heads. Keys and values are read once, three
-// tiles deep; every warp computes all scores, which cost nothing beside the reading, and the values of its own columns, so that
-// warps wait for copies alone.
+// tiles deep. Of a tile each of four warps computes the scores of 16 positions, and the values of a quarter of the columns; in between
+// they exchange maxima, sums and weights through shared memory.
 #include "merge.cuh"
 
 using namespace moeyard;
 
 namespace {
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP, UNITS = 16, STAGES = 3;
+constexpr int WARPS = TILE / 16, THREADS = WARPS * WARP, UNITS = 16, STAGES = 3;
+constexpr int EXCHANGE_BYTES = WARPS * (WARP * 24 + UNITS * 4);  // see Exchange
 
 template <int D> struct Shape {
   static constexpr int PIECES = D / 8;  // of 16 bytes in a row
-  static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES + EXCHANGE_BYTES;
   static constexpr int COLUMNS = D / WARPS;
   static __device__ uint32_t at(uint32_t base, int row, int piece) {
     return base + uint32_t(row) * (D * 2) + uint32_t((piece ^ (row & 7)) * 16);
@@ -59,9 +60,18 @@ template <int D> struct Copies {
   }
 };
 
+// What warps tell each other of a tile.
+struct Exchange {
+  uint4 weights[WARPS][WARP];  // of a warp's positions, by lane
+  float2 sums[WARPS][WARP];    // of both rows
+  float maxima[WARPS][UNITS];
+};
+static_assert(sizeof(Exchange) == EXCHANGE_BYTES);
+
 template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
   using S = Shape<D>;
   extern __shared__ __align__(1024) unsigned char shared[];
+  Exchange& exchange = *reinterpret_cast<Exchange*>(shared + STAGES * S::STAGE_BYTES);
   const MoeyardSpan span = a.spans[blockIdx.x];
   int group = a.heads / a.kv_heads, tiles_of_units = (group + UNITS - 1) / UNITS;
   int kv_head = blockIdx.y / tiles_of_units, first_unit = blockIdx.y % tiles_of_units * UNITS;
@@ -104,24 +114,46 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
     copy_commit();
     copies.look_up(first + (ahead + 1) * TILE);
     uint32_t keys = base + t % STAGES * S::STAGE_BYTES, values = keys + S::TILE_BYTES;
-    float score[TILE / 8][4] = {};
+    float score[2][4] = {}, top[2], at[2], keep[2], sum[2][1];
 #pragma unroll
-    for (int i = 0; i < D / 16; ++i)
+    for (int i = 0; i < D / 16; ++i) {
+      uint32_t b[4];
+      load_matrix_x4(b, S::at(keys, warp * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
+      multiply_add(score[0], query[i], b[0], b[1]);
+      multiply_add(score[1], query[i], b[2], b[3]);
+    }
+    if (start < oldest || start + TILE > end) hide(score, start + warp * 16, sight);
+    highest(score, top);
+    if (lane % 4 == 0) exchange.maxima[warp][lane / 4] = top[0], exchange.maxima[warp][lane / 4 + 8] = top[1];
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < TILE / 16; ++j) {
-        uint32_t b[4];
-        load_matrix_x4(b, S::at(keys, j * 16 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
-        multiply_add(score[2 * j], query[i], b[0], b[1]);
-        multiply_add(score[2 * j + 1], query[i], b[2], b[3]);
-      }
-    if (start < oldest || start + TILE > end) hide(score, start, sight);
-    float keep[2];
-    weigh_tile(score, scale, state, keep);
+    for (int r = 0; r < 2; ++r) {
+      top[r] = exchange.maxima[0][lane / 4 + 8 * r];
+#pragma unroll
+      for (int w = 1; w < WARPS; ++w) top[r] = fmaxf(top[r], exchange.maxima[w][lane / 4 + 8 * r]);
+      top[r] = fmaxf(state[r].max, top[r] * scale);
+      at[r] = anchor(top[r]);
+      keep[r] = power(state[r].max - at[r]);
+    }
+    weigh(score, scale, at, sum);
+    uint32_t own[4];
+    operand(own, score, 0);
+    exchange.weights[warp][lane] = {own[0], own[1], own[2], own[3]};
+    exchange.sums[warp][lane] = {sum[0][0], sum[1][0]};
+    __syncthreads();
+    float sums[2][WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      float2 both = exchange.sums[w][lane];
+      sums[0][w] = both.x, sums[1][w] = both.y;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) state[r] = {top[r], fmaf(state[r].sum, keep[r], whole(sums[r]))};
     rescale(out, keep);
 #pragma unroll
     for (int j = 0; j < TILE / 16; ++j) {
-      uint32_t p[4];
-      operand(p, score, j);
+      uint4 weights = exchange.weights[j][lane];
+      uint32_t p[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
       for (int d = 0; d < S::COLUMNS / 8; d += 2) {
         uint32_t v[4];

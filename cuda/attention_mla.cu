@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
     int start = first + t * TILE;
     uint32_t stage = stages + t % 2 * STAGE_BYTES;
     if (group == 0) {
-      float score[TILE / 8][4], top[2], at[2], sum[2];
+      float score[TILE / 8][4], top[2], at[2], sum[2][TILE / 16];
       uint64_t q = descriptor(queries), k = descriptor(stage);
       wgmma_begin();
       multiply_keys<true>(score, q, k);
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
       weigh(score, scale, at, sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (lane % 4 == 0) maxima[head[r]] = top[r], sums[head[r]] = sum[r];
+        float of_tile = whole(sum[r]);
+        if (lane % 4 == 0) maxima[head[r]] = top[r], sums[head[r]] = of_tile;
 #pragma unroll
         for (int j = 0; j < TILE / 8; ++j)
           store_shared(swizzled(weights, head[r], j) + lane % 4 * 4, pack(score[j][2 * r], score[j][2 * r + 1]));

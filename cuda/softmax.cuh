@@ -83,28 +83,36 @@ template <int N> __device__ inline void highest(const float (&score)[N][4], floa
   }
 }
 
-// Scores become weights relative to `at`; their sums. `scale` is positive and includes log2 e.
+// Scores become weights relative to `at`; this lane's sums of them, by 16 positions. `scale` is positive and includes log2 e.
 template <int N>
-__device__ inline void weigh(float (&score)[N][4], float scale, const float (&at)[2], float (&sum)[2]) {
+__device__ inline void weigh(float (&score)[N][4], float scale, const float (&at)[2], float (&sum)[2][N / 2]) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float even = 0.0f, odd = 0.0f;
+  for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      score[j][2 * r] = power(fmaf(score[j][2 * r], scale, -at[r]));
-      score[j][2 * r + 1] = power(fmaf(score[j][2 * r + 1], scale, -at[r]));
-      even += score[j][2 * r];
-      odd += score[j][2 * r + 1];
+    for (int i = 0; i < N / 2; ++i) {
+      float part[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* s = &score[2 * i + half][2 * r];
+        s[0] = power(fmaf(s[0], scale, -at[r]));
+        s[1] = power(fmaf(s[1], scale, -at[r]));
+        part[half] = s[0] + s[1];
+      }
+      sum[r][i] = part[0] + part[1];
     }
-    sum[r] = even + odd;
-    sum[r] += __shfl_xor_sync(FULL, sum[r], 1);
-    sum[r] += __shfl_xor_sync(FULL, sum[r], 2);
-  }
+}
+
+// The sum over a tile, of a row's four lanes.
+__device__ inline float whole(const float (&sum)[TILE / 16]) {
+  static_assert(TILE / 16 == 4);
+  float x = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  x += __shfl_xor_sync(FULL, x, 1);
+  return x + __shfl_xor_sync(FULL, x, 2);
 }
 
 // A tile's scores become weights, and `state` includes them; what was summed before is to be multiplied by `keep`.
 __device__ inline void weigh_tile(float (&score)[TILE / 8][4], float scale, State (&state)[2], float (&keep)[2]) {
-  float top[2], at[2], sum[2];
+  float top[2], at[2], sum[2][TILE / 16];
   highest(score, top);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -114,7 +122,7 @@ __device__ inline void weigh_tile(float (&score)[TILE / 8][4], float scale, Stat
   }
   weigh(score, scale, at, sum);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) state[r] = {top[r], fmaf(state[r].sum, keep[r], sum[r])};
+  for (int r = 0; r < 2; ++r) state[r] = {top[r], fmaf(state[r].sum, keep[r], whole(sum[r]))};
 }
 
 // Most tiles do not raise a maximum.
@@ -131,8 +139,8 @@ __device__ inline uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&both);
 }
 
-// Weights of positions 16 i to 16 i + 15 of a tile as the first operand of a product.
-__device__ inline void operand(uint32_t (&p)[4], const float (&score)[TILE / 8][4], int i) {
+// Weights of positions 16 i to 16 i + 15 as the first operand of a product.
+template <int N> __device__ inline void operand(uint32_t (&p)[4], const float (&score)[N][4], int i) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     p[2 * half] = pack(score[2 * i + half][0], score[2 * i + half][1]);
