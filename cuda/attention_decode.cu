@@ -10,11 +10,18 @@ using namespace moeyard;
 namespace {
 
 constexpr int WARPS = TILE / 16, THREADS = WARPS * WARP, UNITS = 16, STAGES = 3;
-constexpr int EXCHANGE_BYTES = WARPS * (WARP * 24 + UNITS * 4);  // see Exchange
+
+// What warps tell each other of a tile.
+struct Exchange {
+  uint4 weights[WARPS][WARP];  // of a warp's positions, by lane
+  float2 sums[WARPS][WARP];    // of both rows
+  float maxima[WARPS][UNITS];
+};
 
 template <int D> struct Shape {
   static constexpr int PIECES = D / 8;  // of 16 bytes in a row
-  static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES, SHARED_BYTES = STAGES * STAGE_BYTES + EXCHANGE_BYTES;
+  static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
+  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + int(sizeof(Exchange));
   static constexpr int COLUMNS = D / WARPS;
   static __device__ uint32_t at(uint32_t base, int row, int piece) {
     return base + uint32_t(row) * (D * 2) + uint32_t((piece ^ (row & 7)) * 16);
@@ -59,14 +66,6 @@ template <int D> struct Copies {
     }
   }
 };
-
-// What warps tell each other of a tile.
-struct Exchange {
-  uint4 weights[WARPS][WARP];  // of a warp's positions, by lane
-  float2 sums[WARPS][WARP];    // of both rows
-  float maxima[WARPS][UNITS];
-};
-static_assert(sizeof(Exchange) == EXCHANGE_BYTES);
 
 template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
   using S = Shape<D>;
