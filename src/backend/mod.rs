@@ -313,9 +313,10 @@ pub trait Backend: Send + Sync {
     }
 
     /// Nothing computed here counts any more, `why` says for what reason: where results can still be under way, every
-    /// [`Backend::download`] that ends from now on is an [`crate::Error::Device`].
-    fn poison(&self, why: &str) {
-        let _ = why;
+    /// [`Backend::download`] that ends from now on is an [`crate::Error::Device`], or an [`crate::Error::Peer`] of the rank
+    /// `bystander`, when that is the backend of a rank that only saw another one fail.
+    fn poison(&self, why: &str, bystander: Option<usize>) {
+        let _ = (why, bystander);
     }
 
     /// Runs `body`, which gives this backend one step of work. A backend may put the work off until `body` has returned or asks for

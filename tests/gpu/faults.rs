@@ -30,14 +30,17 @@ fn a_full_gpu() {
 }
 
 fn a_poisoned_rank() {
-    let (lost, other) = (gpu(), gpu());
+    let (lost, witness, other) = (gpu(), gpu(), gpu());
     let make = |gpu: &dyn Backend| tensor(gpu, DType::F32, 1, 2, &[5.0, 6.0]);
-    let (theirs, ours) = (make(lost.as_ref()), make(other.as_ref()));
-    lost.poison("rank 3: an exchange has not ended");
-    lost.poison("a later reason");
+    let [theirs, seen, ours] = [&lost, &witness, &other].map(|gpu| make(gpu.as_ref()));
+    lost.poison("rank 3: an exchange has not ended", None);
+    lost.poison("a later reason", None);
+    witness.poison("rank 3: an exchange has not ended", Some(1));
     let refusal = lost.download(theirs.view(), &mut [0; 8]).unwrap_err();
     assert!(matches!(refusal, Error::Device { .. }), "{refusal}");
     assert_eq!(refusal.to_string(), "cuda:0: rank 3: an exchange has not ended");
+    let refusal = witness.download(seen.view(), &mut [0; 8]).unwrap_err();
+    assert!(matches!(refusal, Error::Peer { rank: 1, .. }), "{refusal}");
     assert_eq!(values(other.as_ref(), ours.view()), [5.0, 6.0]);
 }
 

@@ -303,8 +303,8 @@ impl Backend for CudaBackend {
         self.gpu.enter()?;
         Ok(RawStream(self.gpu.stream()? as usize))
     }
-    fn poison(&self, why: &str) {
-        self.gpu.poison(why);
+    fn poison(&self, why: &str, bystander: Option<usize>) {
+        self.gpu.poison(why, bystander);
     }
 
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {

@@ -11,8 +11,11 @@ use crate::backend::{Backend, DeviceId, Event};
 use crate::comm::local::{Alarm, lock};
 use crate::error::{Error, Result};
 
-/// How long an end in order may take before it becomes an abort, and what a rank is given that waits for one that left.
+/// What a rank is given that waits for one that left, and a call or an exchange under way at the end.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long an end in order may take before it becomes an abort: shorter, so that a rank that fails tells why before others tell
+/// that it left.
+const FINALIZE_GRACE: Duration = Duration::from_millis(500);
 /// Polls without a pause: most calls are done by then.
 const SPINS: u32 = 10_000;
 const PAUSE: Duration = Duration::from_micros(50);
@@ -41,6 +44,13 @@ struct UnderWay {
     spare: Option<Event>,
     /// When it was first seen that a rank of the group has left.
     left: Option<Instant>,
+}
+
+/// Why everything must end.
+pub(super) struct Trouble {
+    pub why: String,
+    /// It began with this rank, as far as it knows.
+    pub own: bool,
 }
 
 /// Who connects to whom.
@@ -156,8 +166,9 @@ impl Link {
     }
 
     /// Why everything must end, if so.
-    pub fn trouble(&self, now: Instant) -> Option<String> {
+    pub fn trouble(&self, now: Instant) -> Option<Trouble> {
         let timeout = self.watch.options.timeout;
+        let own = |why| Some(Trouble { why, own: true });
         let state = match self.closed.try_lock() {
             Ok(closed) if *closed => return None,
             Ok(_) => self.state(),
@@ -165,10 +176,10 @@ impl Link {
             Err(_) => IN_PROGRESS,
         };
         if !matches!(state, SUCCESS | IN_PROGRESS) {
-            return Some(format!("rank {}: {}", self.rank, self.message("an exchange under way", state)));
+            return own(format!("rank {}: {}", self.rank, self.message("an exchange under way", state)));
         }
         match self.idle() {
-            Err(error) => return Some(error.to_string()),
+            Err(error) => return own(format!("rank {}: {error}", self.rank)),
             Ok(true) => return None,
             Ok(false) => {}
         }
@@ -176,17 +187,21 @@ impl Link {
         if self.alarm.raised() {
             let seen = *under_way.left.get_or_insert(now);
             if now.saturating_duration_since(seen) > GRACE {
-                return Some(format!("rank {} waits for a rank that failed or left", self.rank));
+                let why = format!("rank {} waits for a rank that failed or left", self.rank);
+                return Some(Trouble { why, own: false });
             }
         }
         let since = under_way.first.as_ref()?.1;
         let late = now.saturating_duration_since(since) > timeout;
-        late.then(|| format!("rank {}: an exchange has not ended within {}", self.rank, seconds(timeout)))
+        if !late {
+            return None;
+        }
+        own(format!("rank {}: an exchange has not ended within {}", self.rank, seconds(timeout)))
     }
 
-    /// Nothing computed on this rank's device counts from now on, and nobody waits on its host.
-    pub fn condemn(&self, why: &str) {
-        self.backend.poison(why);
+    /// Nothing computed on this rank's device counts from now on, and nobody waits on its host. `own`: it began here.
+    pub fn condemn(&self, why: &str, own: bool) {
+        self.backend.poison(why, (!own).then_some(self.rank));
         self.alarm.raise(why);
     }
 
@@ -221,7 +236,7 @@ impl Link {
     pub fn close(self: &Arc<Self>) {
         if !self.comes_to_rest() {
             // The others wait for what this rank will never do.
-            self.watch.fail(format!("rank {} left while an exchange was under way", self.rank));
+            self.watch.fail(format!("rank {} left while an exchange was under way", self.rank), None);
         }
         if self.watch.failure().is_none() {
             self.finalize();
@@ -242,7 +257,7 @@ impl Link {
         // SAFETY: a live communicator.
         let mut state = unsafe { (functions.comm_finalize)(handle) };
         let (started, mut polls) = (Instant::now(), 0);
-        while matches!(state, SUCCESS | IN_PROGRESS) && started.elapsed() < GRACE {
+        while matches!(state, SUCCESS | IN_PROGRESS) && started.elapsed() < FINALIZE_GRACE {
             state = self.state();
             if state == SUCCESS {
                 *closed = true;
@@ -328,7 +343,7 @@ impl Link {
     }
 
     fn end(&self, why: String) -> Error {
-        self.watch.fail(format!("rank {}: {why}", self.rank));
+        self.watch.fail(format!("rank {}: {why}", self.rank), Some(self));
         self.abort();
         let device = match self.backend.device() {
             DeviceId::Cpu => "cpu".to_owned(),

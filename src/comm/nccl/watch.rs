@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Options;
 use super::library::Library;
-use super::link::Link;
+use super::link::{Link, Trouble};
 use crate::comm::local::lock;
 
 /// How often the links are looked at.
@@ -54,15 +54,17 @@ impl Watch {
         self.failure.get().map(String::as_str)
     }
 
-    /// Ends everything; the first reason given is the one told.
-    pub fn fail(&self, why: String) {
+    /// Ends everything; the first reason given is the one told. `origin` is the link of the rank that failed by itself, if any.
+    pub fn fail(&self, why: String, origin: Option<&Link>) {
         if self.failure.set(why).is_err() {
             return;
         }
         let why = self.failure().expect("set above");
         let links = self.live();
         // In this order: whoever is freed by an abort must find that nothing counts any more.
-        links.iter().for_each(|link| link.condemn(why));
+        for link in &links {
+            link.condemn(why, origin.is_some_and(|origin| std::ptr::eq(origin, link.as_ref())));
+        }
         for link in links {
             link.abort();
         }
@@ -73,8 +75,10 @@ impl Watch {
         if self.failure().is_some() {
             return;
         }
-        if let Some(why) = self.live().iter().find_map(|link| link.trouble(now)) {
-            self.fail(why);
+        for link in self.live() {
+            if let Some(Trouble { why, own }) = link.trouble(now) {
+                return self.fail(why, own.then_some(link.as_ref()));
+            }
         }
     }
 

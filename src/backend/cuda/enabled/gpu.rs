@@ -130,8 +130,15 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     info: GpuInfo,
     /// Why nothing that was computed here counts any more.
-    poison: OnceLock<String>,
+    poison: OnceLock<Poison>,
     step: Mutex<Step>,
+}
+
+/// See [`crate::backend::Backend::poison`].
+struct Poison {
+    why: String,
+    /// The rank, when it only saw another one fail.
+    bystander: Option<usize>,
 }
 
 /// What was put off in the step that is open.
@@ -190,14 +197,15 @@ impl Gpu {
     }
 
     /// From now on every call fails, and so does one that waits for the stream; the first reason given is the one told.
-    pub fn poison(&self, why: &str) {
-        let _ = self.poison.set(why.to_owned());
+    pub fn poison(&self, why: &str, bystander: Option<usize>) {
+        let _ = self.poison.set(Poison { why: why.to_owned(), bystander });
     }
 
     fn sound(&self) -> Result<()> {
         match self.poison.get() {
             None => Ok(()),
-            Some(why) => Err(self.failure(why.clone())),
+            Some(Poison { why, bystander: None }) => Err(self.failure(why.clone())),
+            Some(&Poison { ref why, bystander: Some(rank) }) => Err(Error::Peer { rank, why: why.clone() }),
         }
     }
 
