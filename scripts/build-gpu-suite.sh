@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the folder that tests/gpu.sh runs on a machine with a GPU and neither Rust nor a network: stripped binaries, fixtures, demo
-# models. Needs the CUDA toolkit (scripts/setup-cuda.sh) and no GPU.
+# Builds the folder that tests/gpu.sh runs on a machine with a GPU and neither Rust nor a network: stripped binaries, fixtures and demo
+# models, packed. Needs the CUDA toolkit (scripts/setup-cuda.sh) and no GPU.
 #
 #   scripts/build-gpu-suite.sh [FOLDER]        # target/gpu-suite
 #
@@ -20,19 +20,25 @@ if [ "$profile" = release ]; then flags+=(--release); fi
 cargo build "${flags[@]}"
 built() { # KIND: path of the executable that the test or bench `gpu` was built into
     cargo test "${flags[@]}" "--$1" gpu --no-run --message-format=json |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1
+        grep "\"kind\":\[\"$1\"\]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1
 }
 folder=debug
 if [ "$profile" = release ]; then folder=release; fi
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
+mkdir -p "$parts/bin" "$parts/configs" "$parts/fixtures" "$parts/models"
+strip -o "$parts/bin/moeyard" "target/$folder/moeyard"
+strip -o "$parts/bin/gpu" "$(built test)"
+strip -o "$parts/bin/gpu_bench" "$(built bench)"
+cp -r tests/fixtures/. "$parts/fixtures/"
+cp -r models/. "$parts/models/"
+cp -r configs/models/. "$parts/configs/"
+
 rm -rf "$out"
-mkdir -p "$out/bin" "$out/configs" "$out/fixtures" "$out/models"
-strip -o "$out/bin/moeyard" "target/$folder/moeyard"
-strip -o "$out/bin/gpu" "$(built test)"
-strip -o "$out/bin/gpu_bench" "$(built bench)"
-cp -r tests/fixtures/. "$out/fixtures/"
-cp -r models/. "$out/models/"
-cp -r configs/models/. "$out/configs/"
+mkdir -p "$out"
 cp tests/gpu.sh "$out/"
+# The embedded model is in the program too: with a window this wide it is stored once.
+tar -C "$parts" -c . | xz --threads=1 --lzma2=preset=6,dict=192MiB >"$out/suite.tar.xz"
 
 size_mb=$(du -sm "$out" | cut -f1)
 echo "$out: $size_mb MB"

@@ -9,6 +9,8 @@
 set -uo pipefail
 cd "$(dirname "$0")"
 
+if [ ! -d bin ]; then tar -xJf suite.tar.xz || exit 1; fi
+
 logs="${1:-$(mktemp -d)}"
 mkdir -p "$logs"
 if [ $# -gt 1 ]; then parts=" ${*:2} "; else parts=" operations models nccl sanitizer bench whole "; fi
