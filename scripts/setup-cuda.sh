@@ -13,6 +13,7 @@ venv="${1:-target/cuda}"
 packages=(
     nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
     nvidia-cuda-cccl==13.0.85 nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.86
+    nvidia-cuda-nvdisasm==13.2.86
 )
 
 command -v python3 >/dev/null || { echo "setup-cuda.sh: python3 with venv is needed" >&2; exit 1; }
