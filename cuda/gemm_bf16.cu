@@ -127,7 +127,8 @@ template <class S> int launch(const MoeyardGemm& a, void* stream) {
   return launch_early(gemm<S>, grid, S::THREADS, S::SHARED_BYTES, stream, a);
 }
 
-// With few tiles, narrower ones keep more multiprocessors busy.
+// With few tiles, narrower ones keep more multiprocessors busy, and more of a tile is under way: one or two blocks per multiprocessor
+// have to ask for all it can receive.
 template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
   int64_t tiles = int64_t(a.row_tiles) * ((a.n + Wide::N - 1) / Wide::N) * a.batches;
   return tiles < 264 ? launch<Narrow>(a, stream) : launch<Wide>(a, stream);
@@ -138,9 +139,9 @@ template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void
 extern "C" int moeyard_gemm_bf16(const MoeyardGemm* a, void* stream) {
   if (a->row_tiles == 0 || a->n == 0 || a->batches == 0) return 0;
   switch (a->row_tile) {
-    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 8>>(*a, stream);
-    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 8>>(*a, stream);
-    case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 6>>(*a, stream);
+    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 15>>(*a, stream);
+    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 12>>(*a, stream);
+    case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 9>>(*a, stream);
     case 64: return launch_either<Shape<4, 1, 1, 8, 6>, Shape<2, 2, 1, 4, 6>>(*a, stream);
     case 128: return launch_either<Shape<2, 4, 4, 4, 4>, Shape<2, 4, 2, 4, 4>>(*a, stream);
     default: return int(cudaErrorInvalidValue);
