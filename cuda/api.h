@@ -286,7 +286,7 @@ MOEYARD_API int moeyard_attention_bf16(const MoeyardAttention* args, void* strea
 // On compute capability 9.0 only. As above, or keys of 128 columns that are not paged and 64 that are, with values of 128 that are not;
 // spans whose rows times query heads per KV head are at most 128.
 MOEYARD_API int moeyard_attention_sm90(const MoeyardAttention* args, void* stream);
-// As moeyard_attention_bf16, for spans of one row; any number of query heads per KV head.
+// As moeyard_attention_bf16, for spans of one row; any number of query heads per KV head; keys and values of equal strides.
 MOEYARD_API int moeyard_attention_decode(const MoeyardAttention* args, void* stream);
 // On compute capability 9.0 only, for spans of one row: keys of 512 and 64 paged columns that all heads share, and the former as values.
 MOEYARD_API int moeyard_attention_mla(const MoeyardAttention* args, void* stream);

@@ -32,7 +32,7 @@ __device__ void fetch(const MoeyardAttention& a, const MoeyardSpan& span, int kv
   for (int t = threadIdx.x / L::PIECES; t < TILE; t += THREADS / L::PIECES) {
     int position = start + t;
     bool valid = position < end;
-    int64_t row = valid ? cache_row(a, span, position) : 0;
+    int64_t row = valid ? row_in_block(a, look_up_block(a, span, position), position) : 0;
     copy_async(L::at(keys, t, piece), k + row * a.key[0].stride + piece * 8, valid);
     copy_async(L::at(keys + L::TILE_BYTES, t, piece), v + row * a.value.stride + piece * 8, valid);
   }

@@ -34,13 +34,14 @@ template <int D> struct Copies {
   static constexpr int AT_ONCE = WARP / S::PIECES, TIMES = TILE / (WARPS * AT_ONCE);
   const MoeyardAttention& a;
   const MoeyardSpan& span;
-  const bf16 *keys, *values;
-  int end, row;  // of the cache, for the next tile: lane l knows the one of this warp's row l % 16
+  const bf16* keys;
+  int64_t to_values;  // bytes from a key to its value
+  int end, block;     // of the cache, for the next tile: lane l knows the one of this warp's row l % 16
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
     int piece = threadIdx.x % S::PIECES;
     keys = static_cast<const bf16*>(a.key[0].data) + int64_t(kv_head) * a.key[0].head_stride + piece * 8;
-    values = static_cast<const bf16*>(a.value.data) + int64_t(kv_head) * a.value.head_stride + piece * 8;
+    to_values = static_cast<const char*>(a.value.data) - static_cast<const char*>(a.key[0].data);
   }
 
   __device__ static int row_in_tile(int i) {
@@ -51,18 +52,19 @@ template <int D> struct Copies {
   // Some time before `issue`, so that the block table does not hold up the copies.
   __device__ void look_up(int start) {
     int position = start + row_in_tile(threadIdx.x % 16);
-    row = position < end ? cache_row(a, span, position) : 0;
+    block = position < end ? look_up_block(a, span, position) : 0;
   }
 
   __device__ void issue(int start, uint32_t stage) {
-    int lane = threadIdx.x % WARP;
+    int lane = threadIdx.x % WARP, position = start + row_in_tile(lane % 16);
+    int row = position < end ? row_in_block(a, block, position) : 0;
 #pragma unroll
     for (int i = 0; i < TIMES; ++i) {
       int own = i * AT_ONCE + lane / S::PIECES, t = row_in_tile(own);
-      int64_t from = __shfl_sync(FULL, row, own);
+      const bf16* key = keys + __shfl_sync(FULL, row, own) * a.key[0].stride;
       bool valid = start + t < end;
-      copy_async(S::at(stage, t, lane % S::PIECES), keys + from * a.key[0].stride, valid);
-      copy_async(S::at(stage + S::TILE_BYTES, t, lane % S::PIECES), values + from * a.value.stride, valid);
+      copy_async(S::at(stage, t, lane % S::PIECES), key, valid);
+      copy_async(S::at(stage + S::TILE_BYTES, t, lane % S::PIECES), reinterpret_cast<const char*>(key) + to_values, valid);
     }
   }
 };

@@ -25,7 +25,7 @@ struct Copies {
   const MoeyardAttention& a;
   const MoeyardSpan& span;
   int end, piece, row;
-  int next[COUNT];  // cache rows of the tile copied next
+  int next[COUNT];  // blocks of the tile copied next
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int end) : a(a), span(span), end(end) {
     piece = threadIdx.x % 8, row = threadIdx.x % 128 / 8;
@@ -36,7 +36,7 @@ struct Copies {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       int position = start + row + i * (TILE / COUNT);
-      next[i] = position < end ? cache_row(a, span, position) : 0;
+      next[i] = position < end ? look_up_block(a, span, position) : 0;
     }
   }
 
@@ -45,8 +45,9 @@ struct Copies {
     for (int i = 0; i < COUNT; ++i) {
       int t = row + i * (TILE / COUNT);
       bool valid = start + t < end;
-      const bf16* latent = static_cast<const bf16*>(a.key[0].data) + next[i] * a.key[0].stride + piece * 8;
-      const bf16* rope = static_cast<const bf16*>(a.key[1].data) + next[i] * a.key[1].stride + piece * 8;
+      int from = valid ? row_in_block(a, next[i], start + t) : 0;
+      const bf16* latent = static_cast<const bf16*>(a.key[0].data) + from * a.key[0].stride + piece * 8;
+      const bf16* rope = static_cast<const bf16*>(a.key[1].data) + from * a.key[1].stride + piece * 8;
 #pragma unroll
       for (int p = 0; p < PANELS; ++p)
         copy_async(swizzled(to + p * PANEL_BYTES, t, piece), p < LATENT / 64 ? latent + p * 64 : rope, valid);

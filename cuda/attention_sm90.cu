@@ -16,7 +16,7 @@ namespace {
 constexpr int GROUPS = 2, UNITS = GROUPS * 64, WORKERS = GROUPS * 128, COPIERS = 128, THREADS = COPIERS + WORKERS;
 constexpr int COPIER_REGISTERS = 56, WORKER_REGISTERS = 224;
 // Tiles of keys, and of values, in shared memory.
-constexpr int STAGES = 3;
+constexpr int STAGES = 4;
 // Named barriers: of the workers, and a turn of each of their warpgroups.
 constexpr int ALL_WORKERS = 1, TURN = 2;
 
@@ -24,18 +24,21 @@ constexpr int ALL_WORKERS = 1, TURN = 2;
 template <int KEY, int VALUE> struct Shape {
   static constexpr bool EXPANDED = KEY != VALUE;
   static constexpr int KEY_BYTES = KEY / 64 * PANEL_BYTES, VALUE_BYTES = VALUE / 64 * PANEL_BYTES;
-  static constexpr int QUERY_BYTES = GROUPS * KEY_BYTES;
+  static constexpr int VALUES = VALUE / 2;  // floats of the output per worker
+  // Queries, until they are in registers; then what is summed over chunks.
+  static constexpr int QUERY_BYTES = GROUPS * KEY_BYTES, SUM_BYTES = VALUES * WORKERS * 4;
   static constexpr int PHASE_BYTES = 4 * STAGES * 8;
-  static constexpr int SHARED_BYTES = QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) + PHASE_BYTES + 1024;
+  static constexpr int SHARED_BYTES =
+      (QUERY_BYTES > SUM_BYTES ? QUERY_BYTES : SUM_BYTES) + STAGES * (KEY_BYTES + VALUE_BYTES) + PHASE_BYTES + 1024;
 };
 
-// Where a block keeps what: queries, then tiles of keys and of values, each with a phase "full" and one "empty".
+// Where a block keeps what: queries and sums, then tiles of keys and of values, each with a phase "full" and one "empty".
 template <int KEY, int VALUE> struct Layout {
   using S = Shape<KEY, VALUE>;
   uint32_t queries, tiles_of_keys, tiles_of_values, phases;
   __device__ explicit Layout(uint32_t shared) {
     queries = (shared + 1023) / 1024 * 1024;
-    tiles_of_keys = queries + S::QUERY_BYTES;
+    tiles_of_keys = queries + (S::QUERY_BYTES > S::SUM_BYTES ? S::QUERY_BYTES : S::SUM_BYTES);
     tiles_of_values = tiles_of_keys + STAGES * S::KEY_BYTES;
     phases = tiles_of_values + STAGES * S::VALUE_BYTES;
   }
@@ -63,7 +66,7 @@ template <int KEY, int VALUE> struct Copies {
   const MoeyardSpan& span;
   const bf16 *keys, *rope, *values;
   int end, piece, row;
-  int next[COUNT], paged[COUNT];  // cache rows of the tile of keys copied next, and of the one copied last
+  int next[COUNT], paged[COUNT];  // blocks of the tile of keys copied next, cache rows of the one copied last
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
     piece = threadIdx.x % 8, row = threadIdx.x / 8;
@@ -87,7 +90,7 @@ template <int KEY, int VALUE> struct Copies {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       int position = start + row + i * APART;
-      next[i] = position < end ? cache_row(a, span, position) : 0;
+      next[i] = position < end ? look_up_block(a, span, position) : 0;
     }
   }
 
@@ -96,7 +99,7 @@ template <int KEY, int VALUE> struct Copies {
     for (int i = 0; i < COUNT; ++i) {
       int position = start + row + i * APART;
       bool valid = position < end;
-      paged[i] = next[i];
+      paged[i] = valid ? row_in_block(a, next[i], position) : 0;
       if constexpr (S::EXPANDED) {
         copy<KEY / 64 - 1>(keys, a.key[0].stride, i, valid ? position : 0, valid, to);
         copy<1>(rope, a.key[1].stride, i, paged[i], valid, to + (KEY / 64 - 1) * PANEL_BYTES);
@@ -117,11 +120,10 @@ template <int KEY, int VALUE> struct Copies {
   }
 };
 
-// What the copiers do: tiles of keys and values in turn, two of these under way.
+// What the copiers do: keys and values in turn, two tiles of both under way.
 template <int KEY, int VALUE>
 __device__ void copy_tiles(Copies<KEY, VALUE>& copies, const Layout<KEY, VALUE>& at, int first, int tiles) {
-  auto landed = [&](uint32_t full) {
-    copy_wait<2>();
+  auto landed = [](uint32_t full) {
     fence_for_wgmma();
     phase_arrive(full);
   };
@@ -131,16 +133,22 @@ __device__ void copy_tiles(Copies<KEY, VALUE>& copies, const Layout<KEY, VALUE>&
     copies.issue_keys(first + t * TILE, at.keys(t));
     copy_commit();
     copies.look_up(first + (t + 1) * TILE);
-    if (t > 0) landed(at.keys_full(t - 1));
+    copy_wait<4>();
+    if (t >= 2) landed(at.keys_full(t - 2));
     if (t >= STAGES) phase_wait(at.values_empty(t), at.parity(t - STAGES));
     copies.issue_values(first + t * TILE, at.values(t));
     copy_commit();
-    if (t > 0) landed(at.values_full(t - 1));
+    copy_wait<4>();
+    if (t >= 2) landed(at.values_full(t - 2));
+  }
+  copy_wait<2>();
+  if (tiles >= 2) {
+    landed(at.keys_full(tiles - 2));
+    landed(at.values_full(tiles - 2));
   }
   copy_wait<0>();
-  fence_for_wgmma();
-  phase_arrive(at.keys_full(tiles - 1));
-  phase_arrive(at.values_full(tiles - 1));
+  landed(at.keys_full(tiles - 1));
+  landed(at.values_full(tiles - 1));
 }
 
 // The queries' columns come in two parts where the keys do.
@@ -161,14 +169,13 @@ __device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span
   }
 }
 
-template <int KEY> __device__ inline void multiply_tile(float (&score)[TILE / 8][4], uint32_t queries, uint32_t keys) {
-  uint64_t q = descriptor(queries), k = descriptor(keys);
-  multiply_keys<true>(score, q, k);
+template <int KEY>
+__device__ inline void multiply_tile(float (&score)[TILE / 8][4], const uint32_t (&query)[KEY / 16][4], uint32_t keys) {
+  uint64_t k = descriptor(keys);
+  multiply_keys<true>(score, query[0], k);
 #pragma unroll
-  for (int step = 1; step < KEY / 16; ++step) {
-    int at = step / 4 * (PANEL_BYTES >> 4) + step % 4 * 2;
-    multiply_keys<false>(score, q + at, k + at);
-  }
+  for (int step = 1; step < KEY / 16; ++step)
+    multiply_keys<false>(score, query[step], k + step / 4 * (PANEL_BYTES >> 4) + step % 4 * 2);
 }
 
 template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
@@ -193,7 +200,6 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   }
   more_registers<WORKER_REGISTERS>();
   fetch_queries<KEY, VALUE>(a, span, kv_head, at.queries);
-  fence_for_wgmma();
   named_wait<WORKERS>(ALL_WORKERS);
 
   // Of this lane's two pairs, and of its warpgroup.
@@ -210,10 +216,18 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   int own_end = working ? int(span.position) + (own_units - 1) / group + 1 : first;
   int own_tiles = (own_end - first + TILE - 1) / TILE;
   int lowest = int(span.position) + warpgroup * 64 / group;  // of the rows' positions
-  uint32_t queries = at.queries + warpgroup * S::KEY_BYTES;
+  uint32_t query[KEY / 16][4];
+#pragma unroll
+  for (int i = 0; i < KEY / 16; ++i) {
+    uint32_t panel = at.queries + warpgroup * S::KEY_BYTES + i / 4 * PANEL_BYTES;
+    load_matrix_x4(query[i], swizzled(panel, warp % 4 * 16 + lane % 16, i % 4 * 2 + lane / 16));
+  }
+  // By the time that the first chunk ends every worker has its queries: it has given its turn.
+  float* sums = reinterpret_cast<float*>(shared + (at.queries - shared_address(shared))) + (threadIdx.x - COPIERS);
+  bool merged = false;
   float scale = a.scale * LOG2E;
   State total[2] = {nothing(), nothing()}, state[2] = {nothing(), nothing()};
-  float out[VALUE / 8][4] = {}, sums[VALUE / 8][4] = {};  // of the chunk, and of those before it
+  float out[VALUE / 8][4] = {};
 
   // A tile's scores become weights; what was summed of earlier tiles is to be multiplied by `keep`.
   float score[TILE / 8][4], keep[2];
@@ -235,7 +249,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
   phase_wait(at.keys_full(0), at.parity(0));
   if (working) {
     wgmma_begin();
-    multiply_tile<KEY>(score, queries, at.keys(0));
+    multiply_tile<KEY>(score, query, at.keys(0));
     wgmma_commit();
     wgmma_wait<0>();
     settle(score);
@@ -273,7 +287,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     }
     int start = first + t * TILE;
     wgmma_begin();
-    multiply_tile<KEY>(score, queries, at.keys(t + 1));
+    multiply_tile<KEY>(score, query, at.keys(t + 1));
     wgmma_commit();
     multiply_all_values();
     end_turn();
@@ -293,9 +307,11 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
       for (int d = 0; d < VALUE / 8; ++d)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          sums[d][e] = joined(sums[d][e], out[d][e], f[e / 2]);
+          float& sum = sums[(d * 4 + e) * WORKERS];
+          sum = joined(merged ? sum : 0.0f, out[d][e], f[e / 2]);
           out[d][e] = 0.0f;
         }
+      merged = true;
     } else {
       rescale(out, keep);
     }
@@ -313,7 +329,10 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
     for (int d = 0; d < VALUE / 8; ++d) {
       float value[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) value[e] = joined(sums[d][r * 2 + e], out[d][r * 2 + e], f[r]) * last;
+      for (int e = 0; e < 2; ++e) {
+        float early = merged ? sums[(d * 4 + r * 2 + e) * WORKERS] : 0.0f;
+        value[e] = joined(early, out[d][r * 2 + e], f[r]) * last;
+      }
       store_pair(a.out, row, int64_t(head) * VALUE + d * 8 + lane % 4 * 2, value[0], value[1]);
     }
   }

@@ -148,9 +148,16 @@ template <int N> __device__ inline void operand(uint32_t (&p)[4], const float (&
   }
 }
 
-// Row of a paged cache.
-__device__ inline int cache_row(const MoeyardAttention& a, const MoeyardSpan& span, int position) {
-  return int(a.block_table[span.first_block + position / a.block_size]) * a.block_size + position % a.block_size;
+// A paged cache: a position's block is looked up some time before its row is needed.
+__device__ inline int block_index(const MoeyardAttention& a, int position) {
+  int size = a.block_size;
+  return (size & (size - 1)) == 0 ? position >> (31 - __clz(size)) : position / size;
+}
+__device__ inline int look_up_block(const MoeyardAttention& a, const MoeyardSpan& span, int position) {
+  return int(a.block_table[span.first_block + block_index(a, position)]);
+}
+__device__ inline int row_in_block(const MoeyardAttention& a, int block, int position) {
+  return (block - block_index(a, position)) * a.block_size + position;
 }
 
 // Eight elements of a 16-byte aligned matrix, rounded to bf16.
