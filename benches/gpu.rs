@@ -32,8 +32,7 @@ fn main() {
             let gpu = CudaBackend::open(0).unwrap().into_dyn();
             let mut bench = Bench { gpu, others: Vec::new(), numbers: Numbers(7) };
             if std::env::args().any(|a| a == "products") {
-                let kernels =
-                    [ProductKernels::Clusters { rows: 192 }, ProductKernels::HoldingClusters { rows: 0 }];
+                let kernels = [ProductKernels::Clusters { rows: 0 }, ProductKernels::Portable];
                 bench.others = kernels.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 bench.products();
             } else {
@@ -247,7 +246,7 @@ impl Bench {
         mut call: impl FnMut(&dyn Backend),
     ) {
         let usual = ("usual".to_owned(), self.gpu.clone());
-        for (kernel, gpu) in std::iter::once(&usual).chain(self.others.iter().take(1)) {
+        for (kernel, gpu) in std::iter::once(&usual).chain(self.others.iter()) {
             let seconds = self.time_in_steps(gpu.as_ref(), calls, &mut call);
             self.line(&format!("  in a step, by {kernel}"), seconds, flops, bytes, Some(limits));
         }
@@ -290,7 +289,7 @@ impl Bench {
         let bytes = 2.0 * (n * k + rows * (n + k)) as f64;
         let name = format!("linear {rows} x {n} x {k}");
         let flops = 2.0 * (rows * n * k) as f64;
-        let kernels = if rows > 64 { self.others.len() } else { 1 };
+        let kernels = self.others.len();
         let mut call = |gpu: &dyn Backend| {
             turn += 1;
             gpu.linear(x.view(), &matrices[turn % copies], None, out.view_mut()).unwrap();
@@ -366,7 +365,6 @@ impl Bench {
         let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
         let kernels = match rows.div_ceil(busy) {
             0..=8 => 0,
-            9..=64 => 1,
             _ => self.others.len(),
         };
         self.lines(limits, &name, kernels, 2.0 * (rows * parameters) as f64, bytes, |gpu| {

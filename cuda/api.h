@@ -154,9 +154,9 @@ MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
 
 // ---- cutlass-sys/src/grouped_gemm.cu
 
-typedef enum { MOEYARD_WIDE = 0, MOEYARD_HOLDING = 1, MOEYARD_THIN = 2 } MoeyardClusterForm;
-// What moeyard_gemm_bf16 computes, on compute capability 9.0, by pairs of blocks. `row_tile` is one to four times 64 (wide, holding) or
-// 16 (thin); with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With an
+typedef enum { MOEYARD_WIDE = 0, MOEYARD_THIN = 1 } MoeyardClusterForm;
+// What moeyard_gemm_bf16 computes, on compute capability 9.0, by pairs of blocks. `row_tile` is one to four times 64 (wide) or 16
+// (thin); with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With an
 // activation, out is bf16 in steps of four.
 typedef struct {
   MoeyardGemm product;

@@ -27,24 +27,23 @@ constexpr int GROUP_THREADS = 128;
 constexpr int STRIP = 16;  // tiles of rows that are walked for a tile of outputs before the next: they stay in the second-level cache
 constexpr int MOST_GROUPS = 1024;
 constexpr int ROW_BYTES = DEPTH * 2;
-constexpr int MOST_WIDTHS = 4;  // in chunks, of a tile of rows
+constexpr int WIDTHS = 4;  // in chunks, of a tile of rows
 constexpr int COPIERS = 4;  // warps; one thread of each works, so that what it takes to start a copy does not hold up the next
 
 // A block: one warpgroup that copies, MULTIPLIERS that multiply 64 outputs each. A tile of rows is up to four chunks.
-template <int MULTIPLIERS_, int CHUNK_, int WIDTHS_, int STAGES_, bool HOLDS_> struct Form {
-  static constexpr int MULTIPLIERS = MULTIPLIERS_, CHUNK = CHUNK_, WIDTHS = WIDTHS_, STAGES = STAGES_;
-  static constexpr bool HOLDS = HOLDS_;  // outputs of a tile are stored while the next is multiplied
+template <int MULTIPLIERS_, int CHUNK_, int STAGES_> struct Form {
+  static constexpr int MULTIPLIERS = MULTIPLIERS_, CHUNK = CHUNK_, STAGES = STAGES_;
   static constexpr int THREADS = (1 + MULTIPLIERS) * GROUP_THREADS;
   static constexpr int OUTPUTS = MULTIPLIERS * 64, ROWS = WIDTHS * CHUNK;
+  static_assert(STAGES % COPIERS == 0, "a stage belongs to one copier");
   static constexpr int WEIGHT_BYTES = OUTPUTS * ROW_BYTES, STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 };
-using Wide = Form<2, 64, 4, 4, false>;    // for arithmetic
-using Holding = Form<2, 64, 3, 5, true>;  // the same, with room in the registers for outputs of the tile before
-using Thin = Form<1, 16, 4, 12, false>;   // for bandwidth: what is under way counts
+using Wide = Form<2, 64, 4>;   // for arithmetic
+using Thin = Form<1, 16, 12>;  // for bandwidth: what is under way counts
 
 // Matrices of one group, as the copy engine sees them: rows in boxes of a block's share of one to four chunks.
 struct alignas(128) Maps {
-  CUtensorMap weights, rows[MOST_WIDTHS];
+  CUtensorMap weights, rows[WIDTHS];
 };
 
 // One product: rows of one slot, or one of equal products side by side.
@@ -80,7 +79,7 @@ static_assert(SHARED_BYTES<Wide> <= 227 * 1024 && SHARED_BYTES<Thin> <= 227 * 10
 // Called by the first warp. Wide tiles read their weights once for more rows; narrow ones keep more clusters busy when there is little
 // to do. The least estimated time wins: rounds of tiles, times the mean tile and what it costs beside its rows.
 template <class F> __device__ __forceinline__ void make_schedule(Schedule& s, const MoeyardGemm& a, int clusters) {
-  constexpr int CHUNK = F::CHUNK, WIDTHS = F::WIDTHS, BESIDE = 48;
+  constexpr int CHUNK = F::CHUNK, BESIDE = 48;
   int lane = threadIdx.x % WARP, groups = groups_of(a), pairs = divide_up(a.n, F::OUTPUTS * BLOCKS);
   unsigned tiles[WIDTHS] = {};
   for (int g = lane; g < groups; g += WARP) {
@@ -160,7 +159,6 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
   constexpr uint16_t BOTH = (1 << BLOCKS) - 1;
   int groups = groups_of(a), steps = divide_up(a.k, DEPTH), known = -1, copier = threadIdx.x / WARP;
   Ring<F::STAGES> ring;
-  int turn = 0;
   for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
     Work work = work_of(shared.schedule, groups, tile, rank);
     const Maps& map = maps[work.group];
@@ -172,7 +170,7 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
     int chunks = divide_up(work.rows, F::CHUNK), own = rank * chunks * (F::CHUNK / BLOCKS);
     const CUtensorMap* rows = &map.rows[chunks - 1];
     for (int step = 0; step < steps; ++step, ring.advance()) {
-      if (turn++ % COPIERS != copier) continue;
+      if (ring.stage % COPIERS != copier) continue;
       shared.empty[ring.stage].wait(ring.phase ^ 1);
       auto& full = shared.full[ring.stage];
       full.arrive_and_expect_tx(F::WEIGHT_BYTES + chunks * F::CHUNK * ROW_BYTES);
@@ -185,17 +183,12 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
   }
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
+__device__ __forceinline__ uint32_t transposed(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(pair);
-}
-// Of an 8 x 8 matrix of which every lane holds two columns of a row.
-__device__ __forceinline__ uint32_t transposed(uint32_t from) {
-  uint32_t to;
+  uint32_t from = reinterpret_cast<uint32_t&>(pair), to;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(to) : "r"(from));
   return to;
 }
-__device__ __forceinline__ uint32_t transposed(float low, float high) { return transposed(pack(low, high)); }
 
 // Lanes hold a row of two 8 x 8 matrices each, two columns of it. Afterwards even lanes hold four columns of `first`, odd ones of `second`.
 __device__ __forceinline__ uint2 exchanged(uint32_t first, uint32_t second) {
@@ -322,80 +315,10 @@ __device__ __forceinline__ void finish_tile(const MoeyardGemm& a, const Tile& ti
   }
 }
 
-// A warp's 16 outputs of a tile, in bf16 and in fours, that are stored while the next tile is multiplied.
-template <int ROWS> struct Held {
-  static constexpr int PART = 4;  // registers that are stored together
-  uint32_t packed[ROWS / 4] = {};
-  bf16* out = nullptr;
-  int row = 0, rows = 0;  // the next of this lane; those of the tile
-  int apart = 8;          // rows from one store of a lane to the next
-
-  __device__ __forceinline__ void store_part(const MoeyardGemm& a) {
-#pragma unroll
-    for (int i = 0; i < PART; i += 2) {
-      uint2 value = exchanged(transposed(packed[i]), transposed(packed[i + 1]));
-      if (row < rows) *reinterpret_cast<uint2*>(out) = value;
-      row += apart;
-      out += apart * a.out.stride;
-    }
-#pragma unroll
-    for (int i = 0; i + PART < ROWS / 4; ++i) packed[i] = packed[i + PART];
-  }
-
-  template <int WIDTH, class Sums>
-  __device__ __forceinline__ void take(const MoeyardGemm& a, const Tile& tile, const Ending& end, const Sums& sums) {
-    int lane = threadIdx.x % WARP, odd = lane % 2, col = lane % 4 / 2 * 4;
-    rows = tile.rows;
-    row = lane / 4;
-    if (a.activation) {
-      row += odd * 8;
-      apart = 16;
-      col += end.first / 2;
-      if (a.activation == MOEYARD_SILU_MUL) take_gated<WIDTH, false>(a, end, sums);
-      else take_gated<WIDTH, true>(a, end, sums);
-    } else {
-      apart = 8;
-      col += end.first + odd * 8;
-#pragma unroll
-      for (int i = 0; i < WIDTH / 8; ++i) {
-        packed[i * 2] = pack(sums(i * 4) + end.outputs.low, sums(i * 4 + 1) + end.outputs.low);
-        packed[i * 2 + 1] = pack(sums(i * 4 + 2) + end.outputs.high, sums(i * 4 + 3) + end.outputs.high);
-      }
-    }
-    out = static_cast<bf16*>(a.out.data) + int64_t(tile.row + row) * a.out.stride + end.shift + col;
-  }
-
-  // As a loop over chunks: unrolled it would be more code than the instruction cache holds. The registers that the loop reads are always
-  // the same; the others move up.
-  template <int WIDTH, bool CLAMPED, class Sums>
-  __device__ __forceinline__ void take_gated(const MoeyardGemm& a, const Ending& end, const Sums& sums) {
-    constexpr int CHUNK = WIDTH % 64 ? WIDTH : 64;
-    float left[WIDTH / 2];
-#pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) left[i] = sums(i);
-#pragma unroll 1
-    for (int at = 0; at < WIDTH; at += CHUNK) {
-      float gate[CHUNK / 4], up[CHUNK / 4];
-#pragma unroll
-      for (int i = 0; i < CHUNK / 4; ++i) {
-        gate[i] = left[i / 2 * 4 + i % 2] + end.outputs.low;
-        up[i] = left[i / 2 * 4 + i % 2 + 2] + end.outputs.high;
-      }
-      activate_all<CLAMPED>(a, gate, up);
-#pragma unroll
-      for (int i = 0; i + CHUNK / 2 < WIDTH / 2; ++i) left[i] = left[i + CHUNK / 2];
-#pragma unroll
-      for (int i = 0; i + CHUNK / 8 < WIDTH / 8; ++i) packed[i] = packed[i + CHUNK / 8];
-#pragma unroll
-      for (int i = 0; i < CHUNK / 8; ++i) packed[(WIDTH - CHUNK) / 8 + i] = pack(gate[i * 2], gate[i * 2 + 1]);
-    }
-  }
-};
-
 // One tile of a warpgroup: 64 outputs by WIDTH rows.
 template <class F, int WIDTH>
 __device__ __forceinline__ void multiply(Shared<F>& shared, Ring<F::STAGES>& ring, const MoeyardGemm& a, const Work& work, const Tile& tile, int64_t shift,
-                         int part, Held<F::ROWS>& held) {
+                         int part) {
   using namespace cute;
   using Element = cute::bfloat16_t;
   using Atom = decltype(GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<WIDTH>, Int<DEPTH>>, GMMA::Major::K,
@@ -426,7 +349,6 @@ __device__ __forceinline__ void multiply(Shared<F>& shared, Ring<F::STAGES>& rin
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
-    if (F::HOLDS && step < F::ROWS / 4 / held.PART) held.store_part(a);
     warpgroup_wait<1>();
     warpgroup_fence_operand(sums);
     if (step > 0) release(last);
@@ -438,41 +360,24 @@ __device__ __forceinline__ void multiply(Shared<F>& shared, Ring<F::STAGES>& rin
   release(last);
 
   int lane = threadIdx.x % WARP, output = work.tile * F::OUTPUTS + part * 64 + thread / WARP * 16;
-  Ending end{outputs_of(a, tile, output, lane), output, shift};
-  if constexpr (F::HOLDS) {
-    // Few steps may not have stored all of it.
-#pragma unroll 1
-    for (int part = steps; part < F::ROWS / 4 / held.PART; ++part) held.store_part(a);
-    held.rows = 0;
-    if (output < a.n && in_fours(a)) return held.template take<WIDTH>(a, tile, end, sums);
-  }
-  if (output < a.n) finish_tile<WIDTH>(a, tile, end, sums);
+  if (output >= a.n) return;
+  finish_tile<WIDTH>(a, tile, Ending{outputs_of(a, tile, output, lane), output, shift}, sums);
 }
 
 template <class F>
 __device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a, int cluster, int clusters, int rank) {
   int groups = groups_of(a), part = int(threadIdx.x) / GROUP_THREADS - 1;
   Ring<F::STAGES> ring;
-  Held<F::ROWS> held;
   for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
     Work work = work_of(shared.schedule, groups, tile, rank);
     Tile place = {a.offsets ? work.group : 0, shared.schedule.start[work.group] + work.row, work.rows};
     int64_t shift = a.offsets ? 0 : work.group * a.out_batch;
     switch (divide_up(work.rows, F::CHUNK)) {
-      case 1: multiply<F, F::CHUNK>(shared, ring, a, work, place, shift, part, held); break;
-      case 2: multiply<F, 2 * F::CHUNK>(shared, ring, a, work, place, shift, part, held); break;
-      case 3:
-        if constexpr (F::WIDTHS > 3) {
-          multiply<F, 3 * F::CHUNK>(shared, ring, a, work, place, shift, part, held);
-          break;
-        }
-        [[fallthrough]];
-      default: multiply<F, F::WIDTHS * F::CHUNK>(shared, ring, a, work, place, shift, part, held);
+      case 1: multiply<F, F::CHUNK>(shared, ring, a, work, place, shift, part); break;
+      case 2: multiply<F, 2 * F::CHUNK>(shared, ring, a, work, place, shift, part); break;
+      case 3: multiply<F, 3 * F::CHUNK>(shared, ring, a, work, place, shift, part); break;
+      default: multiply<F, 4 * F::CHUNK>(shared, ring, a, work, place, shift, part);
     }
-  }
-  if constexpr (F::HOLDS) {
-#pragma unroll 1
-    for (int i = 0; i < F::ROWS / 4 / held.PART; ++i) held.store_part(a);
   }
 }
 
@@ -544,7 +449,7 @@ __global__ void __launch_bounds__(WARP) describe(const __grid_constant__ Moeyard
   }
   __syncwarp();
   cute::tma_descriptor_cp_fence_release(&maps[group].weights, made.weights);
-  for (int i = 0; i < MOST_WIDTHS; ++i) cute::tma_descriptor_cp_fence_release(&maps[group].rows[i], made.rows[i]);
+  for (int i = 0; i < WIDTHS; ++i) cute::tma_descriptor_cp_fence_release(&maps[group].rows[i], made.rows[i]);
 #endif
 }
 
@@ -581,7 +486,7 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
   Maps own;
   const void* weight = single ? a.weight : args.maps;
   if (int error = make_map(&own.weights, weight, a.k, a.n, a.ldw, F::OUTPUTS)) return error;
-  for (int i = 0; i < MOST_WIDTHS; ++i)
+  for (int i = 0; i < WIDTHS; ++i)
     if (int error = make_map(&own.rows[i], a.x.data, a.k, a.x.rows, a.x.stride, (i + 1) * F::CHUNK / BLOCKS)) return error;
   auto* maps = single ? nullptr : static_cast<Maps*>(args.maps);
   if (!single) describe<<<groups, WARP, 0, stream>>>(a, own, maps);
@@ -602,10 +507,6 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
 
 extern "C" int moeyard_gemm_grouped(const MoeyardGroupedGemm* args, void* stream) {
   using namespace moeyard;
-  switch (args->form) {
-    case MOEYARD_WIDE: return grouped::launch<grouped::Wide>(*args, stream_of(stream));
-    case MOEYARD_HOLDING: return grouped::launch<grouped::Holding>(*args, stream_of(stream));
-    case MOEYARD_THIN: return grouped::launch<grouped::Thin>(*args, stream_of(stream));
-    default: return int(cudaErrorInvalidValue);
-  }
+  return args->form == MOEYARD_THIN ? grouped::launch<grouped::Thin>(*args, stream_of(stream))
+                                    : grouped::launch<grouped::Wide>(*args, stream_of(stream));
 }

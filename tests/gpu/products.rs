@@ -269,11 +269,9 @@ fn an_expert_has_the_same_bits_in_every_slot() {
 /// Backends on the same GPU with every choice of kernels and tiles, the plainest first.
 fn all_kernels() -> Vec<(ProductKernels, std::sync::Arc<dyn moeyard::backend::Backend>)> {
     let grouped = [0, 64, 128, 192, 256].map(|rows| ProductKernels::Clusters { rows });
-    let holding = [0, 64, 128, 192].map(|rows| ProductKernels::HoldingClusters { rows });
     [ProductKernels::Portable, ProductKernels::Best]
         .into_iter()
         .chain(grouped)
-        .chain(holding)
         .map(|kernel| (kernel, CudaBackend::open(0).unwrap().with_products(kernel).into_dyn()))
         .collect()
 }

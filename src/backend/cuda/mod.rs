@@ -51,11 +51,6 @@ pub enum ProductKernels {
         /// Rows of a tile.
         rows: usize,
     },
-    /// The same, but tiles of many rows have at most 192, and are stored while the next is multiplied.
-    HoldingClusters {
-        /// Rows of a tile.
-        rows: usize,
-    },
 }
 
 /// A GPU of this machine.

@@ -214,8 +214,7 @@ pub struct Gemm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, NoUninit)]
 pub enum ClusterForm {
     Wide = 0,
-    Holding = 1,
-    Thin = 2,
+    Thin = 1,
 }
 
 /// `MoeyardGroupedGemm`

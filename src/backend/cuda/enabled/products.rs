@@ -111,6 +111,20 @@ impl Groups<'_> {
     }
 }
 
+/// What the rows of a product are multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meets {
+    /// One matrix, of this many columns.
+    One { k: usize },
+    /// Several that lie side by side.
+    Heads,
+    /// One for each slot.
+    Slots,
+}
+
+/// Most rows of a thin tile of clusters.
+const THIN_ROWS: usize = 64;
+
 /// A kernel and its tile. All bf16 kernels and tiles give the same bits, so the choice is one of speed alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Tile {
@@ -123,20 +137,27 @@ enum Tile {
 }
 
 impl Tile {
-    /// For rows that are bf16 and lie well; `single` if all of them meet one matrix, once.
-    fn of_bf16(groups: Groups<'_>, batches: usize, single: bool, kernels: ProductKernels) -> Tile {
-        use ffi::ClusterForm::{Holding, Thin, Wide};
+    /// For rows that are bf16 and lie well. The bounds are where one kernel overtakes another on an H200 (benches/RESULTS.md).
+    fn of_bf16(groups: Groups<'_>, batches: usize, meets: Meets, kernels: ProductKernels) -> Tile {
+        use ffi::ClusterForm::{Thin, Wide};
         let mean = groups.mean();
         let fit = batches * groups.slots() <= cutlass_sys::MOST_GROUPS;
-        match kernels {
-            ProductKernels::Best if mean > 64 && fit => Tile::Clusters(Wide, 0),
-            ProductKernels::Clusters { rows } if mean > 64 && fit => Tile::Clusters(Wide, rows),
-            ProductKernels::HoldingClusters { rows } if mean > 64 && fit => Tile::Clusters(Holding, rows),
-            ProductKernels::Clusters { .. } if mean <= 64 && (single || (mean > 8 && fit)) => {
-                Tile::Clusters(Thin, 0)
-            }
-            _ => Tile::Bf16(mean.next_power_of_two().clamp(8, 128)),
+        let thin = Tile::Clusters(Thin, THIN_ROWS);
+        match (kernels, meets) {
+            (ProductKernels::Portable, _) => Tile::bf16(mean),
+            (ProductKernels::Best, _) if mean > THIN_ROWS && fit => Tile::Clusters(Wide, 0),
+            (ProductKernels::Clusters { rows }, _) if mean > THIN_ROWS && fit => Tile::Clusters(Wide, rows),
+            _ if mean > THIN_ROWS => Tile::bf16(mean),
+            // What starts a cluster is paid for by long rows of weights, or by rows that two blocks share.
+            (ProductKernels::Best, Meets::One { k }) if mean > 32 || k >= 8192 => thin,
+            (ProductKernels::Clusters { .. }, Meets::One { .. }) => thin,
+            (_, Meets::Slots) if mean > 8 && fit => thin,
+            _ => Tile::bf16(mean),
         }
+    }
+
+    fn bf16(mean: usize) -> Tile {
+        Tile::Bf16(mean.next_power_of_two().clamp(8, 128))
     }
 
     fn rows(self) -> usize {
@@ -249,11 +270,15 @@ impl CudaBackend {
             && batches.x.is_multiple_of(8);
         assert!(fast || gate.activation == 0, "only the bf16 kernels have a gated activation");
         let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
-        let single = matches!(weights, Weights::One { .. }) && batches.count == 1;
+        let meets = match weights {
+            Weights::Slots { .. } => Meets::Slots,
+            Weights::One { .. } if batches.count > 1 => Meets::Heads,
+            Weights::One { .. } => Meets::One { k: shape.k },
+        };
         let tile = if fast {
             let kernels = if self.warpgroups() { self.products } else { ProductKernels::Portable };
-            Tile::of_bf16(groups, batches.count, single, kernels)
-        } else if all_f32 && single && shape.n <= NARROW {
+            Tile::of_bf16(groups, batches.count, meets, kernels)
+        } else if all_f32 && matches!(meets, Meets::One { .. }) && shape.n <= NARROW {
             // By the shape alone: it sums in another order than the general kernel.
             Tile::Narrow
         } else {
@@ -466,30 +491,31 @@ mod tests {
     #[test]
     fn tiles_follow_the_mean_load() {
         use ProductKernels::{Best, Portable};
-        use ffi::ClusterForm::{Holding, Thin, Wide};
+        use ffi::ClusterForm::{Thin, Wide};
         let clusters = ProductKernels::Clusters { rows: 192 };
-        let holding = ProductKernels::HoldingClusters { rows: 0 };
-        for (offsets, batches, kernels, expected) in [
-            (&[0usize, 0] as &[usize], 1, Best, Tile::Bf16(8)),
-            (&[0, 1, 1, 2], 1, clusters, Tile::Bf16(8)),
-            (&[0, 10, 40], 1, Best, Tile::Bf16(32)),
-            (&[0, 8, 16], 1, clusters, Tile::Bf16(8)),
-            (&[0, 8, 17], 1, clusters, Tile::Clusters(Thin, 0)),
-            (&[0, 64, 64], 1, Best, Tile::Bf16(64)),
-            (&[0, 1], 1, clusters, Tile::Clusters(Thin, 0)),
-            (&[0, 64], 1, clusters, Tile::Clusters(Thin, 0)),
-            (&[0, 64], 2, clusters, Tile::Clusters(Thin, 0)),
-            (&[0, 64], 1025, clusters, Tile::Bf16(64)),
-            (&[0, 65], 1, Best, Tile::Clusters(Wide, 0)),
-            (&[0, 65], 1, clusters, Tile::Clusters(Wide, 192)),
-            (&[0, 65], 1024, Best, Tile::Clusters(Wide, 0)),
-            (&[0, 65], 1025, Best, Tile::Bf16(128)),
-            (&[0, 65], 1, holding, Tile::Clusters(Holding, 0)),
-            (&[0, 65], 1, Portable, Tile::Bf16(128)),
-            (&[0, 8192, 8192], 1, Best, Tile::Clusters(Wide, 0)),
+        let (thin, wide) = (Tile::Clusters(Thin, 64), Tile::Clusters(Wide, 0));
+        let (one, long) = (Meets::One { k: 4096 }, Meets::One { k: 8192 });
+        for (offsets, batches, meets, kernels, expected) in [
+            (&[0usize, 0] as &[usize], 1, Meets::Slots, Best, Tile::Bf16(8)),
+            (&[0, 1, 1, 2], 1, Meets::Slots, clusters, Tile::Bf16(8)),
+            (&[0, 8, 16], 1, Meets::Slots, Best, Tile::Bf16(8)),
+            (&[0, 8, 17], 1, Meets::Slots, Best, thin),
+            (&[0, 64, 64], 1, Meets::Slots, clusters, thin),
+            (&[0, 64, 64], 1, Meets::Slots, Portable, Tile::Bf16(64)),
+            (&[0, 32], 1, one, Best, Tile::Bf16(32)),
+            (&[0, 33], 1, one, Best, thin),
+            (&[0, 1], 1, long, Best, thin),
+            (&[0, 1], 1, one, clusters, thin),
+            (&[0, 64], 2, Meets::Heads, clusters, Tile::Bf16(64)),
+            (&[0, 65], 1, one, Best, wide),
+            (&[0, 65], 1, one, clusters, Tile::Clusters(Wide, 192)),
+            (&[0, 65], 1024, Meets::Heads, Best, wide),
+            (&[0, 65], 1025, Meets::Heads, Best, Tile::Bf16(128)),
+            (&[0, 65], 1, one, Portable, Tile::Bf16(128)),
+            (&[0, 8192, 8192], 1, Meets::Slots, Best, wide),
         ] {
-            let (groups, single) = (Groups::Known { offsets }, offsets.len() == 2 && batches == 1);
-            assert_eq!(Tile::of_bf16(groups, batches, single, kernels), expected, "{offsets:?}");
+            let found = Tile::of_bf16(Groups::Known { offsets }, batches, meets, kernels);
+            assert_eq!(found, expected, "{offsets:?} {batches} {meets:?} {kernels:?}");
         }
     }
 
