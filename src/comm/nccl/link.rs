@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::library::{Code, Config, Functions, Handle, IN_PROGRESS, SUCCESS, Stream, UniqueId};
+use super::under_way::{Late, UnderWay};
 use super::watch::Watch;
-use crate::backend::{Backend, DeviceId, Event};
+use crate::backend::{Backend, DeviceId};
 use crate::comm::local::{Alarm, lock};
 use crate::error::{Error, Result};
 
@@ -33,17 +34,6 @@ pub(super) struct Link {
     /// Of the hosts' meetings of this group.
     alarm: Alarm,
     rank: usize,
-}
-
-/// Two points in the stream: one that is waited for, and the end of what was added since.
-#[derive(Default)]
-struct UnderWay {
-    first: Option<(Event, Instant)>,
-    last: Option<(Event, Instant)>,
-    /// An event to be used again.
-    spare: Option<Event>,
-    /// When it was first seen that a rank of the group has left.
-    left: Option<Instant>,
 }
 
 /// Why everything must end.
@@ -128,17 +118,7 @@ impl Link {
 
     /// The stream up to here is watched.
     pub fn note(&self) -> Result<()> {
-        let mut under_way = lock(&self.under_way);
-        let UnderWay { last, spare, .. } = &mut *under_way;
-        let mut event = last.take().map(|(event, _)| event).or_else(|| spare.take()).unwrap_or_default();
-        self.backend.record(&mut event)?;
-        let noted = Some((event, Instant::now()));
-        if under_way.first.is_none() {
-            under_way.first = noted
-        } else {
-            under_way.last = noted
-        }
-        Ok(())
+        lock(&self.under_way).note(Instant::now(), |event| self.backend.record(event))
     }
 
     /// Waits until the device has done everything noted.
@@ -153,16 +133,7 @@ impl Link {
 
     /// Whether everything noted is done.
     fn idle(&self) -> Result<bool> {
-        let mut under_way = lock(&self.under_way);
-        while let Some((event, _)) = &under_way.first {
-            if !self.backend.passed(event)? {
-                return Ok(false);
-            }
-            let next = under_way.last.take();
-            let done = std::mem::replace(&mut under_way.first, next);
-            under_way.spare = done.map(|(event, _)| event);
-        }
-        Ok(true)
+        lock(&self.under_way).idle(|event| self.backend.passed(event))
     }
 
     /// Why everything must end, if so.
@@ -183,20 +154,15 @@ impl Link {
             Ok(true) => return None,
             Ok(false) => {}
         }
-        let mut under_way = lock(&self.under_way);
-        if self.alarm.raised() {
-            let seen = *under_way.left.get_or_insert(now);
-            if now.saturating_duration_since(seen) > GRACE {
+        match lock(&self.under_way).late(now, timeout, self.alarm.raised(), GRACE)? {
+            Late::Deserted => {
                 let why = format!("rank {} waits for a rank that failed or left", self.rank);
-                return Some(Trouble { why, own: false });
+                Some(Trouble { why, own: false })
+            }
+            Late::Overdue => {
+                own(format!("rank {}: an exchange has not ended within {}", self.rank, seconds(timeout)))
             }
         }
-        let since = under_way.first.as_ref()?.1;
-        let late = now.saturating_duration_since(since) > timeout;
-        if !late {
-            return None;
-        }
-        own(format!("rank {}: an exchange has not ended within {}", self.rank, seconds(timeout)))
     }
 
     /// Nothing computed on this rank's device counts from now on, and nobody waits on its host. `own`: it began here.

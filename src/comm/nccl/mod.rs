@@ -10,6 +10,7 @@ mod link;
 pub(super) mod mock;
 #[cfg(test)]
 mod tests;
+mod under_way;
 mod watch;
 
 use std::collections::HashMap;
