@@ -93,7 +93,7 @@ for want, found in zip(golden, dump):
 PY
         echo ok >"$logs/$name.outcome"
     else
-        { echo FAIL; tail -1 "$logs/$name.log" "$logs/$name.txt" | tr '\n' ' '; } >"$logs/$name.outcome"
+        { echo FAIL; tail -q -n 1 "$logs/$name.log" "$logs/$name.txt" | tr '\n' ' '; } >"$logs/$name.outcome"
     fi
 }
 
@@ -164,9 +164,10 @@ if part nccl; then
         timeout 60 bin/gpu_bench exchanges 2>&1 | tee "$logs/exchanges.txt"
         outcome "exchanges between ranks on one GPU" "${PIPESTATUS[0]}" ""
     fi
-    shares=$(grep -c '^test nccl::shared.* ok$' "$logs/nccl.txt")
+    shares=$(cat "$logs/nccl.txt" "$logs/exchanges.txt" 2>/dev/null | grep -cE '^test nccl::shared.* ok$|^nccl, 2 ranks')
     for model in models/*/; do
         base="$(basename "$model")"
+        [ -f "$model/golden.json" ] || continue
         [ -f "$logs/$base-f32.safetensors" ] || demo "$base-f32" "${model%/}"
         for ranks in 1 2 4; do
             name="$base-f32-nccl$ranks"
