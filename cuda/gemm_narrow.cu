@@ -6,7 +6,13 @@ using namespace moeyard;
 
 namespace {
 
-constexpr int WARPS = 4, WIDTH = 4 * WARP;  // k of a warp's step
+constexpr int WIDTH = 4 * WARP;  // k of a warp's step
+
+// A warp computes COLS outputs of ROWS rows; a block has DOWN warps below each other and ACROSS side by side.
+template <int ROWS_, int COLS_, int DOWN_, int ACROSS_> struct Shape {
+  static constexpr int ROWS = ROWS_, COLS = COLS_, DOWN = DOWN_, ACROSS = ACROSS_, THREADS = DOWN * ACROSS * WARP;
+  static constexpr int AHEAD = ROWS + COLS < 16 ? 16 / (ROWS + COLS) : 1;  // steps whose loads are under way at once
+};
 
 template <bool ALIGNED> __device__ inline float4 four(const float* x, int k, int end) {
   if (ALIGNED) return k < end ? *reinterpret_cast<const float4*>(x + k) : float4{};
@@ -17,11 +23,11 @@ __device__ inline float chain(float sum, float4 x, float4 w) {
   return fmaf(x.w, w.w, fmaf(x.z, w.z, fmaf(x.y, w.y, fmaf(x.x, w.x, sum))));
 }
 
-// A warp computes COLS outputs of ROWS rows; the warps of a block have the outputs side by side.
-template <int ROWS, int COLS, bool ALIGNED> __global__ void __launch_bounds__(WARPS* WARP) narrow(MoeyardGemm a) {
-  constexpr int AHEAD = 16 / (ROWS + COLS);  // steps whose loads are under way at once
-  int lane = threadIdx.x % WARP, row = blockIdx.x * ROWS, col = (blockIdx.y * WARPS + threadIdx.x / WARP) * COLS;
-  if (col >= a.n) return;
+template <class S, bool ALIGNED> __global__ void __launch_bounds__(S::THREADS) narrow(MoeyardGemm a) {
+  constexpr int ROWS = S::ROWS, COLS = S::COLS, AHEAD = S::AHEAD;
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int row = (blockIdx.x * S::DOWN + warp / S::ACROSS) * ROWS, col = (blockIdx.y * S::ACROSS + warp % S::ACROSS) * COLS;
+  if (row >= a.x.rows || col >= a.n) return;
   // Weights never change while a step runs, so they are on their way before the rows are.
   for (int k = lane * 32; k < a.k; k += 32 * WARP) {
     const float* ahead = static_cast<const float*>(a.weight) + int64_t(col) * a.ldw + k;
@@ -62,10 +68,11 @@ template <int ROWS, int COLS, bool ALIGNED> __global__ void __launch_bounds__(WA
     }
 }
 
-template <int ROWS, int COLS> int launch(const MoeyardGemm& a, void* stream) {
-  dim3 grid((a.x.rows + ROWS - 1) / ROWS, (a.n + WARPS * COLS - 1) / (WARPS * COLS));
+template <class S> int launch(const MoeyardGemm& a, void* stream) {
+  constexpr int ROWS = S::DOWN * S::ROWS, COLS = S::ACROSS * S::COLS;
+  dim3 grid((a.x.rows + ROWS - 1) / ROWS, (a.n + COLS - 1) / COLS);
   bool aligned = reinterpret_cast<uintptr_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0 && a.ldw % 4 == 0 && a.k % 4 == 0;
-  return launch_early(aligned ? narrow<ROWS, COLS, true> : narrow<ROWS, COLS, false>, grid, WARPS * WARP, 0, stream, a);
+  return launch_early(aligned ? narrow<S, true> : narrow<S, false>, grid, S::THREADS, 0, stream, a);
 }
 
 }  // namespace
@@ -74,7 +81,8 @@ extern "C" int moeyard_gemm_narrow(const MoeyardGemm* a, void* stream) {
   if (a->x.rows == 0 || a->n == 0) return 0;
   // Larger tiles read less, smaller ones keep more warps busy.
   int64_t outputs = int64_t(a->x.rows) * a->n;
-  if (outputs <= 4096) return launch<1, 1>(*a, stream);
-  if (outputs <= 32768) return launch<2, 2>(*a, stream);
-  return launch<4, 4>(*a, stream);
+  if (outputs <= 4096) return launch<Shape<1, 1, 1, 4>>(*a, stream);
+  if (outputs <= 32768) return launch<Shape<2, 2, 1, 4>>(*a, stream);
+  if (outputs <= 262144 || a->n < 16) return launch<Shape<4, 4, 1, 4>>(*a, stream);
+  return launch<Shape<8, 4, 4, 4>>(*a, stream);
 }

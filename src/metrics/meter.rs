@@ -63,6 +63,31 @@ impl Work {
     }
 }
 
+/// How a step ran on a device that knows steps again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepKind {
+    /// Operation by operation.
+    Run,
+    /// As one piece of work, known from an earlier step.
+    Replayed,
+    /// Made such a piece; it was replayed at once.
+    Captured,
+}
+
+impl StepKind {
+    /// All, in the order of their numbers.
+    pub const ALL: [StepKind; 3] = [StepKind::Run, StepKind::Replayed, StepKind::Captured];
+
+    /// As the metrics call it.
+    pub fn label(self) -> &'static str {
+        match self {
+            StepKind::Run => "run",
+            StepKind::Replayed => "replayed",
+            StepKind::Captured => "captured",
+        }
+    }
+}
+
 /// Why rows travel between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommOp {
@@ -98,6 +123,7 @@ pub struct RankMeter {
     work_ns: [AtomicU64; Work::ALL.len()],
     sent_bytes: [AtomicU64; CommOp::ALL.len()],
     received_bytes: [AtomicU64; CommOp::ALL.len()],
+    steps: [AtomicU64; StepKind::ALL.len()],
     /// Nanoseconds after `began`, plus 1, at the last sign of life inside a step; 0 between steps.
     pulse: AtomicU64,
     up: AtomicBool,
@@ -110,6 +136,7 @@ impl Default for RankMeter {
             work_ns: Default::default(),
             sent_bytes: Default::default(),
             received_bytes: Default::default(),
+            steps: Default::default(),
             pulse: AtomicU64::new(0),
             up: AtomicBool::new(false),
         }
@@ -148,6 +175,16 @@ impl RankMeter {
     /// Adds time spent on `work`.
     pub fn spend(&self, work: Work, time: Duration) {
         add(&self.work_ns[work as usize], time.as_nanos() as u64);
+    }
+
+    /// Steps of a kind that the rank's device has counted.
+    pub fn set_steps(&self, kind: StepKind, steps: u64) {
+        self.steps[kind as usize].store(steps, Ordering::Relaxed);
+    }
+
+    /// See [`RankMeter::set_steps`].
+    pub fn steps(&self, kind: StepKind) -> u64 {
+        self.steps[kind as usize].load(Ordering::Relaxed)
     }
 
     /// Counts rows that went to and came from other ranks.

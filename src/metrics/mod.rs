@@ -9,7 +9,7 @@ pub mod load;
 pub mod meter;
 
 pub use load::{LoadSnapshot, LoadSource, hottest};
-pub use meter::{CommOp, RankMeter, Work, WorkClock};
+pub use meter::{CommOp, RankMeter, StepKind, Work, WorkClock};
 pub use router_sim::load::{Phase, entropy_ratio, imbalance_ratio, max_share};
 
 /// What a family measures.
@@ -170,6 +170,8 @@ families! {
         "Time since the rank last got on with the step it works on; 0 between steps.";
     PHASE_SECONDS_TOTAL: Kind::Counter, "moeyard_phase_seconds_total", ["rank", "phase"],
         "Time a rank spent inside steps, by what it did; wait is time spent waiting for other ranks.";
+    GRAPH_STEPS_TOTAL: Kind::Counter, "moeyard_graph_steps_total", ["rank", "how"],
+        "Decode steps of a GPU that has all experts: run launch by launch, captured into a CUDA graph, replayed from one.";
     COMM_BYTES_TOTAL: Kind::Counter, "moeyard_comm_bytes_total", ["rank", "op", "dir"],
         "Bytes of rows that a rank exchanged with other ranks; what stays on the rank is not counted.";
     STEP_IMBALANCE_RATIO: Kind::Histogram(IMBALANCE), "moeyard_step_imbalance_ratio", [],

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use router_sim::placement::Placement;
 
-use crate::backend::{Backend, KvCache, SeqSpan};
+use crate::backend::{Backend, KvCache, SeqSpan, StepCounts};
 use crate::error::Result;
 use crate::layers::attention::{Attention, AttentionScratch, AttentionStep};
 use crate::layers::embedding::{Embedding, Head};
@@ -17,7 +17,7 @@ use crate::layers::mlp::GatedMlp;
 use crate::layers::norm::Norm;
 use crate::layers::rope::RopeTable;
 use crate::layers::{Rank, RowBuffer, owned_range};
-use crate::metrics::Work;
+use crate::metrics::{StepKind, Work};
 use crate::model::{Batch, Model, Routing, StepOutput};
 use crate::moe::layer::{MoeLayer, MoeRows, MoeScratch};
 use crate::moe::load::{LoadCounters, Phase};
@@ -134,6 +134,11 @@ impl Model for Transformer {
         if rows > 0 && rows == batch.attention.spans.len() && self.rank.world.size() == 1 {
             let backend = self.rank.backend.clone();
             backend.step(&mut || self.compute(batch, owned.clone(), out))?;
+            let StepCounts { run, replayed, captured } = backend.step_counts();
+            let kinds = [StepKind::Run, StepKind::Replayed, StepKind::Captured];
+            for (kind, steps) in kinds.into_iter().zip([run, replayed, captured]) {
+                self.rank.clock.meter().set_steps(kind, steps);
+            }
         } else {
             self.compute(batch, owned.clone(), out)?;
         }

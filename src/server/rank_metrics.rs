@@ -5,7 +5,7 @@ use std::sync::Arc;
 use metrics::{Counter, Gauge};
 
 use super::registry::Registry;
-use crate::metrics::{self as family, CommOp, RankMeter, Work};
+use crate::metrics::{self as family, CommOp, RankMeter, StepKind, Work};
 
 /// Handles of the families that are kept by rank.
 pub(super) struct RankMetrics {
@@ -19,6 +19,8 @@ struct RankHandles {
     heartbeat_age: Gauge,
     /// `[op]`: sent, received.
     bytes: [(Counter, Counter); CommOp::ALL.len()],
+    /// By [`StepKind`].
+    steps: [Counter; StepKind::ALL.len()],
 }
 
 impl RankMetrics {
@@ -30,7 +32,10 @@ impl RankMetrics {
                     |dir| registry.counter(&family::COMM_BYTES_TOTAL, &[rank.as_str(), op.label(), dir]);
                 (counter("sent"), counter("received"))
             });
+            let steps = StepKind::ALL
+                .map(|kind| registry.counter(&family::GRAPH_STEPS_TOTAL, &[rank.as_str(), kind.label()]));
             RankHandles {
+                steps,
                 up: registry.gauge(&family::RANK_UP, &[&rank]),
                 heartbeat_age: registry.gauge(&family::RANK_HEARTBEAT_AGE_SECONDS, &[&rank]),
                 bytes,
@@ -48,6 +53,9 @@ impl RankMetrics {
             for (op, (sent, received)) in CommOp::ALL.into_iter().zip(&handles.bytes) {
                 sent.absolute(meter.sent_bytes(op));
                 received.absolute(meter.received_bytes(op));
+            }
+            for (kind, steps) in StepKind::ALL.into_iter().zip(&handles.steps) {
+                steps.absolute(meter.steps(kind));
             }
             for work in Work::ALL {
                 let labels = [handles.rank.as_str(), work.label()];
@@ -69,6 +77,7 @@ mod tests {
         let metrics = RankMetrics::new(&registry, 2);
         meters[1].exchange(CommOp::Combine, 7, 9);
         meters[1].spend(Work::Expert, Duration::from_millis(1500));
+        meters[0].set_steps(StepKind::Replayed, 5);
         metrics.update(&registry, &meters);
         metrics.update(&registry, &meters);
         let page = registry.render();
@@ -79,6 +88,8 @@ mod tests {
             r#"moeyard_comm_bytes_total{rank="0",op="migrate",dir="sent"} 0"#,
             r#"moeyard_phase_seconds_total{rank="1",phase="expert"} 1.5"#,
             r#"moeyard_phase_seconds_total{rank="0",phase="wait"} 0"#,
+            r#"moeyard_graph_steps_total{rank="0",how="replayed"} 5"#,
+            r#"moeyard_graph_steps_total{rank="1",how="captured"} 0"#,
             "# TYPE moeyard_phase_seconds_total counter",
         ] {
             assert_eq!(page.lines().filter(|l| *l == line).count(), 1, "{line} in\n{page}");

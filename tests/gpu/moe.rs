@@ -145,9 +145,15 @@ fn logits_that_are_no_numbers() {
 fn router_logits() {
     let owner = gpu();
     let mut numbers = Numbers::new(36);
-    for (rows, n, k) in
-        [(1, 8, 4096), (600, 8, 4096), (5, 1, 2049), (70, 64, 260), (300, 256, 7168), (33, 512, 7)]
-    {
+    for (rows, n, k) in [
+        (1, 8, 4096),
+        (600, 8, 4096),
+        (5, 1, 2049),
+        (70, 64, 260),
+        (300, 256, 7168),
+        (1100, 256, 132),
+        (33, 512, 7),
+    ] {
         let w = host_matrix(&mut numbers, n, k, DType::F32);
         let (x, bias) = (numbers.vec(rows * k), numbers.vec(n));
         let run = |device: Device<'_>, part: std::ops::Range<usize>| {

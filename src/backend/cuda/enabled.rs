@@ -2,6 +2,7 @@
 //! waits, and what needs host memory to come free.
 
 mod attention;
+mod event;
 mod ffi;
 mod gpu;
 mod launches;
@@ -12,8 +13,6 @@ mod products;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use cudarc::driver::{result, sys};
 
 use super::ProductKernels;
 use crate::backend::{
@@ -220,34 +219,6 @@ impl Drop for OpenStep<'_> {
     }
 }
 
-/// A point in a stream.
-struct StreamEvent {
-    gpu: Arc<Gpu>,
-    event: sys::CUevent,
-}
-
-// SAFETY: the driver's events may be used from any thread.
-unsafe impl Send for StreamEvent {}
-// SAFETY: as above; waiting changes nothing.
-unsafe impl Sync for StreamEvent {}
-
-impl StreamEvent {
-    fn new(gpu: &Arc<Gpu>) -> Result<StreamEvent> {
-        gpu.enter()?;
-        let made = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        Ok(StreamEvent { gpu: Arc::clone(gpu), event: gpu.driver("making an event", made)? })
-    }
-}
-
-impl Drop for StreamEvent {
-    fn drop(&mut self) {
-        if self.gpu.enter().is_ok() {
-            // SAFETY: made in `new`; the driver keeps it until what waits for it is done.
-            let _ = unsafe { result::event::destroy(self.event) };
-        }
-    }
-}
-
 /// One line each where it fits: the files named after what they compute have the rest.
 impl Backend for CudaBackend {
     fn device(&self) -> DeviceId {
@@ -260,24 +231,10 @@ impl Backend for CudaBackend {
     }
 
     fn record(&self, event: &mut Event) -> Result<()> {
-        if event.get::<StreamEvent>().is_none() {
-            event.set(StreamEvent::new(&self.gpu)?);
-        }
-        let mark = event.get::<StreamEvent>().expect("set above");
-        self.gpu.enter()?;
-        let stream = self.gpu.stream()?;
-        // SAFETY: both live; an event that was recorded before is moved to the new point.
-        let done = unsafe { result::event::record(mark.event, stream) };
-        self.gpu.driver("recording an event", done)
+        event::record(&self.gpu, event)
     }
     fn wait(&self, event: &Event) -> Result<()> {
-        let Some(mark) = event.get::<StreamEvent>() else { return Ok(()) };
-        self.gpu.enter()?;
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let stream = self.gpu.stream()?;
-        // SAFETY: both live.
-        let done = unsafe { result::stream::wait_event(stream, mark.event, flags) };
-        self.gpu.driver("waiting for an event", done)
+        event::wait(&self.gpu, event)
     }
 
     fn step(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -291,13 +248,7 @@ impl Backend for CudaBackend {
     }
 
     fn passed(&self, event: &Event) -> Result<bool> {
-        let Some(mark) = event.get::<StreamEvent>() else { return Ok(true) };
-        self.gpu.enter()?;
-        // SAFETY: it lives; asking changes nothing.
-        match unsafe { result::event::query(mark.event) } {
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            done => self.gpu.driver("asking for an event", done).map(|()| true),
-        }
+        event::passed(&self.gpu, event)
     }
     fn stream(&self) -> Result<RawStream> {
         self.gpu.enter()?;
