@@ -38,6 +38,7 @@ __device__ int best_of(const float* x, const unsigned char* taken, int first, in
       at = i;
     }
   }
+  __syncwarp();  // shuffles order no memory, and what was read may be written next
   return at == INT_MAX ? -1 : at;
 }
 

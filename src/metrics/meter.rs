@@ -63,14 +63,14 @@ impl Work {
     }
 }
 
-/// How a step ran on a device that knows steps again.
+/// How a piece of a step ran on a device that knows such pieces again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StepKind {
     /// Operation by operation.
     Run,
-    /// As one piece of work, known from an earlier step.
+    /// As one unit of work, known from an earlier step.
     Replayed,
-    /// Made such a piece; it was replayed at once.
+    /// Made such a unit; it was replayed at once.
     Captured,
 }
 
@@ -177,7 +177,7 @@ impl RankMeter {
         add(&self.work_ns[work as usize], time.as_nanos() as u64);
     }
 
-    /// Steps of a kind that the rank's device has counted.
+    /// Pieces of steps of a kind that the rank's device has counted.
     pub fn set_steps(&self, kind: StepKind, steps: u64) {
         self.steps[kind as usize].store(steps, Ordering::Relaxed);
     }

@@ -24,7 +24,8 @@ const HIDDEN: usize = 64;
 const VOCAB: usize = 50;
 const EXPERTS: usize = 5;
 const TOP_K: usize = 2;
-const LAYERS: usize = 3;
+/// As many as make more than one graph.
+const LAYERS: usize = 12;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const DIM: usize = 16;
@@ -250,11 +251,11 @@ fn replayed_steps_have_the_same_bits() {
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
         assert!(found == expected, "step {step}: {:?}", replaying.step_counts());
     }
-    // Batches of 3, 8 and 1 rows each run once and are captured once; the rest are replays, moved experts and longer contexts
-    // included. What a step writes for the first time may grow a buffer, whose sequence then is another.
+    // The two pieces of batches of 3, 8 and 1 rows each run once and are captured once; the rest are replays, moved experts and longer
+    // contexts included. What a step writes for the first time may grow a buffer, whose sequence then is another.
     let counts = replaying.step_counts();
-    assert!((3..=6).contains(&counts.captured), "{counts:?}");
-    assert!(counts.replayed >= 45, "{counts:?}");
+    assert!((6..=14).contains(&counts.captured), "{counts:?}");
+    assert!(counts.replayed >= 80, "{counts:?}");
 }
 
 fn a_result_may_be_asked_for_within() {

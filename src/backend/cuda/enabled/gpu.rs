@@ -120,6 +120,8 @@ fn has_warpgroups(archs: &str, capability: (u32, u32)) -> bool {
 
 /// Launches of a step that are not put off: the GPU works on them while the host puts the others together.
 const STEP_HEAD: usize = 32;
+/// Launches that are put off before they are given to the GPU together, which works on them while the host goes on.
+const STEP_SEGMENT: usize = 96;
 
 /// Held while a stream is captured, which is when the driver refuses to wait for the whole GPU.
 static CAPTURE: Mutex<()> = Mutex::new(());
@@ -229,7 +231,11 @@ impl Gpu {
             let mut step = self.step.lock_now();
             if step.open && step.head == 0 {
                 step.launches.push(what, launcher, args);
-                return Ok(());
+                return if step.launches.len() < STEP_SEGMENT {
+                    Ok(())
+                } else {
+                    self.close_segment(&mut step)
+                };
             }
             step.head = step.head.saturating_sub(1);
         }
@@ -257,13 +263,18 @@ impl Gpu {
         step.head = STEP_HEAD;
     }
 
-    /// Runs what was put off: as a graph where the same sequence of launches came before.
+    /// Runs what was put off.
     pub fn end_step(&self) -> Result<()> {
-        self.enter()?;
         let mut step = self.step.lock_now();
         step.open = false;
+        self.close_segment(&mut step)
+    }
+
+    /// Runs what was put off so far: as a graph where the same sequence of launches came before.
+    fn close_segment(&self, step: &mut Step) -> Result<()> {
+        self.enter()?;
         step.sequence += 1;
-        let Step { launches, graphs, .. } = &mut *step;
+        let Step { launches, graphs, .. } = step;
         let done = self.run(launches, graphs);
         launches.clear();
         done

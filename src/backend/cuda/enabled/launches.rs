@@ -1,4 +1,4 @@
-//! Launches that are put off until their step is complete, and graphs of sequences of launches that come again.
+//! Launches that are put off until there are enough of them, and graphs of sequences of launches that come again.
 //!
 //! A graph is the memo of a sequence: it is replayed where every launcher and every byte of its arguments is the same, so none can be
 //! stale. What changes from step to step, such as tokens and block tables, reaches kernels through device memory that stays
@@ -14,10 +14,10 @@ use cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
 use super::ffi;
 use crate::backend::StepCounts;
 
-/// Graphs that are kept: more than the batch sizes of a server that is neither filling up nor running dry.
-const KEPT: usize = 64;
+/// Graphs that are kept: those of more batch sizes than a server has that is neither filling up nor running dry.
+const KEPT: usize = 512;
 /// Sequences that are remembered to have come once.
-const REMEMBERED: usize = 256;
+const REMEMBERED: usize = 2048;
 /// Graphs are a matter of speed alone: after as many failures none is tried again.
 const FAILURES: usize = 4;
 
@@ -54,6 +54,10 @@ impl Launches {
         self.words.push(launcher as usize as u64);
         self.launches.push(Launch { what, launcher, args: self.words.len() });
         self.words.extend_from_slice(bytemuck::cast_slice(std::slice::from_ref(args)));
+    }
+
+    pub fn len(&self) -> usize {
+        self.launches.len()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -151,11 +155,15 @@ impl Graphs {
                 self.kept.push(Kept { words: launches.words.clone(), graph });
                 self.counts.captured += 1;
                 let kept = self.kept.len();
-                tracing::debug!(launches = launches.launches.len(), kept, "a step became a CUDA graph");
+                tracing::debug!(
+                    launches = launches.launches.len(),
+                    kept,
+                    "a piece of a step became a CUDA graph"
+                );
             }
             Err(why) => {
                 self.failures += 1;
-                tracing::warn!(%why, "a step could not be made a CUDA graph and runs without");
+                tracing::warn!(%why, "a piece of a step could not be made a CUDA graph and runs without");
             }
         }
     }
