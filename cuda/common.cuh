@@ -23,6 +23,13 @@ __device__ inline void start_in_turn() {
 #endif
 }
 
+// Brings `count` elements into the second-level cache, by the whole block. That cache shows what other kernels write, so this may come
+// before `start_in_turn`; with a step's weights passing through it, little of the last layer is left there.
+template <class T> __device__ inline void to_cache(const T* from, int count) {
+  constexpr int LINE = 128 / sizeof(T);
+  for (int i = threadIdx.x * LINE; i < count; i += blockDim.x * LINE) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
+
 // Whether the current device starts kernels early.
 inline bool starts_early() {
   int device = 0, major = 0;

@@ -86,7 +86,10 @@ template <class S> __device__ void fetch_ahead(const bf16* w, int64_t ldw, int r
 
 template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  if (!a.early) start_in_turn();
+  if (!a.early) {
+    to_cache(a.weights, a.slots);
+    start_in_turn();
+  }
   Tile tile = find_tile(a, blockIdx.x, S::R);
   if (tile.rows == 0) return;
   int col = blockIdx.y * S::N;

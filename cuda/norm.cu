@@ -13,6 +13,7 @@ template <bool ALL_HELD> __global__ void norm(MoeyardNorm a) {
   int64_t row = blockIdx.x / groups;
   int first = int(blockIdx.x % groups) * a.width;
   float held[HELD];
+  to_cache(a.weight, a.width);
   start_in_turn();
   auto each = [&](auto body) {
     if constexpr (ALL_HELD) {

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) 
   extern __shared__ int shared[];
   int *counts = shared, *base = counts + WARPS * a.slots, *rows = base + a.slots;
   Choices c = {0, a.ids.rows * a.ids.cols};
+  to_cache(a.slot_of, 1);
   start_in_turn();
   count(a, c, counts);
   for (int s = threadIdx.x; s < a.slots; s += THREADS) base[s] = before_warps(a, counts, s);

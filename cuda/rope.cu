@@ -37,9 +37,11 @@ __global__ void rope(MoeyardRope a) {
 }
 
 __global__ void rope_kv(MoeyardRopeKv a) {
-  start_in_turn();
+  // The host wrote the rows, before any kernel that could still run.
   const float* angles = angles_of(a.table, a.rows[blockIdx.x]);
   int64_t row = blockIdx.x, to = a.slots[row];
+  to_cache(angles, a.dim);
+  start_in_turn();
   int start = blockIdx.y * THREADS + threadIdx.x, step = gridDim.y * THREADS;
   int queries = a.heads - a.kv_heads, k = queries * a.head_dim, v = a.heads * a.head_dim;
   for (int i = start; i < a.heads * (a.dim / 2); i += step) {
