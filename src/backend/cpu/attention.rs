@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::product::{Operand, Panel, Product, Strided, Sums, strip, tallest};
-use super::simd::{Kernel, MAX_LANES, Simd, exp};
+use super::simd::{Float, Kernel, MAX_LANES, Simd, exp};
 
 /// Most queries of a tile: each block of keys and values is read once for all.
 const MAX_TILE_ROWS: usize = 64;
@@ -258,8 +258,8 @@ impl<C: Context> Attend<'_, C> {
             let max = simd.splat(simd.max_lane(max));
             for i in registers.clone().step_by(S::LANES) {
                 let weight = exp(simd, simd.sub(simd.mul(simd.load(from.add(i)), scale), max));
-                sum = simd.add(sum, weight);
                 <C::Element as Operand<C::Element>>::store_weights(simd, to.add(i), weight);
+                sum = simd.add(sum, <C::Element as Float>::load(simd, to.add(i)));
             }
             let zero = C::Element::default();
             std::slice::from_raw_parts_mut(to, registers.start).fill(zero);

@@ -49,14 +49,13 @@ fn context(span: &SeqSpan, len: usize, batch: &AttentionBatch<'_>, cache: &KvCac
     (part(0), part(1))
 }
 
-/// `softmax(scores, sink) . values`: scores and values go by position; the sink has no value. Weights are rounded to `dtype`,
-/// their sum is not.
+/// `softmax(scores, sink) . values`: scores and values go by position; the sink has no value. Weights are rounded to `dtype` and
+/// divided by the sum of what they were rounded to, so that the result is a mean of values.
 fn softmax_sum(scores: &[f64], sink: Option<f32>, values: &[&[f32]], dtype: DType) -> Vec<f32> {
     let sink = sink.map(f64::from);
     let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
-    let weight: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+    let weight: Vec<f64> = scores.iter().map(|s| f64::from(rounded((s - max).exp() as f32, dtype))).collect();
     let sum = weight.iter().sum::<f64>() + sink.map_or(0.0, |s| (s - max).exp());
-    let weight: Vec<f64> = weight.into_iter().map(|w| f64::from(rounded(w as f32, dtype))).collect();
     (0..values[0].len())
         .map(|d| (weight.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum) as f32)
         .collect()
