@@ -279,8 +279,8 @@ typedef struct {
   float* partials;
 } MoeyardAttention;
 MOEYARD_API int moeyard_attention(const MoeyardAttention* args, void* stream);
-// The same on the tensor cores, over a bf16 cache. `scale` is positive, and queries and the output are 16-byte aligned rows. The kernels
-// for rows of a sequence take spans in ascending order.
+// The same on the tensor cores, over a bf16 cache. `scale` is positive, queries and the output are 16-byte aligned rows, and both parts of
+// queries have one type. The kernels for rows of a sequence take spans in ascending order.
 // A paged cache, one part of 64 or 128 columns per key; spans whose rows times query heads per KV head are at most 64.
 MOEYARD_API int moeyard_attention_bf16(const MoeyardAttention* args, void* stream);
 // On compute capability 9.0 only. As above, or keys of 128 columns that are not paged and 64 that are, with values of 128 that are not;

@@ -56,12 +56,11 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
   copy_commit();
   for (int i = threadIdx.x; i < UNITS * L::PIECES; i += THREADS) {
     int unit = i / L::PIECES, d = i % L::PIECES;
-    uint4 x = {};
-    if (unit < units) {
-      int64_t head = kv_head * group + unit % group;
-      x = load_eight(a.query[0], int64_t(span.row) + unit / group, head * a.query_stride[0] + d * 8);
-    }
-    store_shared(L::at(second, unit, d), x);
+    int64_t row = int64_t(span.row) + unit / group, column = int64_t(kv_head * group + unit % group) * a.query_stride[0] + d * 8;
+    const void* from[1] = {unit < units ? address_of(a.query[0], row, column) : nullptr};
+    uint4 x[1];
+    load_eights(x, a.query[0].type, from);
+    store_shared(L::at(second, unit, d), x[0]);
   }
   __syncthreads();
   uint32_t query[D / 16][4];

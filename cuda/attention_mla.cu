@@ -59,15 +59,26 @@ struct Copies {
   }
 };
 
+// A third of a thread's loads are under way at once.
 __device__ void fetch_queries(const MoeyardAttention& a, int64_t row, int first_head, uint32_t to) {
-  constexpr int PIECES = WIDTH / 8;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < HEADS * PIECES; i += THREADS) {
-    int h = i / PIECES, piece = i % PIECES, part = piece >= LATENT / 8;
-    int64_t head = first_head + h;
-    uint4 x = {};
-    if (head < a.heads) x = load_eight(a.query[part], row, head * a.query_stride[part] + piece * 8 - part * LATENT);
-    store_shared(swizzled(to + piece / 8 * PANEL_BYTES, h, piece % 8), x);
+  constexpr int PIECES = WIDTH / 8, AT_ONCE = HEADS * PIECES / THREADS / 3;
+  static_assert(HEADS * PIECES % (3 * THREADS) == 0);
+  for (int first = threadIdx.x; first < HEADS * PIECES; first += AT_ONCE * THREADS) {
+    uint4 x[AT_ONCE];
+    const void* from[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      int piece = (first + i * THREADS) % PIECES, part = piece >= LATENT / 8;
+      int64_t head = first_head + (first + i * THREADS) / PIECES;
+      int64_t column = head * a.query_stride[part] + piece * 8 - part * LATENT;
+      from[i] = head < a.heads ? address_of(a.query[part], row, column) : nullptr;
+    }
+    load_eights(x, a.query[0].type, from);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      int h = (first + i * THREADS) / PIECES, piece = (first + i * THREADS) % PIECES;
+      store_shared(swizzled(to + piece / 8 * PANEL_BYTES, h, piece % 8), x[i]);
+    }
   }
 }
 
@@ -326,7 +337,8 @@ __global__ void __launch_bounds__(THREADS, 1) attention(MoeyardAttention a) {
 
 extern "C" int moeyard_attention_mla(const MoeyardAttention* a, void* stream) {
   if (a->span_count == 0) return 0;
-  if (a->key[0].dim != LATENT || a->key[1].dim != ROPE || a->window || a->sinks) return int(cudaErrorInvalidValue);
+  if (a->key[0].dim != LATENT || a->key[1].dim != ROPE || a->window || a->sinks || a->query[0].type != a->query[1].type)
+    return int(cudaErrorInvalidValue);
   cudaError_t error = cudaFuncSetAttribute(attention, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error) return int(error);
   dim3 grid(a->span_count * ((a->heads + HEADS - 1) / HEADS), a->chunks ? a->chunks : 1);

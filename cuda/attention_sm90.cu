@@ -151,21 +151,29 @@ __device__ void copy_tiles(Copies<KEY, VALUE>& copies, const Layout<KEY, VALUE>&
   landed(at.values_full(tiles - 1));
 }
 
-// The queries' columns come in two parts where the keys do.
+// The queries' columns come in two parts where the keys do. All of a worker's loads are under way at once, or half of them.
 template <int KEY, int VALUE>
 __device__ void fetch_queries(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, uint32_t to) {
-  constexpr int PIECES = KEY / 8;
+  constexpr int PIECES = KEY / 8, COUNT = UNITS * PIECES / WORKERS, AT_ONCE = COUNT < 8 ? COUNT : COUNT / 2;
+  static_assert(UNITS * PIECES % WORKERS == 0);
   int group = a.heads / a.kv_heads, units = int(span.rows) * group;
-  for (int i = threadIdx.x - COPIERS; i < UNITS * PIECES; i += WORKERS) {
-    int unit = i / PIECES, piece = i % PIECES, column = piece * 8, part = column >= a.key[0].dim;
-    uint4 x = {};
-    if (unit < units) {
-      int64_t head = kv_head * group + unit % group;
+  for (int first = int(threadIdx.x) - COPIERS; first < UNITS * PIECES; first += AT_ONCE * WORKERS) {
+    uint4 x[AT_ONCE];
+    const void* from[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      int unit = (first + i * WORKERS) / PIECES, column = (first + i * WORKERS) % PIECES * 8, part = column >= a.key[0].dim;
+      int64_t row = int64_t(span.row) + unit / group, head = kv_head * group + unit % group;
       if (part) column -= a.key[0].dim;
-      x = load_eight(a.query[part], int64_t(span.row) + unit / group, head * a.query_stride[part] + column);
+      from[i] = unit < units ? address_of(a.query[part], row, head * a.query_stride[part] + column) : nullptr;
     }
-    uint32_t panel = to + unit / 64 * Shape<KEY, VALUE>::KEY_BYTES + piece / 8 * PANEL_BYTES;
-    store_shared(swizzled(panel, unit % 64, piece % 8), x);
+    load_eights(x, a.query[0].type, from);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      int unit = (first + i * WORKERS) / PIECES, piece = (first + i * WORKERS) % PIECES;
+      uint32_t panel = to + unit / 64 * Shape<KEY, VALUE>::KEY_BYTES + piece / 8 * PANEL_BYTES;
+      store_shared(swizzled(panel, unit % 64, piece % 8), x[i]);
+    }
   }
 }
 

@@ -160,13 +160,26 @@ __device__ inline int row_in_block(const MoeyardAttention& a, int block, int pos
   return (block - block_index(a, position)) * a.block_size + position;
 }
 
-// Eight elements of a 16-byte aligned matrix, rounded to bf16.
-__device__ inline uint4 load_eight(const MoeyardMatrix& m, int64_t row, int64_t col) {
-  int64_t at = row * m.stride + col;
-  if (m.type == MOEYARD_BF16) return *reinterpret_cast<const uint4*>(static_cast<const bf16*>(m.data) + at);
-  const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at);
-  float4 x = from[0], y = from[1];
-  return {pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)};
+// Where an element lies.
+__device__ inline const void* address_of(const MoeyardMatrix& m, int64_t row, int64_t col) {
+  return static_cast<const char*>(m.data) + (row * m.stride + col) * (m.type == MOEYARD_BF16 ? 2 : 4);
+}
+// Eight elements each from N 16-byte aligned places, rounded to bf16, or zeros from null. All loads are under way at once.
+template <int N> __device__ inline void load_eights(uint4 (&x)[N], int type, const void* const (&from)[N]) {
+  if (type == MOEYARD_BF16) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = from[i] ? *static_cast<const uint4*>(from[i]) : uint4{};
+    return;
+  }
+  float4 low[N], high[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    low[i] = from[i] ? static_cast<const float4*>(from[i])[0] : float4{};
+    high[i] = from[i] ? static_cast<const float4*>(from[i])[1] : float4{};
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    x[i] = {pack(low[i].x, low[i].y), pack(low[i].z, low[i].w), pack(high[i].x, high[i].y), pack(high[i].z, high[i].w)};
 }
 // Two elements from an even column of such a matrix, rounded to bf16.
 __device__ inline uint32_t load_pair(const MoeyardMatrix& m, int64_t row, int64_t col) {
