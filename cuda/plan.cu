@@ -2,6 +2,8 @@
 // and the blocks of a grid count consecutive choices, so the order is that of (slot, token, k) however many there are.
 #include "common.cuh"
 
+#include <climits>
+
 using namespace moeyard;
 
 namespace {
@@ -107,6 +109,32 @@ __device__ void copy_row(const MoeyardPlan& a, int64_t row, int64_t token, int w
     for (int c = threadIdx.x; c < a.x.cols; c += THREADS) store(a.grouped, row, c, load(a.x, token, c));
 }
 
+// All of it, for as many choices as a warp has lanes: every warp plans for itself, the first block writes the plan down, and each block
+// copies a row.
+__global__ void __launch_bounds__(THREADS) plan_few(MoeyardPlan a, int words) {
+  int lane = threadIdx.x % WARP, choices = a.ids.rows * a.ids.cols;
+  to_cache(a.slot_of, 1);
+  start_in_turn();
+  int slot = lane < choices ? slot_of(a, lane) : INT_MAX, row = 0;
+  for (int i = 0; i < choices; ++i) {
+    int other = __shfl_sync(FULL, slot, i);
+    row += other < slot || (other == slot && i < lane);
+  }
+  if (blockIdx.x == 0) {
+    for (int base = threadIdx.x - lane; base <= a.slots; base += THREADS) {
+      int before = 0;
+      for (int i = 0; i < choices; ++i) before += __shfl_sync(FULL, slot, i) < base + lane;
+      if (base + lane <= a.slots) a.offsets[base + lane] = before;
+    }
+    if (threadIdx.x < choices) {
+      a.tokens[row] = uint32_t(lane / a.ids.cols);
+      a.rows[lane] = uint32_t(row);
+    }
+  }
+  int choice = blockIdx.x;
+  copy_row(a, __shfl_sync(FULL, row, choice), choice / a.ids.cols, words);
+}
+
 // All of it, for what one block holds: every block plans for itself, the first writes the plan down, and each copies some rows.
 __global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) {
   extern __shared__ int shared[];
@@ -189,6 +217,7 @@ template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
 extern "C" int moeyard_plan(const MoeyardPlan* a, void* stream) {
   int choices = a->ids.rows * a->ids.cols, blocks = (choices + MOEYARD_PLAN_CHUNK - 1) / MOEYARD_PLAN_CHUNK;
   if (choices == 0) return 0;
+  if (choices <= WARP) return launch_early(plan_few, dim3(choices), THREADS, 0, stream, *a, words_of(*a));
   size_t bytes = size_t(WARPS + 1) * a->slots * sizeof(int);
   if (blocks == 1) {
     bytes += MOEYARD_PLAN_CHUNK * sizeof(int);

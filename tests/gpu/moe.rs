@@ -318,7 +318,7 @@ fn the_device_plans_as_the_host_does() {
     let (hidden, width) = (64, 32);
     let host: Vec<_> = (0..7).map(|_| host_mlp(&mut numbers, hidden, width, false, DType::Bf16)).collect();
     for (experts, top_k) in [(1, 1), (8, 2), (64, 6), (300, 8)] {
-        for tokens in [1, 2, 31, 128, 513, 1025, 5000] {
+        for tokens in [1, 2, 4, 16, 31, 128, 513, 1025, 5000] {
             let layer = layer(&mut numbers, tokens, experts, top_k, hidden);
             let slots = layer.slots(device, DType::Bf16, &host);
             let bits = |xs: Vec<f32>| xs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
