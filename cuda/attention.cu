@@ -83,10 +83,9 @@ __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
     score = seen <= position && seen >= oldest ? score * a.scale : -INFINITY;
     float top = fmaxf(max, warp_max(score));
     if (top == -INFINITY) continue;  // the pair sees nothing of this tile, nor of those before
-    float weight = expf(score - top), keep = expf(max - top);
+    float weight = widen(narrow<T>(expf(score - top))), keep = expf(max - top);
     sum = sum * keep + warp_sum(weight);
     max = top;
-    weight = widen(narrow<T>(weight));
     for (int i = 0; i < VALUES; ++i) out[i] *= keep;
     for (int t = 0; t < TILE; ++t) {
       float p = __shfl_sync(FULL, weight, t);

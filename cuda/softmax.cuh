@@ -83,7 +83,13 @@ template <int N> __device__ inline void highest(const float (&score)[N][4], floa
   }
 }
 
-// Scores become weights relative to `at`; this lane's sums of them, by 16 positions. `scale` is positive and includes log2 e.
+__device__ inline uint32_t pack(float low, float high) {
+  __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&both);
+}
+
+// Scores become weights relative to `at`, rounded to bf16; this lane's sums of them, by 16 positions. `scale` is positive and includes
+// log2 e. The sums are of the rounded weights, so that what is divided by them is a mean of values.
 template <int N>
 __device__ inline void weigh(float (&score)[N][4], float scale, const float (&at)[2], float (&sum)[2][N / 2]) {
 #pragma unroll
@@ -94,8 +100,9 @@ __device__ inline void weigh(float (&score)[N][4], float scale, const float (&at
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* s = &score[2 * i + half][2 * r];
-        s[0] = power(fmaf(s[0], scale, -at[r]));
-        s[1] = power(fmaf(s[1], scale, -at[r]));
+        uint32_t rounded = pack(power(fmaf(s[0], scale, -at[r])), power(fmaf(s[1], scale, -at[r])));
+        s[0] = __uint_as_float(rounded << 16);
+        s[1] = __uint_as_float(rounded & 0xffff0000u);
         part[half] = s[0] + s[1];
       }
       sum[r][i] = part[0] + part[1];
@@ -132,11 +139,6 @@ template <int N> __device__ inline void rescale(float (&out)[N][4], const float 
   for (int j = 0; j < N; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) out[j][e] *= keep[e / 2];
-}
-
-__device__ inline uint32_t pack(float low, float high) {
-  __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<uint32_t*>(&both);
 }
 
 // Weights of positions 16 i to 16 i + 15 as the first operand of a product.
