@@ -78,8 +78,11 @@ __device__ void finish_all(const MoeyardGemm& a, const Tile& tile, int col, cons
 
 // Brings the beginning of a block's weights into the second-level cache, which shows what other kernels write.
 template <class S> __device__ void fetch_ahead(const bf16* w, int64_t ldw, int rows, int steps) {
-  constexpr int LINES = 16;  // of 128 bytes, a stage's share of a row
-  int lines = min(steps, LINES);
+  // All blocks together bring what stays in the cache until they need it, in lines of 128 bytes: a stage's share of a row.
+  constexpr int64_t ALL = 16 << 20;
+  constexpr int MOST = 32;
+  int64_t each = int64_t(gridDim.x) * gridDim.y * gridDim.z * S::N * 128;
+  int lines = min(min(steps, MOST), max(1, int(ALL / each)));
   for (int i = threadIdx.x; i < min(rows, S::N) * lines; i += S::THREADS)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i / lines * ldw + i % lines * DEPTH));
 }
