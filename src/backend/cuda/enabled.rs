@@ -10,6 +10,7 @@ mod memory;
 mod mla;
 mod moe;
 mod products;
+mod tiles;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
