@@ -12,6 +12,7 @@ namespace {
 constexpr int UNITS = 8, THREADS = UNITS * WARP, TILE = WARP;
 
 __global__ void kv_write(MoeyardKvWrite a) {
+  start_in_turn();
   int64_t to = a.slots[blockIdx.x];
   for (int part = 0; part < 2; ++part)
     for (int c = threadIdx.x; c < a.source[part].cols; c += blockDim.x)
@@ -117,8 +118,7 @@ template <class T> int launch(const MoeyardAttention& a, void* stream) {
 
 extern "C" int moeyard_kv_write(const MoeyardKvWrite* a, void* stream) {
   if (a->source[0].rows == 0) return 0;
-  kv_write<<<a->source[0].rows, 128, 0, stream_of(stream)>>>(*a);
-  return launched();
+  return launch_early(kv_write, dim3(a->source[0].rows), 128, 0, stream, *a);
 }
 
 extern "C" size_t moeyard_attention_shared_bytes(const MoeyardAttention* a) {
