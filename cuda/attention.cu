@@ -1,5 +1,5 @@
 // The paged KV cache and softmax attention for every shape, in f32 arithmetic: grouped queries, both forms of MLA, windows,
-// sinks, any head width. Queries and weights are rounded to the cache's type, the weights' sum is not.
+// sinks, any head width. Queries and weights are rounded to the cache's type; the weights are summed as rounded.
 //
 // A block works on eight (row, query head) pairs that share a KV head, one warp each, and walks the positions in tiles of 32
 // whose borders are multiples of 32: what a pair sums, and in which order, depends on its own position alone.
