@@ -255,7 +255,7 @@ __device__ inline void score_tiles(const Work& work) {
       if (lane % 4 == 0) work.maxima[softmax.head[r]] = top[r], work.sums[softmax.head[r]] = of_tile;
 #pragma unroll
       for (int j = 0; j < TILE / 8; ++j)
-        store_shared(swizzled(work.weights, softmax.head[r], j) + lane % 4 * 4, weights_of(score, j, r));
+        store_shared(swizzled(work.weights, softmax.head[r], j) + lane % 4 * 4, pack(score[j][2 * r], score[j][2 * r + 1]));
     }
     fence_for_wgmma();
     named_wait<THREADS>(WEIGHED);

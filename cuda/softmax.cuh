@@ -1,7 +1,7 @@
 // What the attention kernels over a bf16 cache share, so that they give a row the same bits: softmax over tiles of 64 positions,
 // kept apart for every chunk of 512 and joined in ascending order. All borders are absolute positions, so a row's result does not
 // depend on the rows beside it, on how a prompt was cut into steps, or on whether one block walked all chunks or each chunk had a
-// block of its own (flash decoding, Dao et al. 2023). Weights are rounded to bf16 and summed as such: the result is a true mean.
+// block of its own (flash decoding, Dao et al. 2023).
 //
 // Scores lie in registers as the tensor cores leave them: lane l holds columns 8 j + l % 4 * 2 and the next one of rows l / 4
 // (elements 0 and 1 of group j) and l / 4 + 8 (elements 2 and 3).
@@ -88,8 +88,8 @@ __device__ inline uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&both);
 }
 
-// Scores become weights relative to `at`, rounded to bf16, two in the place of the first; this lane's sums of them, by 16 positions. The
-// sums are of the rounded weights, so that what is divided by them is a mean of values. `scale` is positive and includes log2 e.
+// Scores become weights relative to `at`, rounded to bf16; this lane's sums of them, by 16 positions. `scale` is positive and includes
+// log2 e. The sums are of the rounded weights, so that what is divided by them is a mean of values.
 template <int N>
 __device__ inline void weigh(float (&score)[N][4], float scale, const float (&at)[2], float (&sum)[2][N / 2]) {
 #pragma unroll
@@ -100,16 +100,13 @@ __device__ inline void weigh(float (&score)[N][4], float scale, const float (&at
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* s = &score[2 * i + half][2 * r];
-        uint32_t both = pack(power(fmaf(s[0], scale, -at[r])), power(fmaf(s[1], scale, -at[r])));
-        part[half] = __uint_as_float(both << 16) + __uint_as_float(both & 0xffff0000u);
-        s[0] = __uint_as_float(both);
+        uint32_t rounded = pack(power(fmaf(s[0], scale, -at[r])), power(fmaf(s[1], scale, -at[r])));
+        s[0] = __uint_as_float(rounded << 16);
+        s[1] = __uint_as_float(rounded & 0xffff0000u);
+        part[half] = s[0] + s[1];
       }
       sum[r][i] = part[0] + part[1];
     }
-}
-// Two weights of row r in group j, as `weigh` left them.
-template <int N> __device__ inline uint32_t weights_of(const float (&score)[N][4], int j, int r) {
-  return __float_as_uint(score[j][2 * r]);
 }
 
 // The sum over a tile, of a row's four lanes.
@@ -148,8 +145,8 @@ template <int N> __device__ inline void rescale(float (&out)[N][4], const float 
 template <int N> __device__ inline void operand(uint32_t (&p)[4], const float (&score)[N][4], int i) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    p[2 * half] = weights_of(score, 2 * i + half, 0);
-    p[2 * half + 1] = weights_of(score, 2 * i + half, 1);
+    p[2 * half] = pack(score[2 * i + half][0], score[2 * i + half][1]);
+    p[2 * half + 1] = pack(score[2 * i + half][2], score[2 * i + half][3]);
   }
 }
 
