@@ -381,9 +381,16 @@ __device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a,
   }
 }
 
+// Where there are no clusters, the kernel is empty and never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MOEYARD_CLUSTER
+#else
+#define MOEYARD_CLUSTER __cluster_dims__(BLOCKS, 1, 1)
+#endif
+
 // With `maps` null there is one group, and `own` are its maps.
 template <class F>
-__global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(F::THREADS, 1)
+__global__ void MOEYARD_CLUSTER __launch_bounds__(F::THREADS, 1)
     gemm(const __grid_constant__ MoeyardGemm a, const __grid_constant__ Maps own, const Maps* maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
