@@ -12,7 +12,7 @@ out="${1:-target/gpu-suite}"
 profile="${MOEYARD_SUITE_PROFILE:-release}"
 limit_mb=60
 
-if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null; then eval "$(scripts/setup-cuda.sh)"; fi
+if [ -z "${CUDA_HOME:-}" ] || [ -z "${CUTLASS_HOME:-}" ]; then eval "$(scripts/setup-cuda.sh)"; fi
 flags=(--locked --features cuda)
 if [ "$profile" = release ]; then flags+=(--release); fi
 
