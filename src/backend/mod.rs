@@ -192,7 +192,7 @@ pub trait Backend: Send + Sync {
     }
 
     /// Runs `body`, which gives this backend one step of work. A backend may put the work off until `body` has returned or asks for
-    /// a result, and knows a step again that is the same as an earlier one, whatever its tensors hold.
+    /// a result, and knows pieces of it again that are the same as earlier ones, whatever the tensors hold.
     fn step(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         body()
     }

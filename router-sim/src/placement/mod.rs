@@ -353,6 +353,9 @@ mod tests {
         assert_eq!(layer.slots_of_rank(1), [EMPTY, 1]);
         assert_eq!((layer.expert_of(2), layer.expert_of(3)), (None, Some(1)));
         assert_eq!((layer.rank_of(1), layer.rank_of(4)), (0, 2));
+        assert_eq!(layer.only_slots(), None, "expert 0 has two slots");
+        let single = Placement::new(1, 4, 3, vec![5], vec![vec![2, EMPTY, 0, 1]]).unwrap();
+        assert_eq!(single.layer(0).only_slots(), Some(&[2, 3, 0][..]));
     }
 
     #[test]
