@@ -142,8 +142,7 @@ typedef struct {
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
-  // Which weights a block needs was known before the kernel before this one ended: they may be fetched while it runs.
-  int32_t early;
+  int32_t reserved;
 } MoeyardGemm;
 MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 // Few outputs of any number of rows, x and w in f32, without offsets, batches and activation. Sums over k in another order, which is the

@@ -76,23 +76,8 @@ __device__ void finish_all(const MoeyardGemm& a, const Tile& tile, int col, cons
   }
 }
 
-// Brings the beginning of a block's weights into the second-level cache, which shows what other kernels write.
-template <class S> __device__ void fetch_ahead(const bf16* w, int64_t ldw, int rows, int steps) {
-  // All blocks together bring what stays in the cache until they need it, in lines of 128 bytes: a stage's share of a row.
-  constexpr int64_t ALL = 16 << 20;
-  constexpr int MOST = 32;
-  int64_t each = int64_t(gridDim.x) * gridDim.y * gridDim.z * S::N * 128;
-  int lines = min(min(steps, MOST), max(1, int(ALL / each)));
-  for (int i = threadIdx.x; i < min(rows, S::N) * lines; i += S::THREADS)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i / lines * ldw + i % lines * DEPTH));
-}
-
 template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  if (!a.early) {
-    to_cache(a.weights, a.slots);
-    start_in_turn();
-  }
   Tile tile = find_tile(a, blockIdx.x, S::R);
   if (tile.rows == 0) return;
   int col = blockIdx.y * S::N;
@@ -100,10 +85,6 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
   const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   uint32_t base = shared_address(shared);
   int steps = (a.k + DEPTH - 1) / DEPTH;
-  if (a.early) {
-    fetch_ahead<S>(w, a.ldw, a.n - col, steps);
-    start_in_turn();
-  }
   Source<S::N, S::THREADS> weights(w, a.ldw, a.n - col, a.k);
   Source<S::R, S::THREADS> rows(x, a.x.stride, tile.rows, a.k);
   auto issue = [&](int step) {
@@ -130,11 +111,11 @@ template <class S> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
   cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES);
   if (error) return int(error);
-  return launch_early(gemm<S>, grid, S::THREADS, S::SHARED_BYTES, stream, a);
+  gemm<S><<<grid, S::THREADS, S::SHARED_BYTES, stream_of(stream)>>>(a);
+  return launched();
 }
 
-// With few tiles, narrower ones keep more multiprocessors busy, and more of a tile is under way: one or two blocks per multiprocessor
-// have to ask for all it can receive.
+// With few tiles, narrower ones keep more multiprocessors busy.
 template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
   int64_t tiles = int64_t(a.row_tiles) * ((a.n + Wide::N - 1) / Wide::N) * a.batches;
   return tiles < 264 ? launch<Narrow>(a, stream) : launch<Wide>(a, stream);
@@ -145,9 +126,9 @@ template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void
 extern "C" int moeyard_gemm_bf16(const MoeyardGemm* a, void* stream) {
   if (a->row_tiles == 0 || a->n == 0 || a->batches == 0) return 0;
   switch (a->row_tile) {
-    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 15>>(*a, stream);
-    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 12>>(*a, stream);
-    case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 9>>(*a, stream);
+    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 8>>(*a, stream);
+    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 8>>(*a, stream);
+    case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 6>>(*a, stream);
     case 64: return launch_either<Shape<4, 1, 1, 8, 6>, Shape<2, 2, 1, 4, 6>>(*a, stream);
     case 128: return launch_either<Shape<2, 4, 4, 4, 4>, Shape<2, 4, 2, 4, 4>>(*a, stream);
     default: return int(cudaErrorInvalidValue);

@@ -206,7 +206,7 @@ pub struct Gemm {
     pub row_tile: i32,
     pub row_tiles: i32,
     pub gate: Gate,
-    pub early: i32,
+    pub reserved: i32,
 }
 
 /// `MoeyardClusterForm`

@@ -49,9 +49,8 @@ fn gate(activation: Activation) -> ffi::Gate {
 enum Weights {
     /// One matrix for all rows, and its bias or 0.
     One { matrix: usize, bias: usize },
-    /// A matrix for each slot: arrays of addresses, the array of biases or 0, and the offsets of the slots' rows. `settled` where the
-    /// offsets come from an earlier kernel than the one before.
-    Slots { matrices: usize, biases: usize, offsets: usize, settled: bool },
+    /// A matrix for each slot: arrays of addresses, the array of biases or 0, and the offsets of the slots' rows.
+    Slots { matrices: usize, biases: usize, offsets: usize },
 }
 
 /// The shape of a product, the same for every slot.
@@ -190,11 +189,9 @@ impl CudaBackend {
         } else {
             Tile::F32
         };
-        let (weight, bias, weights, biases, offsets, early) = match weights {
-            Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0, true),
-            Weights::Slots { matrices, biases, offsets, settled } => {
-                (0, 0, matrices, biases, offsets, settled)
-            }
+        let (weight, bias, weights, biases, offsets) = match weights {
+            Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0),
+            Weights::Slots { matrices, biases, offsets } => (0, 0, matrices, biases, offsets),
         };
         let args = ffi::Gemm {
             x: ffi::Matrix::of(&x),
@@ -216,7 +213,7 @@ impl CudaBackend {
             row_tile: ffi::int(tile.rows()),
             row_tiles: ffi::int(groups.tiles(tile.rows().max(1))),
             gate,
-            early: i32::from(early),
+            reserved: 0,
         };
         match tile {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
@@ -352,8 +349,6 @@ impl SlotTable {
             matrices: array(part),
             biases: if self.shape.bias { array(part + 2) } else { 0 },
             offsets,
-            // Only the first product comes right after the plan.
-            settled: part > 0,
         })
     }
 }
