@@ -226,6 +226,7 @@ impl Prepared {
         let reader = WeightReader::new(checkpoint, &family.spec, &family.names, world.precision.weights);
         let ranks = load_world(reader.with_progress(&tell), &family.spec, self.backends.clone(), &world);
         bar.finish_and_clear();
+        checkpoint.forget();
         ranks
     }
 

@@ -11,6 +11,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The configuration of the model.
 pub const CONFIG: &str = "config.json";
@@ -27,13 +28,18 @@ const SINGLE: &str = "model.safetensors";
 /// Which shard holds which tensor, where there are several.
 const INDEX: &str = "model.safetensors.index.json";
 
+/// After so many bytes read, their memory is given back: weights that are copied would count twice otherwise.
+const FORGET_EVERY: u64 = 64 << 20;
+
 /// An opened checkpoint. Opening reads headers only. What is wrong with the files is kept in
 /// [`Checkpoint::problems`], so that it can be reported together with what [`super::validate`] finds.
 ///
-/// Drop it when the weights are copied out: files stay mapped while it lives.
+/// Files stay mapped while it lives, without taking memory for what has been read.
 #[derive(Debug)]
 pub struct Checkpoint {
     source: Source,
+    /// Bytes read so far.
+    read: AtomicU64,
     shards: Vec<Shard>,
     tensors: HashMap<String, Place>,
     /// Tensors that should be there but are in a broken shard, or are broken themselves: reported already.
@@ -120,6 +126,7 @@ impl Checkpoint {
         let mut checkpoint = Checkpoint {
             problems: Problems::new(source.name()),
             source,
+            read: AtomicU64::new(0),
             shards: Vec::new(),
             tensors: HashMap::new(),
             lost: HashSet::new(),
@@ -315,6 +322,19 @@ impl Checkpoint {
     /// The file to blame for a missing tensor: the index, or the only file.
     pub fn table_of_contents(&self) -> &'static str {
         if self.shards.iter().any(|shard| shard.file == SINGLE) { SINGLE } else { INDEX }
+    }
+
+    /// So many bytes more have been copied out, by any thread.
+    pub fn count_read(&self, bytes: u64) {
+        let before = self.read.fetch_add(bytes, Ordering::Relaxed);
+        if before / FORGET_EVERY != (before + bytes) / FORGET_EVERY {
+            self.forget();
+        }
+    }
+
+    /// Gives back the memory of everything that was read.
+    pub fn forget(&self) {
+        self.shards.iter().for_each(|shard| shard.bytes.forget());
     }
 
     /// Bytes of all sound tensors.

@@ -1,8 +1,7 @@
 //! Maps a file read-only: the only `unsafe` of this module.
 //!
-//! A map of a file that shrinks turns reads beyond its new end into SIGBUS. Maps therefore live only as long as a
-//! [`super::Checkpoint`], which a loader drops as soon as it has copied the weights out: a file truncated afterwards
-//! cannot hurt a running server.
+//! A map of a file that shrinks turns reads beyond its new end into SIGBUS. Weights are therefore copied out, and no map is read
+//! once they are: a file truncated afterwards cannot hurt a running server.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +15,20 @@ pub enum FileBytes {
     Mapped(memmap2::Mmap),
     /// Part of the program, or of a file without bytes.
     Static(&'static [u8]),
+}
+
+impl FileBytes {
+    /// The process gives back the memory of what it has read; the system's cache keeps it, and reading it again brings it back.
+    pub fn forget(&self) {
+        #[cfg(unix)]
+        if let FileBytes::Mapped(map) = self {
+            // SAFETY: pages of a shared, read-only map of a file have nothing that the file has not.
+            let done = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            if let Err(error) = done {
+                tracing::debug!(%error, "memory of a checkpoint's map stays until it is closed");
+            }
+        }
+    }
 }
 
 impl Deref for FileBytes {
@@ -47,4 +60,21 @@ pub fn map(path: &Path) -> io::Result<FileBytes> {
     // that (cut: SIGBUS while loading; changed: other weights). All offsets used on it are checked against its length.
     let map = unsafe { memmap2::Mmap::map(&file)? };
     Ok(FileBytes::Mapped(map))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_forgotten_is_read_again() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("weights");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = map(&path).unwrap();
+        assert_eq!(*map, bytes[..]);
+        map.forget();
+        assert_eq!(*map, bytes[..]);
+    }
 }

@@ -264,6 +264,7 @@ impl<'a> WeightReader<'a> {
     }
 
     fn report(&self, bytes: u64) {
+        self.checkpoint.count_read(bytes);
         if let Some(progress) = self.progress {
             progress(bytes);
         }
