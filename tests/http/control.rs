@@ -170,7 +170,9 @@ fn a_placement_that_does_not_fit_is_refused_by_layer_slot_limit_and_value() {
     ] {
         let response = put(&server, "", &body);
         let message = response.error()["message"].as_str().unwrap().to_owned();
-        assert_eq!(response.status, 400, "{body}");
+        let no_placement = ["invalid type", "unknown field `extra`", "physical_to_logical_map", "EOF"];
+        let status = if no_placement.contains(&part) { 400 } else { 409 };
+        assert_eq!(response.status, status, "{body}");
         assert!(message.contains(part), "{message:?} should contain {part:?}");
     }
     let binary = server.client().request("PUT", "/v1/experts/placement", &[], b"\xff\xfe");

@@ -213,11 +213,10 @@ fn fitting(file: PlacementFile, current: &Placement) -> Result<Placement, ApiErr
     file.check(&expected).map_err(|why| refused(Error::Routing(why)))
 }
 
-/// What an engine says of a target is the client's doing here.
+/// A target that the engine cannot have is the client's doing here: well-formed, and in conflict with what runs.
 fn refused(error: Error) -> ApiError {
     match error {
-        error @ Error::Config { .. } => ApiError::conflict(error.to_string()),
-        error @ Error::Routing(_) => ApiError::bad_request(error.to_string()),
+        error @ (Error::Config { .. } | Error::Routing(_)) => ApiError::conflict(error.to_string()),
         other => ApiError::from(other),
     }
 }

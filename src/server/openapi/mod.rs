@@ -268,7 +268,7 @@ fn paths() -> Value {
         ])},
         "/v1/experts/rebalance": {
             "get": operation("What the rebalancer did, does, and why", None, object(), &[]),
-            "post": moving(operation("Move experts to where the recent load would have them", Some("RebalanceBody"), object(), &[])),
+            "post": optional_body(moving(operation("Move experts to where the recent load would have them", Some("RebalanceBody"), object(), &[]))),
         },
         "/experts": {"get": operation("Expert load to look at", None, text("text/html"), &[])},
         "/v1/experts/placement": {
@@ -322,6 +322,12 @@ fn moving(mut operation: Value) -> Value {
     operation["responses"]["202"] = operation["responses"]["200"].clone();
     operation["responses"]["202"]["description"] = json!("Experts have begun to move");
     operation["responses"]["409"] = operation["responses"]["400"].clone();
+    operation
+}
+
+/// Nothing is as good as an empty object.
+fn optional_body(mut operation: Value) -> Value {
+    operation["requestBody"]["required"] = json!(false);
     operation
 }
 
