@@ -124,8 +124,7 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
     each_object(schemas, &mut |object| {
         refused.iter().for_each(|name| drop(object.shift_remove(*name)));
         if let Some(truncate) = object.get_mut("truncate_prompt_tokens") {
-            *truncate =
-                json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1}, {"type": "null"}]});
+            *truncate = json!({"oneOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": u32::MAX}, {"type": "null"}]});
         }
         if let Some(stops) = object.get_mut("stop_token_ids").filter(|stops| stops.get("items").is_some()) {
             stops["items"]["maximum"] = json!(u32::MAX);
