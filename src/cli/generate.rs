@@ -47,7 +47,7 @@ pub(super) struct Arguments {
 /// Continues the prompt on standard output; figures go to standard error.
 pub(super) fn run(arguments: Arguments) -> Result<()> {
     let raw = arguments.settings.read()?;
-    let model = OpenModel::open_as(arguments.model.as_deref(), raw.load_format.unwrap_or_default())?;
+    let model = OpenModel::open_as(arguments.model.as_deref(), raw.load_format)?;
     let prepared = Prepared::new(model, raw, Needs::default())?;
     let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
     let prompt = prepared.model.tokenizer.encode(&arguments.prompt, true)?;

@@ -42,7 +42,7 @@ impl OpenModel {
     /// # Errors
     /// [`Error::Checkpoint`] with all problems of config.json, of the tensors or of the tokenizer.
     pub fn open(folder: Option<&Path>) -> Result<OpenModel> {
-        Self::open_as(folder, LoadFormat::Auto)
+        Self::open_as(folder, None)
     }
 
     /// [`OpenModel::open`] with weights as `--load-format` says. Made-up ones come with the embedded model's tokenizer where the
@@ -50,8 +50,8 @@ impl OpenModel {
     ///
     /// # Errors
     /// As there; [`Error::Config`] for the embedded model without its weights.
-    pub fn open_as(folder: Option<&Path>, format: LoadFormat) -> Result<OpenModel> {
-        let checkpoint = match (folder, format) {
+    pub fn open_as(folder: Option<&Path>, format: Option<LoadFormat>) -> Result<OpenModel> {
+        let checkpoint = match (folder, format.unwrap_or_default()) {
             (Some(folder), LoadFormat::Auto) => Checkpoint::open(folder)?,
             (None, LoadFormat::Auto) => Checkpoint::embedded(embedded::FILES),
             (Some(folder), LoadFormat::Dummy) => {
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn made_up_weights_need_nothing_but_a_configuration() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/models/deepseek-v3");
-        let model = OpenModel::open_as(Some(&folder), LoadFormat::Dummy).unwrap();
+        let model = OpenModel::open_as(Some(&folder), Some(LoadFormat::Dummy)).unwrap();
         assert_eq!(model.name, "deepseek-v3");
         let spec = &model.family.spec;
         let bytes =
@@ -226,7 +226,7 @@ mod tests {
         let parameters = spec.parameters().total() as f64;
         assert!((bytes as f64 / 2.0 / parameters - 1.0).abs() < 1e-3, "{bytes} bytes for {parameters}");
         assert!(OpenModel::open(Some(&folder)).is_err());
-        let refused = OpenModel::open_as(None, LoadFormat::Dummy).map(|_| ()).unwrap_err().to_string();
+        let refused = OpenModel::open_as(None, Some(LoadFormat::Dummy)).map(|_| ()).unwrap_err().to_string();
         assert!(refused.contains("--load-format: dummy needs a folder"), "{refused}");
     }
 

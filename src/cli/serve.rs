@@ -19,7 +19,7 @@ const LAST_STEP: Duration = Duration::from_millis(300);
 /// Loads the model and serves it until a signal ends the process.
 pub(super) fn run(run: Run) -> Result<()> {
     let raw = run.settings.read()?;
-    let model = OpenModel::open_as(run.model.as_deref(), raw.load_format.unwrap_or_default())?;
+    let model = OpenModel::open_as(run.model.as_deref(), raw.load_format)?;
     let prepared = Prepared::new(model, raw, Needs::default())?;
     let generation = prepared.model.generation(&prepared.options.server.generation_config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

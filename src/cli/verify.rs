@@ -50,7 +50,7 @@ pub struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<()> {
     let raw = arguments.settings.read()?;
     let input = Input::read(&arguments.prompts)?;
-    let model = OpenModel::open_as(Some(&arguments.model), raw.load_format.unwrap_or_default())?;
+    let model = OpenModel::open_as(Some(&arguments.model), raw.load_format)?;
     let jobs = input.jobs(&model.tokenizer)?;
     // All prompts are queued at once, so that they share batches as requests of a server would.
     let needs = Needs { prompt_logits: true, queue: Some(jobs.len().max(1)) };

@@ -90,8 +90,8 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] when `folder` is not a folder that can be listed. Everything else that is wrong is noted in
     /// [`Checkpoint::problems`].
     pub fn open(folder: &Path) -> Result<Checkpoint> {
-        let mut checkpoint = Self::listed(Source::Folder(folder.to_owned()))?;
-        checkpoint.open_weights();
+        let (mut checkpoint, files) = Self::listed(Source::Folder(folder.to_owned()))?;
+        checkpoint.open_weights(&files);
         Ok(checkpoint)
     }
 
@@ -102,27 +102,31 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn dummy(folder: &Path) -> Result<Checkpoint> {
         let source = Source::Folder(folder.to_owned());
-        Ok(Checkpoint { dummy: true, ..Self::listed(source)? })
+        Ok(Checkpoint { dummy: true, ..Self::listed(source)?.0 })
     }
 
     /// Opens a checkpoint that is part of the program.
     pub fn embedded(files: &'static [EmbeddedFile]) -> Checkpoint {
-        let mut checkpoint = Self::new(Source::Embedded(files));
-        checkpoint.open_weights();
+        let source = Source::Embedded(files);
+        let names = source.list().expect("embedded files have names");
+        let mut checkpoint = Self::new(source, &names);
+        checkpoint.open_weights(&names);
         checkpoint
     }
 
-    fn listed(source: Source) -> Result<Checkpoint> {
-        if let Err(error) = source.list() {
-            let mut problems = Problems::new(source.name());
-            problems.add(".", None, "a folder with config.json and *.safetensors", error.to_string());
-            return Err(Error::Checkpoint(problems));
+    /// Without its weights, and the names of its files.
+    fn listed(source: Source) -> Result<(Checkpoint, Vec<String>)> {
+        match source.list() {
+            Ok(files) => Ok((Self::new(source, &files), files)),
+            Err(error) => {
+                let mut problems = Problems::new(source.name());
+                problems.add(".", None, "a folder with config.json and *.safetensors", error.to_string());
+                Err(Error::Checkpoint(problems))
+            }
         }
-        Ok(Self::new(source))
     }
 
-    /// Without its weights.
-    fn new(source: Source) -> Checkpoint {
+    fn new(source: Source, files: &[String]) -> Checkpoint {
         let mut checkpoint = Checkpoint {
             problems: Problems::new(source.name()),
             source,
@@ -134,27 +138,23 @@ impl Checkpoint {
             dummy: false,
             unlisted: Vec::new(),
         };
-        if !checkpoint.has(CONFIG) {
+        if !files.iter().any(|file| file == CONFIG) {
             checkpoint.problems.add(CONFIG, None, "the model's configuration", "no such file");
         }
         checkpoint
     }
 
-    fn has(&self, name: &str) -> bool {
-        self.source.list().is_ok_and(|files| files.iter().any(|file| file == name))
-    }
-
-    fn open_weights(&mut self) {
+    fn open_weights(&mut self, files: &[String]) {
+        let has = |name: &str| files.iter().any(|file| file == name);
         // Where both are there, the single file wins, as in transformers.
-        if self.has(SINGLE) {
+        if has(SINGLE) {
             self.open_shard(SINGLE, None);
-        } else if self.has(INDEX) {
+        } else if has(INDEX) {
             self.open_index();
         } else {
             let weights = |file: &&String| {
                 [".safetensors", ".bin", ".pt", ".pth", ".gguf"].iter().any(|end| file.ends_with(end))
             };
-            let files = self.source.list().unwrap_or_default();
             let found: Vec<&str> = files.iter().filter(weights).map(String::as_str).collect();
             let found = if found.is_empty() { "no weights".to_owned() } else { found.join(", ") };
             self.problems.add(".", None, format!("{SINGLE}, or shards with {INDEX}"), found);

@@ -128,7 +128,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let largest = work.batch.iter().copied().max().unwrap_or(1);
     raw.max_num_seqs.get_or_insert(largest.max(64));
     let prepared = Prepared::new(
-        OpenModel::open_as(arguments.model.as_deref(), raw.load_format.unwrap_or_default())?,
+        OpenModel::open_as(arguments.model.as_deref(), raw.load_format)?,
         raw,
         Needs::default(),
     )?;
