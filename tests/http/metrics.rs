@@ -13,7 +13,7 @@ use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use serde_json::json;
 
 use crate::experts::table;
-use crate::harness::{Config, Server, greedy};
+use crate::harness::{Config, Server, eventually, greedy};
 
 fn served() -> Server {
     let server = Server::with(Config { load: Some(table()), ..Config::default() });
@@ -253,10 +253,12 @@ fn the_page_is_whole_while_the_server_shuts_down() {
     let mut busy = server.client();
     busy.send_json("/v1/completions", &greedy(json!({"prompt": [50], "max_tokens": 100, "stream": true})));
     busy.head();
+    let running = |page: &str| value(page, "moeyard_requests_running");
+    eventually("it runs", || running(&server.client().get("/metrics").body) == 1.0);
     server.shutdown.advance(Stage::Draining);
     // A connection that was made just before is closed as idle.
     let page = (0..100).find_map(|_| server.client().try_get("/metrics")).expect("an answer while draining");
     assert_eq!(page.status, 200);
-    assert!(page.body.ends_with('\n') && value(&page.body, "moeyard_requests_running") == 1.0);
+    assert!(page.body.ends_with('\n') && running(&page.body) == 1.0, "{}", page.body);
     server.shutdown.advance(Stage::Aborting);
 }
