@@ -14,16 +14,19 @@ pub fn align(planned: &[u32], current: LayerPlacement<'_>, nodes: usize) -> Vec<
     let mut aligned = vec![NONE; planned.len()];
     for node in 0..nodes {
         let start = node * per_node;
-        let common = |new: usize, old: usize| {
+        // A second copy on a rank is no transfer, wherever it comes from.
+        let arrivals = |new: usize, old: usize| {
             let held = current.slots_of_rank(start + old);
             let own = &planned[(start + new) * width..(start + new + 1) * width];
-            own.iter().filter(|e| **e != NONE && held.contains(&(**e as i32))).count() as i64
+            let arrives =
+                |(i, e): (usize, &u32)| *e != NONE && !held.contains(&(*e as i32)) && !own[..i].contains(e);
+            own.iter().enumerate().filter(|pair| arrives(*pair)).count() as i64
         };
-        let common: Vec<i64> = (0..per_node)
+        let values: Vec<i64> = (0..per_node)
             .flat_map(|new| (0..per_node).map(move |old| (new, old)))
-            .map(|(n, o)| common(n, o))
+            .map(|(new, old)| -arrivals(new, old))
             .collect();
-        for (new, old) in best_matching(&common, per_node).into_iter().enumerate() {
+        for (new, old) in best_matching(&values, per_node).into_iter().enumerate() {
             let own = &planned[(start + new) * width..(start + new + 1) * width];
             let slots = (start + old) * width..(start + old + 1) * width;
             keep_slots(own, current.slots_of_rank(start + old), &mut aligned[slots]);
@@ -56,14 +59,14 @@ fn keep_slots(planned: &[u32], now: &[i32], slots: &mut [u32]) {
     }
 }
 
-/// The old rank for each new one such that what they have in common, `[new][old]`, adds up to most.
-fn best_matching(common: &[i64], n: usize) -> Vec<usize> {
-    if n <= MAX_MATCHED_RANKS { hungarian(common, n) } else { greedy(common, n) }
+/// The old rank for each new one such that their values, `[new][old]`, add up to most.
+fn best_matching(values: &[i64], n: usize) -> Vec<usize> {
+    if n <= MAX_MATCHED_RANKS { hungarian(values, n) } else { greedy(values, n) }
 }
 
 /// The largest pairs first.
-fn greedy(common: &[i64], n: usize) -> Vec<usize> {
-    let mut pairs: Vec<(i64, usize)> = common.iter().copied().zip(0..).collect();
+fn greedy(values: &[i64], n: usize) -> Vec<usize> {
+    let mut pairs: Vec<(i64, usize)> = values.iter().copied().zip(0..).collect();
     pairs.sort_unstable_by_key(|(value, index)| (-value, *index));
     let (mut old_of, mut taken) = (vec![usize::MAX; n], vec![false; n]);
     for (_, index) in pairs {
@@ -76,7 +79,7 @@ fn greedy(common: &[i64], n: usize) -> Vec<usize> {
 }
 
 /// Shortest augmenting paths with potentials (Kuhn, Munkres; the O(n^3) form of Jonker and Volgenant), on negated values.
-fn hungarian(common: &[i64], n: usize) -> Vec<usize> {
+fn hungarian(values: &[i64], n: usize) -> Vec<usize> {
     // Row and column 0 are a sentinel; columns are old ranks.
     let (mut row_of, mut row_potential, mut column_potential) =
         (vec![0; n + 1], vec![0i64; n + 1], vec![0i64; n + 1]);
@@ -94,7 +97,7 @@ fn hungarian(common: &[i64], n: usize) -> Vec<usize> {
                     continue;
                 }
                 let reduced =
-                    -common[(current - 1) * n + j - 1] - row_potential[current] - column_potential[j];
+                    -values[(current - 1) * n + j - 1] - row_potential[current] - column_potential[j];
                 if reduced < slack[j] {
                     (slack[j], came_from[j]) = (reduced, column);
                 }
@@ -136,12 +139,20 @@ mod tests {
         assert_eq!(align(&planned, now.layer(0), 2), [2, 3, NONE, 3, 1, 0], "nodes are not renamed");
     }
 
-    fn value(common: &[i64], n: usize, old_of: &[usize]) -> i64 {
-        old_of.iter().enumerate().map(|(new, old)| common[new * n + old]).sum()
+    #[test]
+    fn a_second_copy_on_a_rank_counts_for_nothing() {
+        let now = Placement::new(2, 5, 5, vec![0], vec![vec![0, 1, 2, -1, -1, 0, 3, 4, -1, -1]]).unwrap();
+        // Two arrivals where three slots have an expert in common, one where two slots have.
+        let planned = [0, 0, 0, 0, 0, 1, 2, 3, 3, 3];
+        assert_eq!(align(&planned, now.layer(0), 1), [3, 1, 2, 3, 3, 0, 0, 0, 0, 0]);
+    }
+
+    fn value(values: &[i64], n: usize, old_of: &[usize]) -> i64 {
+        old_of.iter().enumerate().map(|(new, old)| values[new * n + old]).sum()
     }
 
     /// The best of all permutations.
-    fn best_value(common: &[i64], n: usize, new: usize, taken: &mut Vec<bool>) -> i64 {
+    fn best_value(values: &[i64], n: usize, new: usize, taken: &mut Vec<bool>) -> i64 {
         if new == n {
             return 0;
         }
@@ -149,7 +160,7 @@ mod tests {
         for old in 0..n {
             if !taken[old] {
                 taken[old] = true;
-                best = best.max(common[new * n + old] + best_value(common, n, new + 1, taken));
+                best = best.max(values[new * n + old] + best_value(values, n, new + 1, taken));
                 taken[old] = false;
             }
         }
@@ -158,12 +169,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn matching_is_best(n in 1usize..6, values in prop::collection::vec(0i64..5, 36)) {
-            let common = &values[..n * n];
-            let best = best_value(common, n, 0, &mut vec![false; n]);
-            prop_assert_eq!(value(common, n, &hungarian(common, n)), best);
-            let mut greedy = greedy(common, n);
-            prop_assert!(value(common, n, &greedy) <= best);
+        fn matching_is_best(n in 1usize..6, values in prop::collection::vec(-3i64..3, 36)) {
+            let values = &values[..n * n];
+            let best = best_value(values, n, 0, &mut vec![false; n]);
+            prop_assert_eq!(value(values, n, &hungarian(values, n)), best);
+            let mut greedy = greedy(values, n);
+            prop_assert!(value(values, n, &greedy) <= best);
             greedy.sort_unstable();
             prop_assert_eq!(greedy, (0..n).collect::<Vec<_>>());
         }

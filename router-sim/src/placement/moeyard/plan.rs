@@ -182,9 +182,10 @@ fn cheaper(a: Layout, b: Layout) -> Layout {
     if b.cost() < a.cost() { b } else { a }
 }
 
-/// What EPLB's global policy does with all scenes together.
+/// What EPLB's global policy does with all scenes together. It is told tokens: parts of 1, rounded to its float32, tie
+/// where tokens do not, and its choice would be another one, perhaps a worse.
 fn published(scenes: &Scenes, ranks: usize, slots_per_rank: usize) -> Vec<u32> {
-    let weights: Vec<f32> = scenes.totals().iter().map(|w| *w as f32).collect();
+    let weights: Vec<f32> = scenes.totals().iter().map(|w| (*w * scenes.unit) as f32).collect();
     let mut map = vec![0; ranks * slots_per_rank];
     Packer::default().place_layer(&weights, Eplb::GLOBAL, ranks, &mut map);
     map.into_iter().map(|e| e as u32).collect()

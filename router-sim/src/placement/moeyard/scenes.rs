@@ -17,6 +17,8 @@ pub struct Scenes {
     pub count: usize,
     /// `[experts][scenes]`
     pub weights: Vec<f64>,
+    /// What a load of 1 was before it was divided: tokens, where they were not scaled.
+    pub unit: f64,
 }
 
 impl Scenes {
@@ -50,7 +52,7 @@ impl Scenes {
         let total: f64 = rows.iter().flatten().sum();
         let experts = rows[0].len();
         let weights = (0..experts).flat_map(|e| rows.iter().map(move |row| row[e] / total)).collect();
-        Scenes { count: rows.len(), weights }
+        Scenes { count: rows.len(), weights, unit: total }
     }
 
     /// Number of experts.
@@ -70,13 +72,13 @@ impl Scenes {
 
     /// All scenes as one.
     pub fn sum(&self) -> Scenes {
-        Scenes { count: 1, weights: self.totals() }
+        Scenes { count: 1, weights: self.totals(), unit: self.unit }
     }
 
     /// The same scenes of some of the experts; loads no longer add up to 1.
     pub fn of_experts(&self, experts: &[u32]) -> Scenes {
         let of = |e: &u32| &self.weights[*e as usize * self.count..(*e as usize + 1) * self.count];
-        Scenes { count: self.count, weights: experts.iter().flat_map(of).copied().collect() }
+        Scenes { weights: experts.iter().flat_map(of).copied().collect(), ..*self }
     }
 }
 
