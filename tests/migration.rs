@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use moeyard::Error;
 use moeyard::backend::Backend;
@@ -238,9 +238,13 @@ fn answers_keep_their_bits_while_the_rebalancer_moves() {
     }
 }
 
-/// A model some of whose slices are damaged or lost. All ranks lose the same ones; nothing in the engine is told.
+/// A model that damages or loses a slice of every other migration. All ranks lose the same ones; nothing in the engine is told.
 struct Faulty {
     model: Transformer,
+    /// Migrations begun, counted by who orders them: how many slices one takes is a matter of time.
+    ordered: Arc<AtomicU64>,
+    migration: u64,
+    /// Slices of this migration.
     slices: u64,
 }
 
@@ -250,11 +254,14 @@ impl Model for Faulty {
     }
 
     fn transfer(&mut self, slice: &Slice) -> moeyard::Result<Checksums> {
-        self.slices += 1;
+        let migration = self.ordered.load(Ordering::Acquire);
+        self.slices = if migration == self.migration { self.slices + 1 } else { 1 };
+        self.migration = migration;
         let sums = self.model.transfer(slice)?;
-        match self.slices % 30 {
-            11 => Ok(Checksums { received: sums.received.map(|sum| sum ^ 1), ..sums }),
-            29 => Err(Error::Device { device: "cpu".into(), why: "a copy was lost".into() }),
+        let at_fault = self.slices == 1 + migration / 4 % 3;
+        match migration % 4 {
+            1 if at_fault => Ok(Checksums { received: sums.received.map(|sum| sum ^ 1), ..sums }),
+            3 if at_fault => Err(Error::Device { device: "cpu".into(), why: "a copy was lost".into() }),
             _ => Ok(sums),
         }
     }
@@ -279,7 +286,10 @@ fn answers_keep_their_bits_when_migrations_fail() {
         ..scripted::options()
     };
     let experts = Experts { in_force: world.in_force(), ..experts(3, 4, 1) };
-    let ranks = world.into_setups(|model| Box::new(Faulty { model, slices: 0 }));
+    let ordered = Arc::new(AtomicU64::new(0));
+    let ranks = world.into_setups(|model| {
+        Box::new(Faulty { model, ordered: Arc::clone(&ordered), migration: 0, slices: 0 })
+    });
     let hooks = Hooks { experts: Some(experts), ..Hooks::default() };
     let engine = Engine::start(ranks, options, hooks).unwrap();
     let mut numbers = Numbers(8);
@@ -296,6 +306,7 @@ fn answers_keep_their_bits_when_migrations_fail() {
         while (whole < 5 || failed < 5) && !traffic.is_finished() {
             let before = engine.placement().unwrap();
             let target = elsewhere(&mut numbers, &before);
+            ordered.fetch_add(1, Ordering::Release);
             let report = engine.move_to(target.clone()).unwrap().blocking_recv().unwrap();
             assert_eq!(report.version, before.version() + report.switches);
             match report.outcome {
