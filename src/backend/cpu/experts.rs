@@ -9,7 +9,7 @@ use half::bf16;
 use super::CpuBackend;
 use super::memory::{self, Element, Rows, RowsMut, with_local_scratch};
 use super::operand::{Activations, Form, Output, row_stride};
-use super::panel::{self, PANEL, Panels, Source, packed_bytes, padded_k, panels};
+use super::panel::{self, PANEL, Panels, packed_bytes, padded_k, panels};
 use super::simd::{Float, Kernel, Simd, sigmoid};
 use super::tile::{self, PanelProduct, WIDE_LEN};
 use super::work::{Item, Segment};
@@ -23,19 +23,14 @@ const DOWN: usize = 1;
 const GATE_UP_BIAS: usize = 2;
 const DOWN_BIAS: usize = 3;
 
-/// See [`crate::backend::Backend::pack_mlp`]. Panel 2j holds 48 columns of gate, panel 2j + 1 the same of up; the bias of both is
-/// laid out alike, `[1, panels * PANEL]`.
+/// See [`crate::backend::Backend::pack_mlp`]. A panel of gate is followed by the same one of up; the bias of both is
+/// laid out alike, [`PANEL`] of each in turn.
 pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Result<Mlp> {
     check::pack_mlp(host);
     let (intermediate, hidden) = (host.gate.n, host.gate.k);
-    let gate_up = |panel| {
-        let matrix = if panel % 2 == 0 { &host.gate } else { &host.up };
-        Source { matrix, first: panel / 2 * PANEL }
-    };
-    let down = |panel| Source { matrix: &host.down, first: panel * PANEL };
     let mut parts = vec![
-        panel::pack(backend.pool(), 2 * panels(intermediate), hidden, dtype, gate_up)?,
-        panel::pack(backend.pool(), panels(hidden), intermediate, dtype, down)?,
+        panel::pack(backend.pool(), &[&host.gate, &host.up], dtype)?,
+        panel::pack(backend.pool(), &[&host.down], dtype)?,
     ];
     if let Some(HostMlpBias { gate, up, down }) = &host.bias {
         let mut both = memory::tensor(DType::F32, 1, 2 * panels(intermediate) * PANEL)?;
@@ -60,10 +55,10 @@ pub(super) fn mlp_bytes(
     bias: bool,
     dtype: DType,
 ) -> usize {
-    let pairs = panels(intermediate);
-    let gate_up = packed_bytes(2 * pairs, hidden, dtype);
-    let down = packed_bytes(panels(hidden), intermediate, dtype);
-    let biases = if bias { (2 * pairs * PANEL).saturating_add(hidden).saturating_mul(4) } else { 0 };
+    let gate_up = packed_bytes(intermediate, hidden, dtype).saturating_mul(2);
+    let down = packed_bytes(hidden, intermediate, dtype);
+    let biases =
+        if bias { (2 * panels(intermediate) * PANEL).saturating_add(hidden).saturating_mul(4) } else { 0 };
     gate_up.saturating_add(down).saturating_add(biases)
 }
 
@@ -147,7 +142,7 @@ impl Grouped<'_> {
         work.plan(backend, self.segments(|w| panels(w.intermediate)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
-            let weights = Panels::new(w.parts[GATE_UP].view(), 2 * panels(w.intermediate), w.hidden);
+            let weights = Panels::new(w.parts[GATE_UP].view(), 2, w.intermediate, w.hidden);
             let bias = w
                 .parts
                 .get(GATE_UP_BIAS)
@@ -160,8 +155,8 @@ impl Grouped<'_> {
                 let a = a.skip(rows.start);
                 // SAFETY: `a` are the rows of the call prepared for weights of this type, as wide as the matrices' k.
                 unsafe {
-                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(2 * unit), gate, wide));
-                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(2 * unit + 1), up, wide));
+                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(unit, 0), gate, wide));
+                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(unit, 1), up, wide));
                 }
                 backend.dispatch(Activate {
                     gate,
@@ -182,13 +177,14 @@ impl Grouped<'_> {
         work.plan(backend, self.segments(|w| panels(w.hidden)));
         work.run(backend, &|Item { slot, rows, unit }| {
             let w = self.of(slot);
-            let weights = Panels::new(w.parts[DOWN].view(), panels(w.hidden), w.intermediate);
+            let weights = Panels::new(w.parts[DOWN].view(), 1, w.hidden, w.intermediate);
             let bias = w.parts.get(DOWN_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
             with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
                 let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
                 let a = a.skip(rows.start);
                 // SAFETY: the first pass has written these rows, as wide as the matrix's k, zero padding included.
-                backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit), sums, wide) });
+                backend
+                    .dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit, 0), sums, wide) });
                 // SAFETY: an item is the only one with these rows and this panel.
                 unsafe { out.write(backend, sums, rows.start, unit, bias) };
             });

@@ -3,7 +3,7 @@
 use super::CpuBackend;
 use super::memory::{Rows, with_local_scratch};
 use super::operand::{Activations, Output};
-use super::panel::{self, PANEL, Panels, Source, packed_bytes, panels};
+use super::panel::{self, PANEL, Panels, packed_bytes, panels};
 use super::tile::{PanelProduct, WIDE_LEN};
 use super::work::{Item, Segment};
 use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut, check};
@@ -12,14 +12,13 @@ use crate::error::Result;
 /// See [`crate::backend::Backend::pack_matrix`].
 pub(super) fn pack_matrix(backend: &CpuBackend, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
     check::host_matrix("matrix", host);
-    let source = |panel| Source { matrix: host, first: panel * PANEL };
-    let data = panel::pack(backend.pool(), panels(host.n), host.k, dtype, source)?;
+    let data = panel::pack(backend.pool(), &[host], dtype)?;
     Ok(Matrix { data, n: host.n, k: host.k })
 }
 
 /// See [`crate::backend::Backend::matrix_bytes`].
 pub(super) fn matrix_bytes(_: &CpuBackend, n: usize, k: usize, dtype: DType) -> usize {
-    packed_bytes(panels(n), k, dtype)
+    packed_bytes(n, k, dtype)
 }
 
 /// See [`crate::backend::Backend::linear`].
@@ -36,7 +35,7 @@ pub(super) fn linear(
     if rows == 0 || w.n == 0 {
         return Ok(());
     }
-    let weights = Panels::new(w.data.view(), panels(w.n), w.k);
+    let weights = Panels::new(w.data.view(), 1, w.n, w.k);
     let activations = Activations::new(backend, x, w.data.dtype())?;
     let a = activations.rows();
     let out = Output::new(out);
@@ -48,7 +47,7 @@ pub(super) fn linear(
             let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
             let a = a.skip(rows.start);
             // SAFETY: `a` is `x` prepared for weights of this type, `x` has the matrix's k, and the rows are in range.
-            backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit), sums, wide) });
+            backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit, 0), sums, wide) });
             // SAFETY: an item is the only one with these rows and this panel.
             unsafe { out.write(backend, sums, rows.start, unit, bias) };
         });

@@ -2,9 +2,10 @@
 //! becomes slices.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
@@ -19,11 +20,23 @@ const LARGE: usize = 4 << 20;
 /// Alignment of large blocks: one huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// Virtual size of a [`Chunk`].
+const CHUNK: usize = 128 << 20;
+
 /// A block of zeroed host memory, aligned to a cache line.
 pub struct Block {
     address: NonNull<u8>,
     bytes: usize,
-    layout: Layout,
+    owner: Owner,
+}
+
+/// Whose memory a block is.
+enum Owner {
+    /// Its own, of this layout.
+    Block(Layout),
+    /// A chunk's, which lives as long as one of its blocks.
+    #[expect(dead_code, reason = "held, not read")]
+    Chunk(Arc<Chunk>),
 }
 
 // SAFETY: a block owns its memory as `Vec<u8>` does; shared access only reads the address and the size.
@@ -42,7 +55,31 @@ impl Block {
         // One byte at least, so that the address is always an allocation's.
         let layout = Layout::from_size_align(bytes.max(1), align).map_err(|_| refused())?;
         let address = allocate(layout).ok_or_else(refused)?;
-        Ok(Block { address, bytes, layout })
+        Ok(Block { address, bytes, owner: Owner::Block(layout) })
+    }
+
+    /// `bytes` zeroed bytes that are to stay for long: weights. Blocks that are no multiple of a huge page share some, so that all of
+    /// a model lies on huge pages without a gap behind each matrix. What a block leaves is given back with the last of its neighbours.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the system refuses them.
+    pub fn lasting(bytes: usize) -> Result<Block> {
+        let Some(size) = bytes.checked_next_multiple_of(ALIGN).filter(|&size| size <= CHUNK / 2) else {
+            return Block::zeroed(bytes);
+        };
+        CURRENT.with_borrow_mut(|current| {
+            if current.as_ref().is_none_or(|(_, used)| used + size > CHUNK) {
+                *current = Some((Arc::new(Chunk::new()?), 0));
+            }
+            let (chunk, used) = current.as_mut().expect("made above");
+            let address = chunk.address.as_ptr().wrapping_add(*used);
+            *used += size;
+            Ok(Block {
+                address: NonNull::new(address).expect("inside a mapping"),
+                bytes,
+                owner: Owner::Chunk(Arc::clone(chunk)),
+            })
+        })
     }
 
     /// The whole block as elements of one type.
@@ -55,7 +92,42 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        release(self.address, self.layout);
+        if let Owner::Block(layout) = self.owner {
+            release(self.address, layout);
+        }
+    }
+}
+
+/// Memory for many lasting blocks, handed out from front to back. Pages that nobody has written yet cost nothing.
+struct Chunk {
+    address: NonNull<u8>,
+}
+
+// SAFETY: a chunk only owns its mapping; blocks of it lie apart.
+unsafe impl Send for Chunk {}
+// SAFETY: see above.
+unsafe impl Sync for Chunk {}
+
+thread_local! {
+    /// The chunk that this thread's next lasting blocks come from, and how much of it is taken. By thread: each rank loads what it
+    /// holds, and pages belong near the core that wrote them first.
+    static CURRENT: RefCell<Option<(Arc<Chunk>, usize)>> = const { RefCell::new(None) };
+}
+
+impl Chunk {
+    fn layout() -> Layout {
+        Layout::from_size_align(CHUNK, HUGE_PAGE).expect("constants")
+    }
+
+    fn new() -> Result<Chunk> {
+        let refused = || Error::Memory { device: "cpu".into(), sum: format!("{CHUNK} bytes refused") };
+        Ok(Chunk { address: allocate(Self::layout()).ok_or_else(refused)? })
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        release(self.address, Self::layout());
     }
 }
 
@@ -150,6 +222,15 @@ fn matrix_bytes(dtype: DType, rows: usize, cols: usize) -> Result<usize> {
 /// [`Error::Memory`] when the system refuses it.
 pub fn tensor(dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
     let block = Block::zeroed(matrix_bytes(dtype, rows, cols)?)?;
+    Ok(Tensor::new(Box::new(block), dtype, rows, cols))
+}
+
+/// [`tensor`] for weights: see [`Block::lasting`].
+///
+/// # Errors
+/// [`Error::Memory`] when the system refuses it.
+pub fn lasting_tensor(dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+    let block = Block::lasting(matrix_bytes(dtype, rows, cols)?)?;
     Ok(Tensor::new(Box::new(block), dtype, rows, cols))
 }
 
@@ -365,7 +446,7 @@ impl ScratchGuard<'_> {
 
 thread_local! {
     /// Free scratch buffers of this thread, the one used by the outermost borrower on top.
-    static LOCAL: std::cell::RefCell<Vec<Block>> = const { std::cell::RefCell::new(Vec::new()) };
+    static LOCAL: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends this thread's scratch, `len` elements with left-over contents, aligned to a cache line. May be nested; a task of a
@@ -398,6 +479,22 @@ mod tests {
             assert!(data.iter().all(|&x| x.to_bits() == 0));
             data.fill(1.0);
         }
+    }
+
+    #[test]
+    fn lasting_blocks_lie_side_by_side_and_outlive_each_other() {
+        let first = Block::lasting(100).unwrap();
+        let mut second = Block::lasting(3 << 20).unwrap();
+        assert_eq!(second.address(), first.address() + 128);
+        assert!(second.as_mut_slice::<f32>().iter().all(|&x| x.to_bits() == 0));
+        drop(first);
+        second.as_mut_slice::<f32>().fill(1.0);
+        // Too large for what is left of the chunk, and for any.
+        let others = [CHUNK / 2, CHUNK / 2, CHUNK / 2 + 1, 0].map(|bytes| Block::lasting(bytes).unwrap());
+        assert!(others.iter().all(|block| block.address() % ALIGN == 0));
+        drop(others);
+        assert!(second.as_mut_slice::<f32>().iter().all(|&x| x == 1.0));
+        assert!(matches!(Block::lasting(usize::MAX), Err(Error::Memory { .. })));
     }
 
     #[test]

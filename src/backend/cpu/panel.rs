@@ -1,15 +1,18 @@
 //! How weight matrices lie in memory. A matrix `[n, k]` is cut into panels of [`PANEL`] output columns; a panel is
 //! contiguous and k-major, so that a kernel reads it once, front to back:
-//! * f32: `[k][PANEL]`;
-//! * bf16: `[k / 2][PANEL][2]`, the pairs that AVX-512's dot product takes; an odd k is padded with a zero.
+//! * f32: `[k][columns]`;
+//! * bf16: `[k / 2][columns][2]`, the pairs that AVX-512's dot product takes; an odd k is padded with a zero.
 //!
-//! Missing columns of the last panel are zero. All instruction sets share the layout, so a packed expert can move
+//! The last panel has as many columns as are left, padded with zeros to whole vectors of [`MAX_LANES`]. All instruction sets share the layout, so a packed expert can move
 //! between ranks that run different ones.
+
+use std::ops::Range;
 
 use half::bf16;
 
 use super::memory::{self, Element, Rows, RowsMut};
 use super::pool::Pool;
+use super::simd::MAX_LANES;
 use crate::backend::{DType, HostData, HostMatrix, Tensor, View};
 use crate::error::Result;
 
@@ -23,6 +26,12 @@ pub fn panels(n: usize) -> usize {
     n.div_ceil(PANEL)
 }
 
+/// Columns of a panel of a matrix of `n`: [`PANEL`], or as many whole vectors as the last panel needs. Reading is what a product of few
+/// rows costs, and padding would be read like weights.
+fn columns(n: usize, panel: usize) -> usize {
+    (n - panel * PANEL).next_multiple_of(MAX_LANES).min(PANEL)
+}
+
 /// `k` as packed: whole pairs for bf16.
 pub fn padded_k(k: usize, dtype: DType) -> usize {
     match dtype {
@@ -32,105 +41,130 @@ pub fn padded_k(k: usize, dtype: DType) -> usize {
 }
 
 /// Bytes of `[n, k]` as panels; saturates, as nothing of that size can be allocated.
-pub fn packed_bytes(panels: usize, k: usize, dtype: DType) -> usize {
-    panels.saturating_mul(PANEL).saturating_mul(padded_k(k, dtype)).saturating_mul(dtype.bytes())
+pub fn packed_bytes(n: usize, k: usize, dtype: DType) -> usize {
+    let n = n.checked_next_multiple_of(MAX_LANES).unwrap_or(usize::MAX);
+    n.saturating_mul(padded_k(k, dtype)).saturating_mul(dtype.bytes())
+}
+
+/// Packed weights of either type.
+#[derive(Clone, Copy)]
+pub enum Weights<'a> {
+    /// `[k][columns]`
+    F32(&'a [f32]),
+    /// `[k / 2][columns][2]`
+    Bf16(&'a [bf16]),
 }
 
 /// One packed panel.
 #[derive(Clone, Copy)]
-pub enum Panel<'a> {
-    /// `[k][PANEL]`
-    F32(&'a [f32]),
-    /// `[k / 2][PANEL][2]`
-    Bf16(&'a [bf16]),
+pub struct Panel<'a> {
+    /// All of it.
+    pub weights: Weights<'a>,
+    /// [`PANEL`], or fewer whole vectors.
+    pub columns: usize,
 }
 
-/// The panels of a packed matrix.
+/// The panels of some packed matrices of one shape, see [`pack`].
 #[derive(Clone, Copy)]
-pub enum Panels<'a> {
-    /// A row of each is one [`Panel::F32`].
-    F32(Rows<'a, f32>),
-    /// A row of each is one [`Panel::Bf16`].
-    Bf16(Rows<'a, bf16>),
+pub struct Panels<'a> {
+    weights: Weights<'a>,
+    /// Columns of one matrix.
+    n: usize,
+    /// k as packed.
+    depth: usize,
+    /// How many matrices.
+    matrices: usize,
 }
 
 impl<'a> Panels<'a> {
-    /// A tensor made by [`pack`].
+    /// A tensor made by [`pack`] of so many matrices `[n, k]`.
     ///
     /// # Panics
-    /// When it is not `panels` panels of `k`: kernels rely on it.
-    pub fn new(packed: View<'a>, panels: usize, k: usize) -> Self {
-        let (rows, cols) = (packed.rows(), packed.cols());
-        let expected = (panels, padded_k(k, packed.dtype()) * PANEL);
-        assert!((rows, cols) == expected, "weights packed as [{rows}, {cols}], expected {expected:?}");
-        match packed.dtype() {
-            DType::F32 => Panels::F32(Rows::new(packed)),
-            DType::Bf16 => Panels::Bf16(Rows::new(packed)),
+    /// When it is not: kernels rely on it.
+    pub fn new(packed: View<'a>, matrices: usize, n: usize, k: usize) -> Self {
+        let dtype = packed.dtype();
+        let depth = padded_k(k, dtype);
+        let (found, expected) =
+            (packed.rows() * packed.cols(), matrices * n.next_multiple_of(MAX_LANES) * depth);
+        assert!(found == expected, "{found} packed weights of {matrices} x [{n}, {k}], expected {expected}");
+        let weights = match dtype {
+            DType::F32 => Weights::F32(Rows::new(packed).all()),
+            DType::Bf16 => Weights::Bf16(Rows::new(packed).all()),
             DType::I32 => panic!("weights are F32 or Bf16"),
-        }
+        };
+        Panels { weights, n, depth, matrices }
     }
 
-    /// One panel.
-    pub fn get(&self, panel: usize) -> Panel<'a> {
-        match self {
-            Panels::F32(rows) => Panel::F32(rows.row(panel)),
-            Panels::Bf16(rows) => Panel::Bf16(rows.row(panel)),
-        }
+    /// One panel of one of the matrices.
+    pub fn get(&self, panel: usize, matrix: usize) -> Panel<'a> {
+        let range = place(self.n, self.depth, self.matrices, panel, matrix);
+        let weights = match self.weights {
+            Weights::F32(all) => Weights::F32(&all[range]),
+            Weights::Bf16(all) => Weights::Bf16(&all[range]),
+        };
+        Panel { weights, columns: columns(self.n, panel) }
     }
 }
 
-/// Where a panel's columns come from: columns `[first, first + PANEL)` of `matrix`, as far as they exist.
-pub struct Source<'a> {
-    /// The matrix in host memory.
-    pub matrix: &'a HostMatrix,
-    /// Its first column (row of the host matrix) in this panel.
-    pub first: usize,
+/// Where a panel lies: panels in order, of each the same one of every matrix.
+fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usize) -> Range<usize> {
+    let columns = columns(n, panel);
+    let start = (panel * PANEL * matrices + matrix * columns) * depth;
+    start..start + columns * depth
 }
 
-/// Packs panel after panel into a new tensor `[panels, padded k * PANEL]`.
+/// Packs matrices of one shape into a new tensor of one row: panel 0 of each, panel 1 of each, and so on.
 ///
 /// # Errors
 /// [`crate::Error::Memory`] when the tensor cannot be allocated.
-pub fn pack<'a>(
-    pool: &Pool,
-    panels: usize,
-    k: usize,
-    dtype: DType,
-    source: impl Fn(usize) -> Source<'a> + Sync,
-) -> Result<Tensor> {
-    let mut tensor = memory::tensor(dtype, panels, padded_k(k, dtype).saturating_mul(PANEL))?;
+///
+/// # Panics
+/// When the shapes differ.
+pub fn pack(pool: &Pool, matrices: &[&HostMatrix], dtype: DType) -> Result<Tensor> {
+    let (n, k) = (matrices[0].n, matrices[0].k);
+    for matrix in matrices {
+        assert!((matrix.n, matrix.k) == (n, k), "[{}, {}] beside [{n}, {k}]", matrix.n, matrix.k);
+    }
+    let elements = packed_bytes(n, k, dtype).saturating_mul(matrices.len()) / dtype.bytes();
+    let mut tensor = memory::lasting_tensor(dtype, 1, elements)?;
     match dtype {
-        DType::F32 => pack_as::<f32>(pool, &mut tensor, &source),
-        DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, &source),
+        DType::F32 => pack_as::<f32>(pool, &mut tensor, matrices),
+        DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, matrices),
         DType::I32 => panic!("weights are F32 or Bf16"),
     }
     Ok(tensor)
 }
 
-fn pack_as<'a, T: Packed>(pool: &Pool, tensor: &mut Tensor, source: &(impl Fn(usize) -> Source<'a> + Sync)) {
-    let rows = RowsMut::<T>::new(tensor.view_mut());
-    pool.run(rows.rows(), &|panel| {
+fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix]) {
+    let (n, k) = (matrices[0].n, matrices[0].k);
+    let packed = RowsMut::<T>::new(tensor.view_mut());
+    pool.run(panels(n) * matrices.len(), &|task| {
+        let (panel, matrix) = (task / matrices.len(), task % matrices.len());
         // SAFETY: each panel is written by one task.
-        let to = unsafe { rows.part(panel, 0..rows.cols()) };
-        let Source { matrix, first } = source(panel);
-        let columns = matrix.n.saturating_sub(first).min(PANEL);
-        let range = first * matrix.k..(first + columns) * matrix.k;
-        match &matrix.data {
-            HostData::F32(data) => scatter(&data[range], matrix.k, to, T::from_f32),
-            HostData::Bf16(data) => scatter(&data[range], matrix.k, to, T::from_bf16),
+        let to = unsafe { packed.part(0, place(n, padded_k(k, T::DTYPE), matrices.len(), panel, matrix)) };
+        let first = panel * PANEL;
+        let range = first * k..n.min(first + PANEL) * k;
+        match &matrices[matrix].data {
+            HostData::F32(data) => scatter(&data[range], k, (to, columns(n, panel)), T::from_f32),
+            HostData::Bf16(data) => scatter(&data[range], k, (to, columns(n, panel)), T::from_bf16),
         }
     });
 }
 
 /// Writes the columns of one panel; what it leaves is zero already.
-fn scatter<F: Copy, T: Packed>(columns: &[F], k: usize, to: &mut [T], convert: impl Fn(F) -> T) {
+fn scatter<F: Copy, T: Packed>(
+    columns: &[F],
+    k: usize,
+    (to, width): (&mut [T], usize),
+    convert: impl Fn(F) -> T,
+) {
     if k == 0 {
         return;
     }
     let group = T::GROUP;
     // Groups of k outside, columns inside: the panel is written front to back.
     for start in (0..k).step_by(group) {
-        let row = &mut to[start * PANEL..][..PANEL * group];
+        let row = &mut to[start * width..][..width * group];
         for (column, cell) in columns.chunks_exact(k).zip(row.chunks_exact_mut(group)) {
             for (x, to) in column[start..].iter().zip(cell) {
                 *to = convert(*x);
@@ -174,27 +208,34 @@ mod tests {
     #[test]
     fn every_element_has_its_place_and_the_rest_is_zero() {
         let pool = Pool::new(2).unwrap();
-        for (n, k) in [(1, 1), (48, 4), (49, 3), (100, 7), (5, 0), (0, 5)] {
-            let data = (0..n * k).map(|i| i as f32 + 1.0).collect();
-            let matrix = HostMatrix { n, k, data: HostData::F32(data) };
-            let source = |panel| Source { matrix: &matrix, first: panel * PANEL };
-            let wide = pack(&pool, panels(n), k, DType::F32, source).unwrap();
-            let pairs = pack(&pool, panels(n), k, DType::Bf16, source).unwrap();
-            assert_eq!(wide.bytes(), packed_bytes(panels(n), k, DType::F32));
-            assert_eq!(pairs.bytes(), packed_bytes(panels(n), k, DType::Bf16));
+        for (n, k) in [(1, 1), (48, 4), (49, 3), (70, 6), (100, 7), (5, 0), (0, 5)] {
+            let matrix = |sign: f32| {
+                let data = (0..n * k).map(|i| sign * (i as f32 + 1.0)).collect();
+                HostMatrix { n, k, data: HostData::F32(data) }
+            };
+            let matrices = [&matrix(1.0), &matrix(-1.0)];
+            let wide = pack(&pool, &matrices, DType::F32).unwrap();
+            let pairs = pack(&pool, &matrices, DType::Bf16).unwrap();
+            assert_eq!(wide.bytes(), 2 * packed_bytes(n, k, DType::F32));
+            assert_eq!(pairs.bytes(), 2 * packed_bytes(n, k, DType::Bf16));
+            let (wide, pairs) = (Panels::new(wide.view(), 2, n, k), Panels::new(pairs.view(), 2, n, k));
             for panel in 0..panels(n) {
-                let wide = Rows::<f32>::new(wide.view()).row(panel);
-                let pairs = Rows::<bf16>::new(pairs.view()).row(panel);
-                for column in 0..PANEL {
-                    for i in 0..padded_k(k, DType::Bf16) {
-                        let j = panel * PANEL + column;
-                        let want = if j < n && i < k { (j * k + i + 1) as f32 } else { 0.0 };
-                        assert_eq!(
-                            pairs[(i / 2 * PANEL + column) * 2 + i % 2].to_f32(),
-                            bf16::from_f32(want).to_f32()
-                        );
-                        if i < k {
-                            assert_eq!(wide[i * PANEL + column], want);
+                for (matrix, sign) in [1.0, -1.0].into_iter().enumerate() {
+                    let (wide, pairs) = (wide.get(panel, matrix), pairs.get(panel, matrix));
+                    let (Weights::F32(f32s), Weights::Bf16(bf16s)) = (wide.weights, pairs.weights) else {
+                        panic!("panels of another type");
+                    };
+                    assert_eq!(wide.columns, pairs.columns);
+                    assert!(panel * PANEL + wide.columns < n + MAX_LANES, "{} columns", wide.columns);
+                    for column in 0..wide.columns {
+                        for i in 0..padded_k(k, DType::Bf16) {
+                            let j = panel * PANEL + column;
+                            let want = if j < n && i < k { sign * (j * k + i + 1) as f32 } else { 0.0 };
+                            let pair = bf16s[(i / 2 * pairs.columns + column) * 2 + i % 2];
+                            assert_eq!(pair.to_f32(), bf16::from_f32(want).to_f32());
+                            if i < k {
+                                assert_eq!(f32s[i * wide.columns + column], want);
+                            }
                         }
                     }
                 }

@@ -3,18 +3,22 @@
 
 use half::bf16;
 
-use super::panel::{PANEL, Panel};
+use super::panel::{PANEL, Panel, Weights};
 use super::product::{self, Pairs, Plain, Product, Strided, Sums, Widening, tallest};
-use super::simd::{Kernel, Simd};
+use super::simd::{Kernel, MAX_LANES, Simd};
 
-/// k of one block where weights are consumed as f32: the block of a panel is 24 KiB, half of an L1 cache.
-const BLOCK_F32: usize = 128;
-/// k of one block where weights are consumed as bf16 pairs: 24 KiB too.
-const BLOCK_PAIRS: usize = 256;
+/// k of one block where weights are consumed as f32: the block of a panel is 12 KiB, so that it, the next one and the rows fit into
+/// an L1 cache of 32 KiB and more.
+const BLOCK_F32: usize = 64;
+/// k of one block where weights are consumed as bf16 pairs: 12 KiB too.
+const BLOCK_PAIRS: usize = 128;
 /// How far ahead the first strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
 const AHEAD_BYTES: usize = 8 << 10;
 /// From this many rows on, widening a block of weights to f32 once is cheaper than widening in registers for each strip of rows.
 const WIDEN_ROWS: usize = 13;
+
+/// Columns of a last panel between the smallest and a whole one.
+const TWO_VECTORS: usize = 2 * MAX_LANES;
 
 /// f32 of scratch in which [`PanelProduct`] widens weights.
 pub const WIDE_LEN: usize = BLOCK_F32 * PANEL;
@@ -53,7 +57,7 @@ impl Rows {
     }
 }
 
-/// `sums[r][j] = sum_k a[r][k] * panel[k][j]` for all [`PANEL`] columns.
+/// `sums[r][j] = sum_k a[r][k] * panel[k][j]` for all columns of the panel; rows of sums are [`PANEL`] apart.
 pub struct PanelProduct<'a> {
     a: Rows,
     rows: usize,
@@ -86,22 +90,35 @@ impl Kernel for PanelProduct<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        match self.panel.columns {
+            PANEL => self.columns::<S, PANEL>(simd),
+            TWO_VECTORS => self.columns::<S, TWO_VECTORS>(simd),
+            MAX_LANES => self.columns::<S, MAX_LANES>(simd),
+            columns => panic!("a panel of {columns} columns"),
+        }
+    }
+}
+
+impl PanelProduct<'_> {
+    /// The product with a panel of `C` columns.
+    #[inline(always)]
+    fn columns<S: Simd, const C: usize>(self, simd: S) {
         let PanelProduct { a, rows, panel, sums, wide } = self;
         let sums = sums.as_mut_ptr();
         // SAFETY: `new` was promised the activations and has checked the size of `sums`.
         unsafe {
-            match (a, panel) {
-                (Rows::F32 { start, stride }, Panel::F32(panel)) => {
-                    blocks::<S, Plain>(simd, Strided { start, stride }, rows, panel, BLOCK_F32, sums);
+            match (a, panel.weights) {
+                (Rows::F32 { start, stride }, Weights::F32(panel)) => {
+                    blocks::<S, Plain, C>(simd, Strided { start, stride }, rows, panel, BLOCK_F32, sums);
                 }
-                (Rows::F32 { start, stride }, Panel::Bf16(panel)) if rows >= WIDEN_ROWS => {
-                    widened_blocks(simd, Strided { start, stride }, rows, panel, wide, sums);
+                (Rows::F32 { start, stride }, Weights::Bf16(panel)) if rows >= WIDEN_ROWS => {
+                    widened_blocks::<S, C>(simd, Strided { start, stride }, rows, panel, wide, sums);
                 }
-                (Rows::F32 { start, stride }, Panel::Bf16(panel)) => {
-                    blocks::<S, Widening>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
+                (Rows::F32 { start, stride }, Weights::Bf16(panel)) => {
+                    blocks::<S, Widening, C>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
                 }
-                (Rows::Pairs { start, stride }, Panel::Bf16(panel)) if S::NATIVE_DOT => {
-                    blocks::<S, Pairs>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
+                (Rows::Pairs { start, stride }, Weights::Bf16(panel)) if S::NATIVE_DOT => {
+                    blocks::<S, Pairs, C>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
                 }
                 (Rows::Pairs { .. }, _) => {
                     panic!("bf16 activations for f32 weights, or where bf16 is widened")
@@ -113,7 +130,7 @@ impl Kernel for PanelProduct<'_> {
 
 /// All rows times a panel, block after block of k; one block at least, so that sums over nothing are written too.
 #[inline(always)]
-unsafe fn blocks<S: Simd, P: Product<S>>(
+unsafe fn blocks<S: Simd, P: Product<S>, const C: usize>(
     simd: S,
     a: Strided<P::A>,
     rows: usize,
@@ -121,18 +138,18 @@ unsafe fn blocks<S: Simd, P: Product<S>>(
     block: usize,
     sums: *mut f32,
 ) {
-    let depth = panel.len() / PANEL;
+    let depth = panel.len() / C;
     let mut k = 0;
     loop {
         let length = block.min(depth - k);
         // SAFETY: k lies in the panel, and so in the activations.
         unsafe {
             let a = Strided { start: a.at(0, k), ..a };
-            strips::<S, P>(
+            strips::<S, P, C>(
                 simd,
                 a,
                 rows,
-                Block { w: panel[k * PANEL..].as_ptr(), k: length, first: k == 0, next: block * PANEL },
+                Block { w: panel[k * C..].as_ptr(), k: length, first: k == 0, next: block * C },
                 sums,
             );
         }
@@ -145,7 +162,7 @@ unsafe fn blocks<S: Simd, P: Product<S>>(
 
 /// [`blocks`] of a bf16 panel, each widened to f32 for all rows.
 #[inline(always)]
-unsafe fn widened_blocks<S: Simd>(
+unsafe fn widened_blocks<S: Simd, const C: usize>(
     simd: S,
     a: Strided<f32>,
     rows: usize,
@@ -155,26 +172,26 @@ unsafe fn widened_blocks<S: Simd>(
 ) {
     if panel.is_empty() {
         // SAFETY: as this function's.
-        return unsafe { blocks::<S, Plain>(simd, a, rows, &[], BLOCK_F32, sums) };
+        return unsafe { blocks::<S, Plain, C>(simd, a, rows, &[], BLOCK_F32, sums) };
     }
-    for (number, pairs) in panel.chunks(BLOCK_F32 * PANEL).enumerate() {
-        widen(simd, pairs, wide);
+    for (number, pairs) in panel.chunks(BLOCK_F32 * C).enumerate() {
+        widen::<S, C>(simd, pairs, wide);
         // SAFETY: the block lies in the panel, and so in the activations.
         unsafe {
             let a = Strided { start: a.at(0, number * BLOCK_F32), ..a };
-            let block = Block { w: wide.as_ptr(), k: pairs.len() / PANEL, first: number == 0, next: 0 };
-            strips::<S, Plain>(simd, a, rows, block, sums);
+            let block = Block { w: wide.as_ptr(), k: pairs.len() / C, first: number == 0, next: 0 };
+            strips::<S, Plain, C>(simd, a, rows, block, sums);
         }
     }
 }
 
-/// Unpacks `[k / 2][PANEL][2]` into `[k][PANEL]` f32, exactly.
+/// Unpacks `[k / 2][C][2]` into `[k][C]` f32, exactly.
 #[inline(always)]
-fn widen<S: Simd>(simd: S, pairs: &[bf16], wide: &mut [f32]) {
-    for (from, to) in pairs.chunks_exact(2 * PANEL).zip(wide.chunks_exact_mut(2 * PANEL)) {
-        let (even, odd) = to.split_at_mut(PANEL);
-        for column in (0..PANEL).step_by(S::LANES) {
-            // SAFETY: LANES divides PANEL, so the LANES columns from `column` on exist in all three.
+fn widen<S: Simd, const C: usize>(simd: S, pairs: &[bf16], wide: &mut [f32]) {
+    for (from, to) in pairs.chunks_exact(2 * C).zip(wide.chunks_exact_mut(2 * C)) {
+        let (even, odd) = to.split_at_mut(C);
+        for column in (0..C).step_by(S::LANES) {
+            // SAFETY: LANES divides C, so the LANES columns from `column` on exist in all three.
             unsafe {
                 let pairs = simd.load_pairs(from.as_ptr().add(2 * column));
                 simd.store(even.as_mut_ptr().add(column), simd.even(pairs));
@@ -199,7 +216,7 @@ struct Block<W> {
 /// All rows times one block, strip by strip. The first strip waits for memory and fetches a little ahead; the last one fetches
 /// the next block while it computes.
 #[inline(always)]
-unsafe fn strips<S: Simd, P: Product<S>>(
+unsafe fn strips<S: Simd, P: Product<S>, const C: usize>(
     simd: S,
     a: Strided<P::A>,
     rows: usize,
@@ -219,9 +236,9 @@ unsafe fn strips<S: Simd, P: Product<S>>(
         // SAFETY: rows [row, row + height) exist; the rest is the caller's promise.
         unsafe {
             let a = Strided { start: a.at(row, 0), ..a };
-            let panel = product::Panel { start: block.w, k: block.k, pitch: PANEL, ahead };
+            let panel = product::Panel { start: block.w, k: block.k, pitch: C, ahead };
             let sums = Sums { start: sums.add(row * PANEL), stride: PANEL, add: !block.first };
-            product::strip::<S, P>(simd, (a, height), (panel, PANEL), sums);
+            product::strip::<S, P>(simd, (a, height), (panel, C), sums);
         }
         row += height;
     }
