@@ -133,6 +133,7 @@ fn linear_is_the_plain_sum() {
                 (3, 49, 3),
                 (7, 97, 130),
                 (13, 33, 257),
+                (9, 70, 128),
                 (31, 100, 300),
                 (2, 3, 0),
             ] {
@@ -176,8 +177,10 @@ fn linear_is_the_plain_sum() {
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
     let mut noise = Noise(2);
-    let (n, k) = (101, 301);
-    for precision @ Precision { weights, activations } in Precision::ALL {
+    // Last panels of 16 and of 32 columns.
+    let cases = Precision::ALL.into_iter().flat_map(|precision| [(precision, 101), (precision, 125)]);
+    let k = 301;
+    for (precision @ Precision { weights, activations }, n) in cases {
         let host = noise.matrix(n, k, weights);
         let x = noise.tensor(530, k, activations);
         for isa in Isa::available() {
