@@ -106,7 +106,6 @@ fn ranks_that_wait_say_so() {
     // Rank 1 has no rows of its own and so meets rank 0 after every attention of it.
     let meters = meters(&world);
     assert!(meters[1].spent(Work::Wait) > Duration::ZERO);
-    assert!(meters[1].spent(Work::Attention) < meters[0].spent(Work::Attention));
     assert!(meters.iter().all(|meter| meter.is_up()));
     drop(world);
     assert!(!meters.iter().any(|meter| meter.is_up()));

@@ -218,7 +218,7 @@ fn answers_keep_their_bits_while_the_rebalancer_moves() {
         let (mut rounds, mut ordered) = (0, 0);
         while applied() < ordered + 3 {
             rounds += 1;
-            assert!(rounds < 300, "{model}: {:?}", engine.engine().rebalance_status());
+            assert!(rounds < 3000, "{model}: {:?}", engine.engine().rebalance_status());
             // It has settled, or is just moving: back to where nobody looked at any load.
             if rounds % 4 == 0
                 && let Ok(report) = engine.engine().move_to(Placement::clone(&first))

@@ -4,6 +4,8 @@
 //! remembers what was written where. So a continuation is a pure function of its sequence, any mix-up of blocks,
 //! positions or forms changes it, and most are caught on the spot by an assertion.
 
+mod brake;
+
 use super::migration::Experts;
 use super::options::{EngineOptions, SchedulingPolicy};
 use super::rank::RankSetup;
@@ -13,6 +15,7 @@ use crate::metrics::{RankMeter, Work, WorkClock};
 use crate::model::{Batch, FormRules, Model, Routing, StepOutput};
 use crate::moe::in_force::InForce;
 use crate::moe::migrate::{Checksums, Slice, Switch, WHOLE};
+pub use brake::Brake;
 use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use std::ops::Range;
@@ -27,7 +30,7 @@ pub const EXPERTS: usize = 8;
 pub const TOP_K: usize = 2;
 
 /// What the scripted model pretends to be.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Script {
     /// Width of a logit row.
     pub vocab_size: usize,
@@ -41,6 +44,8 @@ pub struct Script {
     pub owner: (usize, usize),
     /// Every step takes at least this long.
     pub pause: Duration,
+    /// Holds steps before they do anything.
+    pub brake: Brake,
     /// What goes wrong.
     pub fault: Fault,
 }
@@ -79,6 +84,7 @@ impl Script {
             rules: options.form_rules,
             owner: (0, 1),
             pause: Duration::ZERO,
+            brake: Brake::default(),
             fault: Fault::None,
         }
     }
@@ -277,6 +283,7 @@ impl Model for ScriptedModel {
     fn forward(&mut self, batch: &Batch<'_>, out: &mut StepOutput) -> Result<()> {
         let step = self.step;
         self.step += 1;
+        self.script.brake.pass();
         self.clock.start(Duration::ZERO);
         match self.script.fault {
             Fault::ErrorAt(at) if at == step => {

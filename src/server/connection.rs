@@ -31,8 +31,9 @@ use crate::error::{Error, Result};
 
 /// Pause after a failed accept: the usual cause is the limit on open files, and only time helps.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-/// After aborting, connections may take this long to send their last bytes.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// After aborting, connections may take so many of these pauses to send their last bytes. Counted, not timed: where the system
+/// lets this process wait, they become longer.
+const LAST_WORDS: (u32, Duration) = (50, Duration::from_millis(10));
 /// How often histograms are folded and the engine's pulse is felt.
 const TICK: Duration = Duration::from_secs(1);
 /// hyper reads no more ahead, and accepts no smaller buffer.
@@ -50,21 +51,24 @@ pub async fn bind(host: &str, port: u16) -> Result<TcpListener> {
 /// [`super::ServerOptions::drain_timeout`], then aborts them. The engine is left to the caller.
 ///
 /// # Errors
-/// [`Error::Stopped`] when the engine died.
+/// [`Error::Stopped`] when the engine died, whoever ended the server.
 pub async fn serve(listener: TcpListener, state: AppState) -> Result<()> {
     let state = Arc::new(state);
     let mut background = JoinSet::new();
     background.spawn(keep_house(Arc::clone(&state)));
     let server = Server { router: routes::router(Arc::clone(&state)), state };
     let graceful = GracefulShutdown::new();
-    let outcome = tokio::select! {
+    tokio::select! {
         never = server.accept_all(&listener, &graceful) => match never {},
-        () = server.state.shutdown.reached(Stage::Draining) => Ok(()),
-        () = engine_death(&server.state) => Err(Error::Stopped("see the log for the reason".into())),
-    };
+        () = server.state.shutdown.reached(Stage::Draining) => {}
+        () = engine_death(&server.state) => {}
+    }
     server.state.shutdown.advance(Stage::Draining);
     server.drain(&listener, graceful).await;
-    outcome
+    match server.state.engine.is_alive() {
+        true => Ok(()),
+        false => Err(Error::Stopped("see the log for the reason".into())),
+    }
 }
 
 struct Server {
@@ -105,9 +109,13 @@ impl Server {
             () = refuse_others => {}
         }
         shutdown.advance(Stage::Aborting);
-        if timeout(LAST_WORDS, ended).await.is_err() {
-            tracing::warn!("connections were still open at the end of the shutdown");
+        let (pauses, pause) = LAST_WORDS;
+        for _ in 0..pauses {
+            if timeout(pause, ended.as_mut()).await.is_ok() {
+                return;
+            }
         }
+        tracing::warn!("connections were still open at the end of the shutdown");
     }
 }
 

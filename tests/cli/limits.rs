@@ -1,13 +1,14 @@
 //! The binary at the limits of its system, and when a part of it is lost.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 use tempfile::TempDir;
 
 use crate::client::Client;
-use crate::process::Served;
+use crate::frozen::Frozen;
+use crate::process::{Served, eventually};
 
 const SMALL: [&str; 4] = ["--threads", "1", "--kv-cache-memory", "16MiB"];
 
@@ -50,10 +51,11 @@ fn cve_2025_30202_only_the_asked_address_listens() {
 fn open_files_run_out_and_come_back() {
     let folder = TempDir::new().unwrap();
     let server = Served::start(folder.path(), SMALL);
-    let open = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count() as u64;
+    let open = || fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count() as u64;
     let mut first = server.client();
     assert_eq!(first.get("/health").status, 200);
-    let limit = libc::rlimit { rlim_cur: open + 20, rlim_max: open + 20 };
+    let most = open() + 20;
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
     // SAFETY: a plain system call on a child that has not been waited for, with a pointer to a live struct.
     let set = unsafe {
         libc::prlimit(
@@ -67,9 +69,7 @@ fn open_files_run_out_and_come_back() {
     let began = Instant::now();
     // The system completes the hand-shake of those that nobody accepts.
     let idle: Vec<Client> = (0..60).map(|_| server.client()).collect();
-    while fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count() as u64 + 1 < open + 20 {
-        std::thread::yield_now();
-    }
+    eventually("no more can be open", || open() + 1 >= most);
     assert_eq!(first.get("/health").status, 200, "who is connected is served");
     let ask = json!({"prompt": "Once", "max_tokens": 2, "temperature": 0});
     assert_eq!(first.post("/v1/completions", &ask).status, 200);
@@ -85,72 +85,50 @@ fn open_files_run_out_and_come_back() {
     assert!(failures as u128 <= most, "{failures} failures in {took:?}: it spins");
 }
 
-/// A thread of another process, held still: what a hung device or a lost machine looks like to the others.
-struct Frozen(libc::pid_t);
-
-impl Frozen {
-    /// `None` where the system does not allow it.
-    fn thread(pid: u32, name: &str) -> Option<Frozen> {
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap().path());
-        let named = |path: &std::path::PathBuf| fs::read_to_string(path.join("comm")).unwrap().trim() == name;
-        let path = threads.into_iter().find(named).unwrap_or_else(|| panic!("no thread {name}"));
-        let id: libc::pid_t = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
-        // SAFETY: plain system calls on a thread of a child that has not been waited for; no pointers but one to a live status.
-        unsafe {
-            if libc::ptrace(libc::PTRACE_SEIZE, id, 0, 0) != 0 {
-                return None;
-            }
-            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, 0, 0), 0);
-            let mut status = 0;
-            assert_eq!(libc::waitpid(id, &raw mut status, libc::__WALL), id);
-        }
-        Some(Frozen(id))
-    }
-
-    /// Waits until the thread's process has killed it; the process cannot end before that is noticed.
-    fn killed(self) {
-        let mut status = 0;
-        // SAFETY: as above.
-        assert_eq!(unsafe { libc::waitpid(self.0, &raw mut status, libc::__WALL) }, self.0);
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for Frozen {
-    /// A test that failed lets go, or the process could not be killed.
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, 0, 0) };
-    }
-}
-
-/// Fault row 23, from outside: a rank is lost in the middle of a step. Every client hears of it, and the process ends with a
-/// code that its supervisor sees.
+/// CVE-2025-48956: huge headers ate memory. Far beyond the limit nothing is kept.
 #[test]
-#[ignore = "holds a thread by ptrace, which was seen to hang beside other tests: run it alone"]
+fn cve_2025_48956_huge_headers_take_no_memory() {
+    let folder = TempDir::new().unwrap();
+    let server = Served::start(folder.path(), SMALL);
+    let bytes = |what: &str| -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    };
+    assert_eq!(server.client().get("/health").status, 200);
+    let before = bytes("VmRSS:");
+    let mut client = server.client();
+    client.raw(b"GET /health HTTP/1.1\r\nHost: t\r\nX-Large: ");
+    for _ in 0..512 {
+        client.raw(&[b'x'; 64 << 10]);
+    }
+    client.raw(b"\r\n\r\n");
+    assert_eq!(client.response().status, 431);
+    let grown = bytes("VmHWM:").saturating_sub(before);
+    assert!(grown < 8 << 20, "{grown} bytes for 32 MiB that nobody wants");
+}
+
+/// Fault row 23, from outside: a rank is lost, and with it a step. Every client hears of it, and the process ends with a code
+/// that its supervisor sees, though the rank still hangs.
+#[test]
 fn a_lost_rank_is_503_an_error_chunk_and_exit_code_1() {
     let folder = TempDir::new().unwrap();
     let server = Served::start(folder.path(), SMALL.iter().chain(&["--step-timeout", "1"]));
-    let mut stream = server.client();
-    let ask =
-        json!({"prompt": "Once", "max_tokens": 900, "temperature": 0, "ignore_eos": true, "stream": true});
-    stream.send_json("/v1/completions", &ask);
-    assert_eq!(stream.head().status, 200);
-    stream.chunk().expect("a first piece");
-    let Some(frozen) = Frozen::thread(server.pid(), "rank-0") else {
-        println!("skipped: this system lets no process hold a thread of its child");
-        return;
-    };
-    let rest: Vec<u8> = std::iter::from_fn(|| stream.chunk()).flatten().collect();
-    let rest = String::from_utf8(rest).unwrap();
-    let last = rest.lines().rev().filter_map(|line| line.strip_prefix("data: ")).nth(1).unwrap();
-    assert!(last.contains("\"error\"") && last.contains("\"code\":5"), "{last}");
-    assert_eq!(server.client().get("/health").status, 503);
-    assert_eq!(server.client().get("/readyz").status, 503);
-    let lost = Instant::now();
+    let ask = |tokens: usize, stream: bool| json!({"prompt": "Once", "max_tokens": tokens, "temperature": 0, "ignore_eos": true, "stream": stream});
+    // How long steps take is known from now on; the first ones are given minutes.
+    assert_eq!(server.client().post("/v1/completions", &ask(4, false)).status, 200);
+    let Some(frozen) = Frozen::thread(server.pid(), "rank-0") else { return };
+    let answer = server.client().post("/v1/completions", &ask(900, true));
+    assert_eq!(answer.status, 200, "the stream had begun");
+    let last = answer.chunks().pop().expect("an error");
+    assert_eq!(last["error"]["code"], 500, "{last}");
+    // The server stays for two seconds; a test that was held up for longer finds nobody.
+    for path in ["/health", "/readyz"] {
+        let answer = Client::try_connect(server.address).and_then(|mut client| client.try_get(path));
+        assert!(answer.is_none_or(|answer| answer.status == 503), "{path}");
+    }
     frozen.killed();
     let (code, log) = server.ended();
     assert_eq!(code, Some(1), "{log}");
-    assert!(lost.elapsed() < Duration::from_secs(10), "{:?}", lost.elapsed());
     assert!(log.contains("ranks [0] have not answered"), "{log}");
 }

@@ -7,6 +7,7 @@ mod client;
 mod support;
 
 mod dump;
+mod frozen;
 mod process;
 
 mod bench;

@@ -1,16 +1,24 @@
 //! Experts of a served model move by HTTP while it answers: the texts stay those of the golden file.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::process::Served;
+use crate::process::{Served, eventually};
 use crate::support::{Golden, model_dir};
 
 /// Layers, experts, ranks and slots per rank of the embedded model here.
 const SHAPE: (usize, usize, usize, usize) = (6, 8, 2, 6);
+
+/// Ends what goes on while the flag is set, when a test ends or fails.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
 
 /// The same map in every layer.
 fn file(map: &[i32]) -> String {
@@ -29,16 +37,11 @@ fn state(server: &Served) -> Value {
 
 /// Waits until the experts are where a change brought them.
 fn arrived(server: &Served, change: &Value) {
-    let deadline = Instant::now() + Duration::from_secs(60);
     let target = change["target_version"].as_u64().unwrap_or_else(|| panic!("nothing moves: {change}"));
-    loop {
+    eventually("they have arrived", || {
         let state = state(server);
-        if state["placement_version"] == target && state["migration"].is_null() {
-            return;
-        }
-        assert!(Instant::now() < deadline, "never at version {target}: {state}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+        state["placement_version"] == target && state["migration"].is_null()
+    });
 }
 
 #[test]
@@ -48,18 +51,17 @@ fn texts_stay_as_they_are_while_experts_move() {
     let server = Served::start(empty.path(), flags.split(' '));
     let golden = Golden::open(&model_dir("demo-mixtral")).json;
     let prompts = &golden["prompts"].as_array().unwrap()[..3];
-    let moving = AtomicBool::new(true);
+    let (moving, texts) = (AtomicBool::new(true), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _end = Ended(&moving);
         for prompt in prompts {
-            let (server, moving) = (&server, &moving);
+            let (server, moving, texts) = (&server, &moving, &texts);
             scope.spawn(move || {
-                let mut client = server.client();
                 let ask = json!({"prompt": prompt["prompt"], "max_tokens": 48, "temperature": 0, "ignore_eos": true});
-                let mut texts = 0;
-                while moving.load(Ordering::Relaxed) || texts == 0 {
-                    let answer = client.post("/v1/completions", &ask).json();
+                while moving.load(Ordering::Relaxed) {
+                    let answer = server.client().post("/v1/completions", &ask).json();
                     assert_eq!(answer["choices"][0]["text"], prompt["f32_text"], "{answer}");
-                    texts += 1;
+                    texts.fetch_add(1, Ordering::Relaxed);
                 }
             });
         }
@@ -75,12 +77,13 @@ fn texts_stay_as_they_are_while_experts_move() {
             let now = server.client().get("/v1/experts/placement").json();
             assert_eq!(now["physical_to_logical_map"][5], json!(map));
         }
+        // Without any load, nothing would be planned.
+        eventually("there was some load", || texts.load(Ordering::Relaxed) >= 3);
         let planned = server.client().post("/v1/experts/rebalance", &json!({}));
         assert_eq!(planned.status, 202, "{}", planned.body);
         arrived(&server, &planned.json());
         let forecast = &planned.json()["balancedness"];
         assert!(forecast["after"].as_f64() > forecast["before"].as_f64(), "{forecast}");
-        moving.store(false, Ordering::Relaxed);
     });
     let page = server.client().get("/metrics").body;
     let value = |series: &str| -> f64 {

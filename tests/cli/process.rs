@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::client::Client;
 
 /// Nothing in these tests takes as long; a hang becomes a failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a run came to.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ fn text_of(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
 }
 
 /// Waits for the end; kills what does not come to it.
-fn end_of(child: &mut Child) -> Option<i32> {
+pub fn end_of(child: &mut Child) -> Option<i32> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(status) = child.try_wait().expect("a child") {
@@ -89,6 +89,16 @@ fn end_of(child: &mut Child) -> Option<i32> {
             child.kill().expect("a child");
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until `condition` holds, and fails when it never does.
+#[track_caller]
+pub fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -4,7 +4,6 @@
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -218,7 +217,7 @@ fn large() -> Server {
 }
 
 #[test]
-fn the_data_of_a_large_world_is_small_and_quick() {
+fn the_data_of_a_large_world_is_small() {
     let server = large();
     let mut client = server.client();
     client.get("/v1/experts/placement");
@@ -228,14 +227,9 @@ fn the_data_of_a_large_world_is_small_and_quick() {
         ("/v1/experts/rebalance", 1_000),
         ("/v1/experts/placement", 100_000),
     ] {
-        let began = Instant::now();
         let response = client.get(path);
-        let ms = began.elapsed().as_millis();
-        println!("{path}: {} bytes in {ms} ms", response.body.len());
         assert_eq!(response.status, 200, "{path}");
         assert!(response.body.len() <= most_bytes, "{path}: {} bytes", response.body.len());
-        // A few milliseconds in a release build; here only a blow-up would show.
-        assert!(ms <= 1000, "{path}: {ms} ms");
     }
 }
 

@@ -1,7 +1,5 @@
 //! What a bad request gets: a status, OpenAI's error object, the field to blame.
 
-use std::time::Duration;
-
 use moeyard::engine::scripted::Fault;
 use serde_json::{Value, json};
 
@@ -249,8 +247,7 @@ fn a_full_queue_is_429_with_a_time_to_retry() {
     let mut config = Config::default();
     config.engine.max_num_seqs = 1;
     config.engine.max_waiting = 2;
-    config.pause = Duration::from_millis(20);
-    let server = Server::with(config);
+    let server = Server::held(config);
     let long = greedy(json!({"prompt": [9], "max_tokens": 400, "stream": true}));
     let mut running = server.client();
     running.send_json("/v1/completions", &long);
@@ -268,6 +265,8 @@ fn a_full_queue_is_429_with_a_time_to_retry() {
     // A list of prompts is taken as a whole or not at all.
     let [left, stays] = waiting;
     drop(left);
+    eventually("the server notices", || server.aborted() == 1.0);
+    server.script.brake.release_for(1);
     eventually("one left", || server.stats().waiting == 1);
     assert_eq!(server.complete(json!({"prompt": ["a", "b"]})).status, 429);
     assert_eq!(server.stats().waiting, 1);

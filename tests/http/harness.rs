@@ -26,7 +26,10 @@ use crate::client::{Client, Response};
 /// EOS of the demo checkpoint whose tokenizer is used.
 pub const EOS: u32 = 1;
 
-/// What a test may want to differ.
+/// Nothing in these tests takes as long; a hang becomes a failure.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a test may want to differ. No limit of time ends anything that a test does not want to end.
 pub struct Config {
     pub options: ServerOptions,
     pub engine: EngineOptions,
@@ -56,10 +59,18 @@ impl Default for Config {
             max_waiting: 64,
             max_waiting_tokens: 1 << 20,
             scheduling_policy: SchedulingPolicy::Arrival,
-            step_timeout: Duration::from_secs(60),
+            step_timeout: PATIENCE,
+        };
+        let options = ServerOptions {
+            header_read_timeout: PATIENCE,
+            body_read_timeout: PATIENCE,
+            stalled_reader_timeout: PATIENCE,
+            drain_timeout: PATIENCE,
+            dead_engine_grace: PATIENCE,
+            ..ServerOptions::default()
         };
         Config {
-            options: ServerOptions::default(),
+            options,
             engine,
             pause: Duration::ZERO,
             fault: Fault::None,
@@ -138,6 +149,35 @@ impl Server {
         self.tokenizer.decode(&self.expected_tokens(prompt, tokens), true)
     }
 
+    /// Holds the next step, until [`Self::release`].
+    pub fn hold(&self) {
+        self.script.brake.hold();
+    }
+
+    pub fn release(&self) {
+        self.script.brake.release();
+    }
+
+    /// A server that holds its first step.
+    pub fn held(config: Config) -> Server {
+        let server = Server::with(config);
+        server.hold();
+        server
+    }
+
+    /// Waits until nothing runs or waits, and no block is held.
+    pub fn idle(&self) {
+        eventually("all are gone", || {
+            let stats = self.stats();
+            (stats.running, stats.waiting, stats.kv.used) == (0, 0, 0)
+        });
+    }
+
+    /// Sequences whose clients left before their end, as the server has noticed.
+    pub fn aborted(&self) -> f64 {
+        self.metric(r#"moeyard_requests_total{endpoint="completions",outcome="abort"}"#)
+    }
+
     pub fn stats(&self) -> EngineStats {
         self.engine.stats()
     }
@@ -158,6 +198,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.release();
         self.shutdown.advance(Stage::Aborting);
         if let Some(serving) = self.serving.take() {
             let _ = serving.join();
@@ -175,9 +216,9 @@ pub fn greedy(fields: Value) -> Value {
     request
 }
 
-/// Waits until `condition` holds, and fails when it does not in a few seconds.
+/// Waits until `condition` holds, and fails when it never does.
 pub fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "never: {what}");
         std::thread::sleep(Duration::from_millis(5));

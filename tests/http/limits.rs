@@ -1,23 +1,24 @@
 //! Clients that send too much, too slowly, or never stop.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 
 use crate::client::Client;
 use crate::harness::{Config, Server};
 
-fn impatient() -> Config {
+/// What is awaited in vain need not be awaited for long.
+const IN_VAIN: Duration = Duration::from_millis(200);
+
+fn small_bodies() -> Config {
     let mut config = Config::default();
-    config.options.header_read_timeout = Duration::from_millis(300);
-    config.options.body_read_timeout = Duration::from_millis(300);
     config.options.max_body_bytes = 100_000;
     config
 }
 
 #[test]
 fn an_announced_body_over_the_limit_is_413_before_it_is_sent() {
-    let server = Server::with(impatient());
+    let server = Server::with(small_bodies());
     let mut client = server.client();
     client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n");
     let response = client.response();
@@ -28,7 +29,7 @@ fn an_announced_body_over_the_limit_is_413_before_it_is_sent() {
 
 #[test]
 fn a_chunked_body_is_counted_while_it_comes() {
-    let server = Server::with(impatient());
+    let server = Server::with(small_bodies());
     let mut client = server.client();
     client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
     let chunk = format!("{:x}\r\n{}\r\n", 20_000, "x".repeat(20_000));
@@ -40,7 +41,7 @@ fn a_chunked_body_is_counted_while_it_comes() {
 
 #[test]
 fn a_body_of_the_full_size_is_read() {
-    let server = Server::with(impatient());
+    let server = Server::with(small_bodies());
     let mut body = json!({"prompt": "x", "max_tokens": 1, "user": ""}).to_string();
     let padding = 100_000 - body.len();
     body.insert_str(body.len() - 2, &"u".repeat(padding));
@@ -55,7 +56,9 @@ fn a_body_of_the_full_size_is_read() {
 
 #[test]
 fn a_body_that_does_not_come_is_408() {
-    let server = Server::with(impatient());
+    let mut config = Config::default();
+    config.options.body_read_timeout = IN_VAIN;
+    let server = Server::with(config);
     let mut client = server.client();
     client.raw(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{");
     let response = client.response();
@@ -63,20 +66,27 @@ fn a_body_that_does_not_come_is_408() {
     assert_eq!(response.error()["type"], "RequestTimeout");
 }
 
-#[test]
-fn half_sent_headers_are_cut_off_and_hold_up_nobody() {
-    let server = Server::with(impatient());
+/// A hundred clients that stop in the middle of their headers.
+fn half_sent(server: &Server) -> Vec<Client> {
     let mut half: Vec<Client> = (0..100).map(|_| server.client()).collect();
-    for client in &mut half {
-        client.raw(b"GET /health HTTP/1.1\r\nHost: ");
-    }
-    let asked = Instant::now();
+    half.iter_mut().for_each(|client| client.raw(b"GET /health HTTP/1.1\r\nHost: "));
+    half
+}
+
+#[test]
+fn half_sent_headers_hold_up_nobody() {
+    let server = Server::start();
+    let _half = half_sent(&server);
     assert_eq!(server.client().get("/health").status, 200);
-    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
-    for mut client in half {
+}
+
+#[test]
+fn half_sent_headers_are_cut_off() {
+    let mut config = Config::default();
+    config.options.header_read_timeout = IN_VAIN;
+    for mut client in half_sent(&Server::with(config)) {
         client.until_closed();
     }
-    assert_eq!(server.client().get("/health").status, 200);
 }
 
 #[test]
@@ -97,12 +107,11 @@ fn too_many_or_too_large_headers_are_431() {
     assert_eq!((response.status, &response.error()["type"]), (431, &json!("HeaderTooLarge")));
 }
 
-/// CVE-2025-48956: huge headers ate memory. Far beyond the limit nothing is kept, and the client, which goes on sending,
-/// hears why all the same.
+/// CVE-2025-48956: huge headers ate memory. The client, which goes on sending far beyond the limit, hears why all the same;
+/// that nothing is kept is seen in tests/cli, where the server is alone in its process.
 #[test]
 fn cve_2025_48956_huge_headers_are_431() {
     let server = Server::start();
-    let before = rss_bytes();
     for kilobytes in [256, 16 << 10] {
         let mut client = server.client();
         client.raw(b"GET /health HTTP/1.1\r\nHost: t\r\nX-Large: ");
@@ -115,17 +124,8 @@ fn cve_2025_48956_huge_headers_are_431() {
         assert_eq!(response.header("connection"), Some("close"));
         assert_eq!(client.until_closed(), b"");
     }
-    // 16 MiB were sent; other tests run beside this one.
-    let grown = rss_bytes().saturating_sub(before);
-    assert!(grown < 12 << 20, "{grown} bytes");
     assert_eq!(server.client().get("/health").status, 200);
     assert_eq!(server.metric(r#"moeyard_http_responses_total{route="other",code="431"}"#), 2.0);
-}
-
-fn rss_bytes() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
 }
 
 #[test]

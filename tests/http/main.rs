@@ -1,5 +1,6 @@
 //! The HTTP surface as a client meets it: a real server on a real socket, an engine with the scripted model.
 
+#[allow(dead_code, reason = "the tests of tests/cli use the rest")]
 mod client;
 mod harness;
 

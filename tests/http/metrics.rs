@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use moeyard::engine::EngineStats;
 use moeyard::metrics::{ExpertDetail, FAMILIES, Kind, LoadSnapshot, LoadSource};
@@ -177,6 +176,7 @@ fn series(page: &str) -> usize {
     page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count()
 }
 
+/// How long it takes to write is measured by benches/metrics.rs.
 #[test]
 fn the_page_of_a_large_model_stays_small() {
     let metrics = large(None, 1400).unwrap();
@@ -186,16 +186,6 @@ fn the_page_of_a_large_model_stays_small() {
     let full = large(Some(ExpertDetail::Expert), 20_000).unwrap();
     let page = full.render(&EngineStats::default());
     assert!(series(&page) > 58 * 256, "{} series", series(&page));
-    // 2 ms and 30 ms in a release build on an idle machine; here only a blow-up would show.
-    for (metrics, limit_ms) in [(&metrics, 100), (&full, 1500)] {
-        let best = (0..3).map(|_| {
-            let began = Instant::now();
-            metrics.render(&EngineStats::default());
-            began.elapsed().as_millis()
-        });
-        let best = best.min().unwrap();
-        assert!(best <= limit_ms, "{best} ms, at most {limit_ms}");
-    }
 }
 
 #[test]
@@ -248,17 +238,13 @@ fn value(page: &str, series: &str) -> f64 {
 
 #[test]
 fn the_page_is_whole_while_the_server_shuts_down() {
-    let config = Config { pause: Duration::from_millis(20), ..Config::default() };
-    let server = Server::with(config);
+    let server = Server::held(Config::default());
     let mut busy = server.client();
     busy.send_json("/v1/completions", &greedy(json!({"prompt": [50], "max_tokens": 100, "stream": true})));
-    busy.head();
-    let running = |page: &str| value(page, "moeyard_requests_running");
-    eventually("it runs", || running(&server.client().get("/metrics").body) == 1.0);
+    eventually("it runs", || server.stats().running == 1);
     server.shutdown.advance(Stage::Draining);
-    // A connection that was made just before is closed as idle.
-    let page = (0..100).find_map(|_| server.client().try_get("/metrics")).expect("an answer while draining");
+    let page = server.client().get("/metrics");
     assert_eq!(page.status, 200);
-    assert!(page.body.ends_with('\n') && running(&page.body) == 1.0, "{}", page.body);
-    server.shutdown.advance(Stage::Aborting);
+    assert!(page.body.ends_with('\n'), "{}", page.body);
+    assert_eq!(value(&page.body, "moeyard_requests_running"), 1.0);
 }

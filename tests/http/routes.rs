@@ -1,7 +1,5 @@
 //! The small routes.
 
-use std::time::Duration;
-
 use moeyard::server::{ServerOptions, Stage, while_loading};
 use serde_json::json;
 
@@ -39,8 +37,7 @@ fn health_and_version() {
 
 #[test]
 fn a_draining_server_is_alive_and_not_ready() {
-    // Runs for longer than all questions take; the end of the test aborts it.
-    let server = Server::with(Config { pause: Duration::from_millis(50), ..Config::default() });
+    let server = Server::held(Config::default());
     let mut running = server.client();
     running.send_json("/v1/completions", &greedy(json!({"prompt": "x", "max_tokens": 400, "stream": true})));
     eventually("it runs", || server.stats().running == 1);

@@ -98,7 +98,7 @@ fn rules_survive_preemption_and_company() {
     let mut config = Config::default();
     config.engine.kv_blocks = 10;
     config.engine.max_model_len = 150;
-    let tight = Server::with(config);
+    let tight = Server::held(config);
     std::thread::scope(|scope| {
         let asked: Vec<_> = (0..8)
             .map(|seed| {
@@ -108,6 +108,8 @@ fn rules_survive_preemption_and_company() {
                 })
             })
             .collect();
+        eventually("all are there", || tight.stats().running + tight.stats().waiting == 8);
+        tight.release();
         for (answer, expected) in asked.into_iter().zip(&expected) {
             let answer = answer.join().unwrap();
             assert_eq!(answer["choices"][0]["text"], *expected, "{answer}");
@@ -115,7 +117,7 @@ fn rules_survive_preemption_and_company() {
         }
     });
     assert!(tight.stats().preemptions > 0, "the pool was too large to test anything");
-    eventually("idle", || tight.stats().kv.used == 0);
+    tight.idle();
 }
 
 /// CVE-2025-48944 and its kin: a bad pattern killed a worker, and caches of grammars grew without bound.
