@@ -12,7 +12,7 @@ use super::operand::{Activations, Form, Output, row_stride};
 use super::panel::{self, PANEL, Panels, packed_bytes, padded_k, panels};
 use super::simd::{Float, Kernel, Simd, sigmoid};
 use super::tile::{self, PanelProduct, WIDE_LEN};
-use super::work::{Item, Segment};
+use super::work::{Items, Segment};
 use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::Activation;
@@ -95,7 +95,8 @@ impl Grouped<'_> {
         // All slots have weights of one type: checked.
         let Some((_, _, first)) = self.used().next() else { return Ok(()) };
         let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
-        let activations = Activations::new(backend, x, first.parts[GATE_UP].dtype())?;
+        let tallest = self.used().map(|(_, rows, _)| rows.len()).fold(0, usize::max);
+        let activations = Activations::new(backend, x, tallest, first.parts[GATE_UP].dtype())?;
         let form = Form::of(backend, dtype);
         let stride = row_stride(width, form);
         let mut buffer = backend.scratch.intermediate.lock(rows * stride * form.bytes())?;
@@ -140,33 +141,32 @@ impl Grouped<'_> {
     fn gate_up<T: Float>(&self, backend: &CpuBackend, a: tile::Rows, between: Between<T>, round: bool) {
         let mut work = backend.scratch.work.lock();
         work.plan(backend, self.segments(|w| panels(w.intermediate)));
-        work.run(backend, &|Item { slot, rows, unit }| {
+        work.run(backend, &|Items { slot, rows, units }| {
             let w = self.of(slot);
             let weights = Panels::new(w.parts[GATE_UP].view(), 2, w.intermediate, w.hidden);
-            let bias = w
-                .parts
-                .get(GATE_UP_BIAS)
-                .map(|b| &Rows::<f32>::new(b.view()).row(0)[2 * unit * PANEL..][..2 * PANEL]);
-            let columns = padded_k(w.intermediate, w.parts[DOWN].dtype()) - unit * PANEL;
+            let bias = w.parts.get(GATE_UP_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
+            let columns = padded_k(w.intermediate, w.parts[DOWN].dtype());
+            let a = a.skip(rows.start);
             let block = rows.len() * PANEL;
             with_local_scratch::<f32, _>(2 * block + WIDE_LEN, |scratch| {
                 let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
                 let (gate, up) = sums.split_at_mut(block);
-                let a = a.skip(rows.start);
-                // SAFETY: `a` are the rows of the call prepared for weights of this type, as wide as the matrices' k.
-                unsafe {
-                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(unit, 0), gate, wide));
-                    backend.dispatch(PanelProduct::new(a, rows.len(), weights.get(unit, 1), up, wide));
+                for unit in units {
+                    for (matrix, sums) in [&mut *gate, &mut *up].into_iter().enumerate() {
+                        let panel = weights.get(unit, matrix);
+                        // SAFETY: `a` are the rows of the call prepared for weights of this type, as wide as the matrices' k.
+                        backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), panel, sums, wide) });
+                    }
+                    backend.dispatch(Activate {
+                        gate,
+                        up,
+                        bias: bias.map(|b| &b[2 * unit * PANEL..][..2 * PANEL]),
+                        activation: self.activation,
+                        round,
+                        to: between.skip(rows.start, unit * PANEL),
+                        columns: (columns - unit * PANEL).min(PANEL),
+                    });
                 }
-                backend.dispatch(Activate {
-                    gate,
-                    up,
-                    bias,
-                    activation: self.activation,
-                    round,
-                    to: between.skip(rows.start, unit * PANEL),
-                    columns: columns.min(PANEL),
-                });
             });
         });
     }
@@ -175,18 +175,20 @@ impl Grouped<'_> {
     fn down(&self, backend: &CpuBackend, a: tile::Rows, out: Output<'_>) {
         let mut work = backend.scratch.work.lock();
         work.plan(backend, self.segments(|w| panels(w.hidden)));
-        work.run(backend, &|Item { slot, rows, unit }| {
+        work.run(backend, &|Items { slot, rows, units }| {
             let w = self.of(slot);
             let weights = Panels::new(w.parts[DOWN].view(), 1, w.hidden, w.intermediate);
             let bias = w.parts.get(DOWN_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
+            let a = a.skip(rows.start);
             with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
                 let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
-                let a = a.skip(rows.start);
-                // SAFETY: the first pass has written these rows, as wide as the matrix's k, zero padding included.
-                backend
-                    .dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit, 0), sums, wide) });
-                // SAFETY: an item is the only one with these rows and this panel.
-                unsafe { out.write(backend, sums, rows.start, unit, bias) };
+                for unit in units {
+                    let panel = weights.get(unit, 0);
+                    // SAFETY: the first pass has written these rows, as wide as the matrix's k, zero padding included.
+                    backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), panel, sums, wide) });
+                    // SAFETY: nobody else has these rows and this panel.
+                    unsafe { out.write(backend, sums, rows.start, unit, bias) };
+                }
             });
         });
     }

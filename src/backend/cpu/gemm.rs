@@ -5,7 +5,7 @@ use super::memory::{Rows, with_local_scratch};
 use super::operand::{Activations, Output};
 use super::panel::{self, PANEL, Panels, packed_bytes, panels};
 use super::tile::{PanelProduct, WIDE_LEN};
-use super::work::{Item, Segment};
+use super::work::{Items, Segment};
 use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut, check};
 use crate::error::Result;
 
@@ -36,20 +36,23 @@ pub(super) fn linear(
         return Ok(());
     }
     let weights = Panels::new(w.data.view(), 1, w.n, w.k);
-    let activations = Activations::new(backend, x, w.data.dtype())?;
+    let activations = Activations::new(backend, x, rows, w.data.dtype())?;
     let a = activations.rows();
     let out = Output::new(out);
     let mut work = backend.scratch.work.lock();
     let all = Segment { slot: 0, rows: 0..rows, units: panels(w.n) };
     work.plan(backend, std::iter::once(all));
-    work.run(backend, &|Item { rows, unit, .. }| {
+    work.run(backend, &|Items { rows, units, .. }| {
         with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
             let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
             let a = a.skip(rows.start);
-            // SAFETY: `a` is `x` prepared for weights of this type, `x` has the matrix's k, and the rows are in range.
-            backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), weights.get(unit, 0), sums, wide) });
-            // SAFETY: an item is the only one with these rows and this panel.
-            unsafe { out.write(backend, sums, rows.start, unit, bias) };
+            for unit in units {
+                let panel = weights.get(unit, 0);
+                // SAFETY: `a` is `x` prepared for weights of this type, `x` has the matrix's k, and the rows are in range.
+                backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), panel, sums, wide) });
+                // SAFETY: nobody else has these rows and this panel.
+                unsafe { out.write(backend, sums, rows.start, unit, bias) };
+            }
         });
     });
     Ok(())

@@ -68,12 +68,18 @@ pub struct Activations<'a> {
 }
 
 impl<'a> Activations<'a> {
-    /// Prepares `x` for weights of a type: every row has [`padded_k`] elements, zero beyond its width.
+    /// Prepares `x` for weights of a type, of whose rows at most `tallest` pass over a panel together: every row has [`padded_k`]
+    /// elements, zero beyond its width.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
-    pub fn new(backend: &'a CpuBackend, x: View<'a>, weights: DType) -> Result<Activations<'a>> {
-        let in_place = x.rows() <= FEW_ROWS && x.cols() == padded_k(x.cols(), weights);
+    pub fn new(
+        backend: &'a CpuBackend,
+        x: View<'a>,
+        tallest: usize,
+        weights: DType,
+    ) -> Result<Activations<'a>> {
+        let in_place = tallest <= FEW_ROWS && x.cols() == padded_k(x.cols(), weights);
         match (x.dtype(), Form::of(backend, x.dtype())) {
             (DType::F32, _) if in_place => {
                 let rows = tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride: x.stride() };

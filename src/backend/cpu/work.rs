@@ -28,14 +28,14 @@ pub struct Segment {
     pub units: usize,
 }
 
-/// One unit times a block of rows.
-pub struct Item {
+/// Some units, each times the same block of rows.
+pub struct Items {
     /// Whose weights.
     pub slot: usize,
     /// Rows of the activations.
     pub rows: Range<usize>,
-    /// Panel, or pair of panels.
-    pub unit: usize,
+    /// Panels, or pairs of panels.
+    pub units: Range<usize>,
 }
 
 /// A block of rows with all its units.
@@ -83,20 +83,20 @@ impl Work {
         }
     }
 
-    /// Calls `body` for each item, on the backend's threads.
-    pub fn run(&self, backend: &CpuBackend, body: &(dyn Fn(Item) + Sync)) {
+    /// Calls `body` for all items, on the backend's threads, with as many of one slot at a time as a thread has taken: what belongs to
+    /// the slot has left the caches by the time it is its turn, and should be fetched once.
+    pub fn run(&self, backend: &CpuBackend, body: &(dyn Fn(Items) + Sync)) {
         let threads = backend.pool().threads().min(self.items());
         let next = AtomicUsize::new(0);
         backend.pool().run(threads, &|_| {
             while let Some(items) = self.claim(&next, threads) {
                 let mut at = items.start;
                 for block in &self.blocks[self.blocks.partition_point(|b| b.items.end <= at)..] {
-                    for item in at..block.items.end.min(items.end) {
-                        let unit = item - block.items.start;
-                        body(Item { slot: block.slot, rows: block.rows.clone(), unit });
-                    }
-                    at = block.items.end;
-                    if at >= items.end {
+                    let end = block.items.end.min(items.end);
+                    let units = at - block.items.start..end - block.items.start;
+                    body(Items { slot: block.slot, rows: block.rows.clone(), units });
+                    at = end;
+                    if at == items.end {
                         break;
                     }
                 }
@@ -148,11 +148,14 @@ mod tests {
                 let list = segments.iter().enumerate();
                 work.plan(&backend, list.map(|(slot, rows)| Segment { slot, rows: rows.clone(), units }));
                 let seen = Mutex::new(vec![0; rows * units]);
-                work.run(&backend, &|item| {
-                    let inside = &segments[item.slot];
-                    assert!(inside.start <= item.rows.start && item.rows.end <= inside.end);
+                work.run(&backend, &|items| {
+                    let inside = &segments[items.slot];
+                    assert!(inside.start <= items.rows.start && items.rows.end <= inside.end);
+                    assert!(!items.units.is_empty());
                     let mut seen = seen.lock().unwrap();
-                    item.rows.for_each(|row| seen[row * units + item.unit] += 1);
+                    for unit in items.units {
+                        items.rows.clone().for_each(|row| seen[row * units + unit] += 1);
+                    }
                 });
                 assert!(seen.into_inner().unwrap().iter().all(|&n| n == 1));
             }
