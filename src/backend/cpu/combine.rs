@@ -16,16 +16,50 @@ struct CombineRow<'a, X> {
     out: &'a mut [f32],
 }
 
+/// Vectors of a row that are summed together, so that finding a row costs little.
+const VECTORS: usize = 4;
+
+impl<X: Float> CombineRow<'_, X> {
+    /// Rows and weight of each choice.
+    #[inline(always)]
+    fn choices(&self) -> impl Iterator<Item = (&[u32], f32)> {
+        self.index.chunks_exact(self.parts).zip(self.weights.iter().copied())
+    }
+}
+
 impl<X: Float> Kernel for CombineRow<'_, X> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for i in (0..self.out.len()).step_by(S::LANES) {
-            let n = (self.out.len() - i).min(S::LANES);
+        let (len, together) = (self.out.len(), VECTORS * S::LANES);
+        let whole = len - len % together;
+        for i in (0..whole).step_by(together) {
+            let mut totals = [simd.zero(); VECTORS];
+            for (rows, weight) in self.choices() {
+                let mut sums = [simd.zero(); VECTORS];
+                for &row in rows {
+                    let row = self.rows.row(row as usize).as_ptr();
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        // SAFETY: a row has as many columns as `out`.
+                        *sum = simd.add(*sum, unsafe { X::load(simd, row.add(i + v * S::LANES)) });
+                    }
+                }
+                let weight = simd.splat(weight);
+                for (total, &sum) in totals.iter_mut().zip(&sums) {
+                    *total = simd.fma(weight, sum, *total);
+                }
+            }
+            for (v, &total) in totals.iter().enumerate() {
+                // SAFETY: whole vectors of the row.
+                unsafe { simd.store(self.out.as_mut_ptr().add(i + v * S::LANES), total) };
+            }
+        }
+        for i in (whole..len).step_by(S::LANES) {
+            let n = (len - i).min(S::LANES);
             let mut total = simd.zero();
-            for (index, &weight) in self.index.chunks_exact(self.parts).zip(self.weights) {
+            for (rows, weight) in self.choices() {
                 let mut sum = simd.zero();
-                for &row in index {
+                for &row in rows {
                     // SAFETY: a row has as many columns as `out`; `row` panics where there is none.
                     sum = simd
                         .add(sum, unsafe { load_next(simd, self.rows.row(row as usize).as_ptr().add(i), n) });

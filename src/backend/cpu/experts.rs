@@ -96,7 +96,8 @@ impl Grouped<'_> {
         let Some((_, _, first)) = self.used().next() else { return Ok(()) };
         let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
         let tallest = self.used().map(|(_, rows, _)| rows.len()).fold(0, usize::max);
-        let activations = Activations::new(backend, x, tallest, first.parts[GATE_UP].dtype())?;
+        let activations =
+            Activations::new(backend, x, (tallest, 2 * panels(width)), first.parts[GATE_UP].dtype())?;
         let form = Form::of(backend, dtype);
         let stride = row_stride(width, form);
         let mut buffer = backend.scratch.intermediate.lock(rows * stride * form.bytes())?;

@@ -36,7 +36,7 @@ pub(super) fn linear(
         return Ok(());
     }
     let weights = Panels::new(w.data.view(), 1, w.n, w.k);
-    let activations = Activations::new(backend, x, rows, w.data.dtype())?;
+    let activations = Activations::new(backend, x, (rows, panels(w.n)), w.data.dtype())?;
     let a = activations.rows();
     let out = Output::new(out);
     let mut work = backend.scratch.work.lock();

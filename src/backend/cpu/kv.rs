@@ -68,6 +68,9 @@ pub(super) fn find_span(spans: &[SeqSpan], task: usize, tasks: impl Fn(&SeqSpan)
     panic!("task {task} is {left} after the last")
 }
 
+/// Storing an element of a key, each in a cache line of its own, takes as long as streaming so many.
+const SCATTER: usize = 8;
+
 /// The part of a cache that [`kv_write`] fills from one operand.
 enum Place {
     /// Keys of so many KV heads of such a width.
@@ -86,38 +89,42 @@ fn write_part<X: Float, T: Float>(
     part: &RowsMut<'_, T>,
     place: &Place,
 ) {
-    for span in batch.spans {
-        let table = block_table(batch, span);
-        for_rows(backend, span.rows as usize, source.cols(), &|range| {
-            for r in range {
-                let p = span.position as usize + r;
-                let (block, token) = (table[p / block_size] as usize, p % block_size);
-                let row = source.row(span.row as usize + r);
-                // A token that follows in this call would come too late for zeros in its place: another task may write it first.
-                let last = r + 1 == span.rows as usize;
-                let head = |heads: usize, head: usize| part.row_ptr(block * heads + head);
-                // SAFETY: a position is written by one task, and sequences share no block that they write.
-                unsafe {
-                    match *place {
-                        Place::Keys(heads, width) => {
-                            for (h, row) in row.chunks_exact(width).enumerate() {
-                                write_key(backend, row, head(heads, h), token, block_size);
-                            }
+    for_rows(backend, batch.rows(), source.cols() * SCATTER, &|range| {
+        let (mut at, mut r) = find_span(batch.spans, range.start, |span| span.rows as usize);
+        for _ in range {
+            if r == batch.spans[at].rows as usize {
+                at += 1 + batch.spans[at + 1..].iter().take_while(|span| span.rows == 0).count();
+                r = 0;
+            }
+            let span = &batch.spans[at];
+            let p = span.position as usize + r;
+            let (block, token) = (block_table(batch, span)[p / block_size] as usize, p % block_size);
+            let row = source.row(span.row as usize + r);
+            r += 1;
+            // A token that follows in this call would come too late for zeros in its place: another task may write it first.
+            let last = r == span.rows as usize;
+            let head = |heads: usize, head: usize| part.row_ptr(block * heads + head);
+            // SAFETY: a position is written by one task, and sequences share no block that they write.
+            unsafe {
+                match *place {
+                    Place::Keys(heads, width) => {
+                        for (h, row) in row.chunks_exact(width).enumerate() {
+                            write_key(backend, row, head(heads, h), token, block_size);
                         }
-                        Place::Values(heads, width) => {
-                            for (h, row) in row.chunks_exact(width).enumerate() {
-                                write_value(backend, row, head(heads, h), token, last);
-                            }
+                    }
+                    Place::Values(heads, width) => {
+                        for (h, row) in row.chunks_exact(width).enumerate() {
+                            write_value(backend, row, head(heads, h), token, last);
                         }
-                        Place::Columns(first) => {
-                            let row_of_part = block * block_size + token;
-                            convert_row(backend, row, part.part(row_of_part, first..first + row.len()));
-                        }
+                    }
+                    Place::Columns(first) => {
+                        let row_of_part = block * block_size + token;
+                        convert_row(backend, row, part.part(row_of_part, first..first + row.len()));
                     }
                 }
             }
-        });
-    }
+        }
+    });
 }
 
 /// Elements of type `T` that lie side by side in a panel.

@@ -31,8 +31,8 @@ mod tiles;
 mod work;
 
 use crate::backend::{
-    AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix, HostMlp,
-    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut,
+    AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix,
+    HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut,
 };
 use crate::error::Result;
 use crate::spec::{Activation, Router};
@@ -147,6 +147,9 @@ impl Backend for CpuBackend {
     }
     fn norm_inplace(&self, x: ViewMut<'_>, args: NormArgs<'_>) -> Result<()> {
         norm::norm_inplace(self, x, args)
+    }
+    fn add_norm(&self, x: ViewMut<'_>, args: AddNormArgs<'_>) -> Result<()> {
+        norm::add_norm(self, x, args)
     }
     fn square_sum(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
         norm::square_sum(self, x, out)

@@ -4,7 +4,7 @@ use super::CpuBackend;
 use super::memory::{Rows, RowsMut};
 use super::rows::{for_rows, load_next, store_next, with_float};
 use super::simd::{Float, Kernel, Simd};
-use crate::backend::{NormArgs, View, ViewMut, check};
+use crate::backend::{AddNormArgs, DType, NormArgs, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::NormKind;
 
@@ -98,17 +98,81 @@ impl<X: Float, Y: Float> Kernel for NormRow<'_, X, Y> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let width = self.affine.weight.len();
-        let n = width as f32;
         for start in (0..self.cols).step_by(width) {
             // SAFETY: rows of `cols` elements, in groups of `width`, which divides them.
             unsafe {
                 let (x, y) = (self.x.add(start), self.y.add(start));
-                let mean = match self.kind {
-                    NormKind::Rms => 0.0,
-                    NormKind::Layer => sum(simd, x, width, Term::Plain) / n,
-                };
-                let variance = sum(simd, x, width, Term::SquareFrom(mean)) / n;
-                apply(simd, x, y, width, self.affine, (mean, 1.0 / (variance + self.eps).sqrt()));
+                apply(simd, x, y, width, self.affine, scaling(simd, x, width, self.kind, self.eps));
+            }
+        }
+    }
+}
+
+/// What a vector is normed with: the mean that is subtracted, and the factor.
+///
+/// # Safety
+/// `x` has `len` elements.
+#[inline(always)]
+unsafe fn scaling<S: Simd, X: Float>(
+    simd: S,
+    x: *const X,
+    len: usize,
+    kind: NormKind,
+    eps: f32,
+) -> (f32, f32) {
+    let n = len as f32;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mean = match kind {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => sum(simd, x, len, Term::Plain) / n,
+        };
+        let variance = sum(simd, x, len, Term::SquareFrom(mean)) / n;
+        (mean, 1.0 / (variance + eps).sqrt())
+    }
+}
+
+/// One row through [`crate::backend::Backend::add_norm`], while it is in the cache.
+struct AddNormRow<'a, A, Y> {
+    x: &'a mut [f32],
+    addend: Option<(&'a [A], f32)>,
+    kind: NormKind,
+    eps: f32,
+    affine: &'a Affine<'a>,
+    exact: Option<&'a mut [f32]>,
+    rounded: &'a mut [Y],
+}
+
+impl<A: Float, Y: Float> Kernel for AddNormRow<'_, A, Y> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (len, width) = (self.x.len(), self.affine.weight.len());
+        let x = self.x.as_mut_ptr();
+        if let Some((addend, factor)) = self.addend {
+            let factor = simd.splat(factor);
+            for i in (0..len).step_by(S::LANES) {
+                let n = (len - i).min(S::LANES);
+                // SAFETY: `n` elements from `i` on are in both rows.
+                unsafe {
+                    let sum = simd.fma(
+                        load_next(simd, addend.as_ptr().add(i), n),
+                        factor,
+                        load_next(simd, x.add(i), n),
+                    );
+                    store_next(simd, x.add(i), n, sum);
+                }
+            }
+        }
+        for start in (0..len).step_by(width) {
+            // SAFETY: all rows have the same number of elements, in groups of `width`, which divides it.
+            unsafe {
+                let x = x.add(start).cast_const();
+                let scaling = scaling(simd, x, width, self.kind, self.eps);
+                if let Some(exact) = &mut self.exact {
+                    apply(simd, x, exact.as_mut_ptr().add(start), width, self.affine, scaling);
+                }
+                apply(simd, x, self.rounded.as_mut_ptr().add(start), width, self.affine, scaling);
             }
         }
     }
@@ -169,6 +233,41 @@ pub(super) fn norm_inplace(backend: &CpuBackend, x: ViewMut<'_>, args: NormArgs<
         })
     });
     Ok(())
+}
+
+/// See [`crate::backend::Backend::add_norm`].
+pub(super) fn add_norm(backend: &CpuBackend, x: ViewMut<'_>, args: AddNormArgs<'_>) -> Result<()> {
+    check::add_norm(&x, &args);
+    let addend_type = args.addend.as_ref().map_or(DType::F32, |(addend, _)| addend.dtype());
+    with_float!(addend_type, A => with_float!(args.rounded.dtype(), Y => add_norm_rows::<A, Y>(backend, x, args)));
+    Ok(())
+}
+
+fn add_norm_rows<A: Float, Y: Float>(backend: &CpuBackend, x: ViewMut<'_>, args: AddNormArgs<'_>) {
+    let AddNormArgs { addend, norm, exact, rounded } = args;
+    let affine =
+        Affine { weight: Rows::new(norm.weight).row(0), bias: norm.bias.map(|bias| Rows::new(bias).row(0)) };
+    let (x, rounded) = (RowsMut::<f32>::new(x), RowsMut::<Y>::new(rounded));
+    let addend = addend.map(|(addend, factor)| (Rows::<A>::new(addend), factor));
+    let exact = exact.map(RowsMut::<f32>::new);
+    let cols = x.cols();
+    for_rows(backend, x.rows(), cols, &|range| {
+        for i in range {
+            // SAFETY: each row is read and written by one task.
+            let row = unsafe {
+                AddNormRow {
+                    x: x.part(i, 0..cols),
+                    addend: addend.map(|(addend, factor)| (addend.row(i), factor)),
+                    kind: norm.kind,
+                    eps: norm.eps,
+                    affine: &affine,
+                    exact: exact.as_ref().map(|exact| exact.part(i, 0..cols)),
+                    rounded: rounded.part(i, 0..cols),
+                }
+            };
+            backend.dispatch(row);
+        }
+    });
 }
 
 /// Norms every row; `row(i)` is where it is read and written, `cols` elements each.

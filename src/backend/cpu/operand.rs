@@ -15,8 +15,9 @@ use crate::error::Result;
 
 /// Elements converted by one task; a smaller conversion stays on the calling thread.
 const TASK_ELEMENTS: usize = 1 << 16;
-/// Up to so many rows a copy is not worth its time.
+/// Up to so many rows, or panels that they are multiplied with, a copy is not worth its time.
 const FEW_ROWS: usize = 8;
+const FEW_PANELS: usize = 4;
 
 /// How a backend lays out activations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,18 +69,19 @@ pub struct Activations<'a> {
 }
 
 impl<'a> Activations<'a> {
-    /// Prepares `x` for weights of a type, of whose rows at most `tallest` pass over a panel together: every row has [`padded_k`]
-    /// elements, zero beyond its width.
+    /// Prepares `x` for weights of a type, where at most `tallest` rows pass together over each of so many panels: every row has
+    /// [`padded_k`] elements, zero beyond its width.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
     pub fn new(
         backend: &'a CpuBackend,
         x: View<'a>,
-        tallest: usize,
+        (tallest, panels): (usize, usize),
         weights: DType,
     ) -> Result<Activations<'a>> {
-        let in_place = tallest <= FEW_ROWS && x.cols() == padded_k(x.cols(), weights);
+        let few = tallest <= FEW_ROWS || panels <= FEW_PANELS;
+        let in_place = few && x.cols() == padded_k(x.cols(), weights);
         match (x.dtype(), Form::of(backend, x.dtype())) {
             (DType::F32, _) if in_place => {
                 let rows = tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride: x.stride() };

@@ -8,6 +8,9 @@ use crate::backend::{View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::{ExpertGroups, GroupScore, Renormalize, Router, Score};
 
+/// Looking whether a score is among the best takes as long as streaming so many elements.
+const CHOICE: usize = 8;
+
 /// `x = e^(x - max) / sum`, in place.
 struct Softmax<'a>(&'a mut [f32]);
 
@@ -190,7 +193,7 @@ pub(super) fn route(
     let bias = bias.map(|bias| Rows::<f32>::new(bias).row(0));
     let (ids, weights) = (RowsMut::<i32>::new(ids), RowsMut::<f32>::new(weights));
     let top_k = ids.cols();
-    for_rows(backend, logits.rows(), logits.cols() * (top_k + 1), &|range| {
+    for_rows(backend, logits.rows(), logits.cols() * (top_k + 1) * CHOICE, &|range| {
         with_local_scratch::<f32, _>(logits.cols(), |scores| {
             for i in range {
                 scores.copy_from_slice(logits.row(i));

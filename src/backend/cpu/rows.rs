@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::CpuBackend;
 use super::simd::{Float, Simd};
 
-/// Elements worth a task of their own: some microseconds of streaming, more than waking a thread costs.
-const GRAIN: usize = 16 * 1024;
+/// Elements worth a task of their own: a few microseconds of streaming, more than waking a thread costs.
+const GRAIN: usize = 8 * 1024;
 
 /// Runs `body` on ranges that together are `0..rows`, on all threads where `rows * cols` elements are worth it. For
 /// operations that treat every row by itself, so that the division cannot show in the result.

@@ -7,12 +7,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::CpuBackend;
 
-/// Most rows that pass over a panel at a time: their sums (45 KiB) stay in the L2 cache. Whole strips of 6 and of 8.
+/// Most rows that pass over a panel at a time: their sums (45 KiB) stay in the L2 cache.
 const BLOCK_ROWS: usize = 240;
-/// Fewest rows worth a block of their own when there are too few panels for all threads.
-const MIN_BLOCK_ROWS: usize = 24;
-/// Row blocks of an expert are low enough for so many of them per thread, where it has few panels.
-const BLOCKS_PER_THREAD: usize = 4;
+/// Heights of blocks are multiples of this: whole strips of the largest registers.
+const STRIP: usize = 8;
+/// Items are small enough for so many of them per thread. More would split the rows of a decode step, and read weights twice.
+const ITEMS_PER_THREAD: usize = 4;
 /// A thread takes this part of its fair share of what is left: long runs first, whose weights follow each other in memory, and
 /// short ones in the end, so that threads finish together, and that one which loses its core holds up little.
 const SHARE: usize = 4;
@@ -68,14 +68,14 @@ impl Work {
     pub fn plan(&mut self, backend: &CpuBackend, segments: impl Iterator<Item = Segment> + Clone) {
         let threads = backend.pool().threads();
         let row_units: usize = segments.clone().map(|s| s.rows.len() * s.units).sum();
-        let fair = row_units / (threads * BLOCKS_PER_THREAD);
+        let most =
+            (row_units / (threads * ITEMS_PER_THREAD)).next_multiple_of(STRIP).clamp(STRIP, BLOCK_ROWS);
         self.blocks.clear();
         let mut first = 0;
         for Segment { slot, rows, units } in segments {
-            // Enough panels: tall blocks. Few panels: blocks as low as a fair share asks for.
-            let height =
-                (fair / units.max(1)).clamp(MIN_BLOCK_ROWS, BLOCK_ROWS).next_multiple_of(MIN_BLOCK_ROWS);
-            for start in rows.clone().step_by(height) {
+            // Of like heights.
+            let height = rows.len().div_ceil(rows.len().div_ceil(most).max(1)).next_multiple_of(STRIP);
+            for start in rows.clone().step_by(height.max(1)) {
                 let rows = start..rows.end.min(start + height);
                 self.blocks.push(Block { slot, rows, items: first..first + units });
                 first += units;
@@ -131,6 +131,7 @@ mod tests {
             for (units, counts) in [
                 (7, vec![1, 0, 3]),
                 (7, vec![700, 2, 0, 0, 241]),
+                (1, vec![32]),
                 (100, vec![1, 1]),
                 (7, vec![]),
                 (0, vec![3]),
