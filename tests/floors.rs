@@ -19,11 +19,10 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 /// Files that may choose by feature.
-const FEATURE_FILES: &[&str] = &["backend/cuda/mod.rs", "comm/nccl/mod.rs", "comm/mpi/mod.rs"];
+const FEATURE_FILES: &[&str] = &["backend/cuda/mod.rs", "comm/nccl/mod.rs"];
 
 /// Where `unsafe` may stand.
-const UNSAFE_PLACES: &[&str] =
-    &["backend/cpu/", "backend/cuda/", "comm/nccl/", "comm/mpi/", "weights/mmap.rs"];
+const UNSAFE_PLACES: &[&str] = &["backend/cpu/", "backend/cuda/", "comm/nccl/", "weights/mmap.rs"];
 
 fn floor_of(module: &str) -> Option<usize> {
     FLOORS.iter().position(|modules| modules.contains(&module))
