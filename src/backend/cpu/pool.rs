@@ -44,17 +44,22 @@ struct Job {
 struct OwnLine<T>(T);
 
 struct Shared {
-    /// `RUN * run number | ACTIVE * workers inside | OPEN`.
-    state: OwnLine<AtomicU64>,
+    /// In one line, so that a worker that sees an open run has its job too.
+    run: OwnLine<Run>,
     /// The next task to deal.
     next: OwnLine<AtomicUsize>,
-    /// Written by the caller while the state is closed with no worker inside; read by workers inside.
-    job: UnsafeCell<Job>,
     /// The first panic of the current run.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Where the caller waits for the last worker to leave.
     left: (Mutex<()>, Condvar),
     stopping: AtomicBool,
+}
+
+struct Run {
+    /// `RUN * run number | ACTIVE * workers inside | OPEN`.
+    state: AtomicU64,
+    /// Written by the caller while the state is closed with no worker inside; read by workers inside.
+    job: UnsafeCell<Job>,
 }
 
 // SAFETY: `job` is the only field that is not Sync by itself. It is written only by the caller that holds `Pool::caller`,
@@ -79,9 +84,11 @@ impl Pool {
     /// [`Error::Memory`] when the operating system refuses a thread.
     pub fn new(threads: usize) -> Result<Pool> {
         let shared = Arc::new(Shared {
-            state: OwnLine(AtomicU64::new(0)),
+            run: OwnLine(Run {
+                state: AtomicU64::new(0),
+                job: UnsafeCell::new(Job { body: None, tasks: 0 }),
+            }),
             next: OwnLine(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job { body: None, tasks: 0 }),
             panic: Mutex::new(None),
             left: (Mutex::new(()), Condvar::new()),
             stopping: AtomicBool::new(false),
@@ -152,25 +159,25 @@ impl Shared {
     fn open(&self, job: Job) {
         self.next.0.store(0, Ordering::Relaxed);
         // SAFETY: see `unsafe impl Sync`: nobody else reads or writes while the state is closed and empty.
-        unsafe { *self.job.get() = job };
-        let state = self.state.0.load(Ordering::Relaxed);
+        unsafe { *self.run.0.job.get() = job };
+        let state = self.run.0.state.load(Ordering::Relaxed);
         assert_eq!(state & (OPEN | ACTIVE_MASK), 0, "a run is going on: state {state:#x}");
-        self.state.0.store(state.wrapping_add(RUN) | OPEN, Ordering::Release);
+        self.run.0.state.store(state.wrapping_add(RUN) | OPEN, Ordering::Release);
     }
 
     /// Ends a run: lets nobody in any more and waits until nobody is inside.
     fn close(&self) {
-        let mut inside = self.state.0.fetch_and(!OPEN, Ordering::Acquire) & ACTIVE_MASK;
+        let mut inside = self.run.0.state.fetch_and(!OPEN, Ordering::Acquire) & ACTIVE_MASK;
         for _ in 0..SPINS_PER_YIELD * 4 {
             if inside == 0 {
                 return;
             }
             std::hint::spin_loop();
-            inside = self.state.0.load(Ordering::Acquire) & ACTIVE_MASK;
+            inside = self.run.0.state.load(Ordering::Acquire) & ACTIVE_MASK;
         }
         let (mutex, left) = &self.left;
         let mut guard = lock(mutex);
-        while self.state.0.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
+        while self.run.0.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
             guard = left.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -202,9 +209,9 @@ impl Shared {
         while let Some(run) = self.enter(last_run, &mut patience) {
             last_run = run;
             // SAFETY: this thread is inside an open run; see `unsafe impl Sync`.
-            let job = unsafe { *self.job.get() };
+            let job = unsafe { *self.run.0.job.get() };
             self.work(job);
-            let before = self.state.0.fetch_sub(ACTIVE, Ordering::Release);
+            let before = self.run.0.state.fetch_sub(ACTIVE, Ordering::Release);
             if before & (OPEN | ACTIVE_MASK) == ACTIVE {
                 // Taking the lock makes sure that the caller is either not yet looking or already waiting.
                 drop(lock(&self.left.0));
@@ -219,11 +226,15 @@ impl Shared {
         let mut spins = 0u32;
         let mut parked = false;
         loop {
-            let state = self.state.0.load(Ordering::Acquire);
+            let state = self.run.0.state.load(Ordering::Acquire);
             if state & OPEN != 0 && state / RUN != last_run {
                 let entered = state + ACTIVE;
-                let done =
-                    self.state.0.compare_exchange_weak(state, entered, Ordering::Acquire, Ordering::Relaxed);
+                let done = self.run.0.state.compare_exchange_weak(
+                    state,
+                    entered,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
                 if done.is_ok() {
                     *patience = if parked { *patience / 2 } else { *patience * 2 };
                     *patience = (*patience).clamp(MIN_YIELDS, MAX_YIELDS);
