@@ -68,7 +68,7 @@ pub(super) fn find_span(spans: &[SeqSpan], task: usize, tasks: impl Fn(&SeqSpan)
     panic!("task {task} is {left} after the last")
 }
 
-/// Storing an element of a key, each in a cache line of its own, takes as long as streaming so many.
+/// Storing an element of a single key, each in a cache line of its own, takes as long as streaming so many.
 const SCATTER: usize = 8;
 
 /// The part of a cache that [`kv_write`] fills from one operand.
@@ -89,7 +89,10 @@ fn write_part<X: Float, T: Float>(
     part: &RowsMut<'_, T>,
     place: &Place,
 ) {
-    for_rows(backend, batch.rows(), source.cols() * SCATTER, &|range| {
+    // Neighbours in a prompt share cache lines, which many of them on one thread amortise.
+    let alone = batch.rows() == batch.spans.len();
+    let cost = source.cols() * if alone { SCATTER } else { 1 };
+    for_rows(backend, batch.rows(), cost, &|range| {
         let (mut at, mut r) = find_span(batch.spans, range.start, |span| span.rows as usize);
         for _ in range {
             if r == batch.spans[at].rows as usize {

@@ -7,11 +7,11 @@ use super::panel::{PANEL, Panel, Weights};
 use super::product::{self, Pairs, Plain, Product, Strided, Sums, Widening, tallest};
 use super::simd::{Kernel, MAX_LANES, Simd};
 
-/// k of one block where weights are consumed as f32: the block of a panel is 12 KiB, so that it, the next one and the rows fit into
-/// an L1 cache of 32 KiB and more.
-const BLOCK_F32: usize = 64;
-/// k of one block where weights are consumed as bf16 pairs: 12 KiB too.
-const BLOCK_PAIRS: usize = 128;
+/// Bytes of one block of a panel with few rows: it, the next one and the rows fit into a first-level cache of 32 KiB and more.
+const SHALLOW_BYTES: usize = 12 << 10;
+/// Bytes of one with more than [`FEW_ROWS`]: sums leave and enter the registers half as often, which then counts for more.
+const DEEP_BYTES: usize = 24 << 10;
+const FEW_ROWS: usize = 16;
 /// How far ahead the first strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
 const AHEAD_BYTES: usize = 8 << 10;
 /// From this many rows on, widening a block of weights to f32 once is cheaper than widening in registers for each strip of rows.
@@ -21,7 +21,13 @@ const WIDEN_ROWS: usize = 13;
 const TWO_VECTORS: usize = 2 * MAX_LANES;
 
 /// f32 of scratch in which [`PanelProduct`] widens weights.
-pub const WIDE_LEN: usize = BLOCK_F32 * PANEL;
+pub const WIDE_LEN: usize = DEEP_BYTES / size_of::<f32>();
+
+/// k of one block of a panel of [`PANEL`] columns of weights as they are consumed: whole pairs.
+const fn block_k<W>(rows: usize) -> usize {
+    let bytes = if rows <= FEW_ROWS { SHALLOW_BYTES } else { DEEP_BYTES };
+    bytes / (PANEL * size_of::<W>())
+}
 
 /// Rows of activations in the form a kernel wants; rows are `stride` elements apart.
 #[derive(Clone, Copy)]
@@ -109,16 +115,16 @@ impl PanelProduct<'_> {
         unsafe {
             match (a, panel.weights) {
                 (Rows::F32 { start, stride }, Weights::F32(panel)) => {
-                    blocks::<S, Plain, C>(simd, Strided { start, stride }, rows, panel, BLOCK_F32, sums);
+                    blocks::<S, Plain, C>(simd, Strided { start, stride }, rows, panel, sums);
                 }
                 (Rows::F32 { start, stride }, Weights::Bf16(panel)) if rows >= WIDEN_ROWS => {
                     widened_blocks::<S, C>(simd, Strided { start, stride }, rows, panel, wide, sums);
                 }
                 (Rows::F32 { start, stride }, Weights::Bf16(panel)) => {
-                    blocks::<S, Widening, C>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
+                    blocks::<S, Widening, C>(simd, Strided { start, stride }, rows, panel, sums);
                 }
                 (Rows::Pairs { start, stride }, Weights::Bf16(panel)) if S::NATIVE_DOT => {
-                    blocks::<S, Pairs, C>(simd, Strided { start, stride }, rows, panel, BLOCK_PAIRS, sums);
+                    blocks::<S, Pairs, C>(simd, Strided { start, stride }, rows, panel, sums);
                 }
                 (Rows::Pairs { .. }, _) => {
                     panic!("bf16 activations for f32 weights, or where bf16 is widened")
@@ -135,10 +141,9 @@ unsafe fn blocks<S: Simd, P: Product<S>, const C: usize>(
     a: Strided<P::A>,
     rows: usize,
     panel: &[P::W],
-    block: usize,
     sums: *mut f32,
 ) {
-    let depth = panel.len() / C;
+    let (depth, block) = (panel.len() / C, block_k::<P::W>(rows));
     let mut k = 0;
     loop {
         let length = block.min(depth - k);
@@ -172,13 +177,14 @@ unsafe fn widened_blocks<S: Simd, const C: usize>(
 ) {
     if panel.is_empty() {
         // SAFETY: as this function's.
-        return unsafe { blocks::<S, Plain, C>(simd, a, rows, &[], BLOCK_F32, sums) };
+        return unsafe { blocks::<S, Plain, C>(simd, a, rows, &[], sums) };
     }
-    for (number, pairs) in panel.chunks(BLOCK_F32 * C).enumerate() {
+    let block = block_k::<f32>(rows);
+    for (number, pairs) in panel.chunks(block * C).enumerate() {
         widen::<S, C>(simd, pairs, wide);
         // SAFETY: the block lies in the panel, and so in the activations.
         unsafe {
-            let a = Strided { start: a.at(0, number * BLOCK_F32), ..a };
+            let a = Strided { start: a.at(0, number * block), ..a };
             let block = Block { w: wide.as_ptr(), k: pairs.len() / C, first: number == 0, next: 0 };
             strips::<S, Plain, C>(simd, a, rows, block, sums);
         }
