@@ -343,8 +343,8 @@ pub trait Backend: Send + Sync {
     }
 
     /// Per row and head: softmax over positions `max(0, p - window + 1)..=p` of `q . k * scale` (and the sink), times
-    /// v. The maximum is subtracted; sums over positions run in ascending order in groups whose borders depend on
-    /// absolute positions only. q and e^(score - maximum) are rounded to the cache's type, the latter before it weighs v and before it
+    /// v. The maximum (of all, or of each group before groups join) is subtracted; sums over positions run in ascending order in
+    /// groups whose borders depend on absolute positions only. q and e^(score - maximum) are rounded to the cache's type, the latter before it weighs v and before it
     /// joins the sum by which the result is divided (the sink joins as it is), so that the result is a mean of values. `out` is
     /// `[rows, heads * head_dim]`.
     fn attention_gqa(&self, args: GqaArgs<'_>, out: ViewMut<'_>) -> Result<()>;

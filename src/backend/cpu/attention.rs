@@ -237,37 +237,20 @@ impl<C: Context> Attend<'_, C> {
         }
     }
 
-    /// Turns the scores of row `r` into weights `e^(score * scale - maximum)`, zero where the row does not see; returns what
-    /// they have to be multiplied by for their sum to be 1.
+    /// Turns the scores of row `r` into weights, zero where the row does not see; returns what they have to be multiplied by for their
+    /// sum to be 1.
     #[inline(always)]
     fn weights<S: Simd>(&mut self, simd: S, r: usize) -> f32 {
-        let (stride, own, scale) = (self.stride(), self.own(r..r + 1), simd.splat(self.shape.scale));
+        let (stride, own, scale) = (self.stride(), self.own(r..r + 1), self.shape.scale);
         let sink = self.shape.sinks.map(|sinks| sinks[(self.queries.start + r) % self.shape.group]);
-        let row = &mut self.scratch.scores[r * stride..][..stride];
-        let registers = whole(own.clone(), MAX_LANES);
-        row[registers.start..own.start].fill(f32::NEG_INFINITY);
-        row[own.end..registers.end].fill(f32::NEG_INFINITY);
-        let (from, to) = (row.as_mut_ptr(), row.as_mut_ptr().cast::<C::Element>());
-        let mut max = simd.splat(sink.unwrap_or(f32::NEG_INFINITY));
-        let mut sum = simd.zero();
-        // SAFETY: whole registers inside the row. A weight is no larger than a score, so it is stored over scores that were read.
-        unsafe {
-            for i in registers.clone().step_by(S::LANES) {
-                max = simd.max(simd.mul(simd.load(from.add(i)), scale), max);
-            }
-            let max = simd.splat(simd.max_lane(max));
-            for i in registers.clone().step_by(S::LANES) {
-                let weight = exp(simd, simd.sub(simd.mul(simd.load(from.add(i)), scale), max));
-                <C::Element as Operand<C::Element>>::store_weights(simd, to.add(i), weight);
-                sum = simd.add(sum, <C::Element as Float>::load(simd, to.add(i)));
-            }
-            let zero = C::Element::default();
-            std::slice::from_raw_parts_mut(to, registers.start).fill(zero);
-            let end = stride - MAX_LANES;
-            std::slice::from_raw_parts_mut(to.add(registers.end), end - registers.end).fill(zero);
-            let sink = sink.map_or(0.0, |sink| simd.to_array(exp(simd, simd.sub(simd.splat(sink), max)))[0]);
-            1.0 / (simd.sum(sum) + sink)
-        }
+        let row = &mut self.scratch.scores[r * stride..][..stride - MAX_LANES];
+        let least = sink.unwrap_or(f32::NEG_INFINITY);
+        let (max, sum) = weigh::<S, C::Element>(simd, row, own, scale, least);
+        let sink = match sink {
+            Some(sink) => simd.to_array(exp(simd, simd.splat(sink - max)))[0],
+            None => 0.0,
+        };
+        1.0 / (sum + sink)
     }
 
     /// Weighted values of all rows, in ascending position.
@@ -296,6 +279,41 @@ impl<C: Context> Attend<'_, C> {
                 }
             }
         }
+    }
+}
+
+/// Turns a row of scores, whole registers, into weights `e^(score * scale - maximum)`, from the front; they are zero outside `own`, the
+/// columns that the row sees. Returns the maximum, `least` or more, and the sum of the weights as they were rounded.
+#[inline(always)]
+pub(super) fn weigh<S: Simd, T: Operand<T>>(
+    simd: S,
+    row: &mut [f32],
+    own: Range<usize>,
+    scale: f32,
+    least: f32,
+) -> (f32, f32) {
+    let (registers, end, scale) = (whole(own.clone(), MAX_LANES), row.len(), simd.splat(scale));
+    assert!(registers.end <= end, "scores of {own:?} in {end}");
+    row[registers.start..own.start].fill(f32::NEG_INFINITY);
+    row[own.end..registers.end].fill(f32::NEG_INFINITY);
+    let (from, to) = (row.as_mut_ptr(), row.as_mut_ptr().cast::<T>());
+    let mut max = simd.splat(least);
+    let mut sum = simd.zero();
+    // SAFETY: whole registers inside the row. A weight is no larger than a score, so it is stored over scores that were read.
+    unsafe {
+        for i in registers.clone().step_by(S::LANES) {
+            max = simd.max(simd.mul(simd.load(from.add(i)), scale), max);
+        }
+        let most = simd.max_lane(max);
+        let max = simd.splat(most);
+        for i in registers.clone().step_by(S::LANES) {
+            let weight = exp(simd, simd.sub(simd.mul(simd.load(from.add(i)), scale), max));
+            T::store_weights(simd, to.add(i), weight);
+            sum = simd.add(sum, <T as Float>::load(simd, to.add(i)));
+        }
+        std::slice::from_raw_parts_mut(to, registers.start).fill(T::default());
+        std::slice::from_raw_parts_mut(to.add(registers.end), end - registers.end).fill(T::default());
+        (most, simd.sum(sum))
     }
 }
 

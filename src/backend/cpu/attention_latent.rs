@@ -1,19 +1,35 @@
 //! Softmax attention of some query heads over cached latents in place, which are keys (rotary part included) and values
 //! of all heads at once: the core of the absorbed form of MLA.
 //!
-//! Two passes: all scores of a row, their exact maximum and sum, then the weighted latents in ascending position. Each
-//! row touches exactly the positions it sees, in an order that depends on them alone; rows of a tile share loads, never
-//! sums. So a row's bits do not depend on the tile, the chunk, the block size or the batch.
+//! Positions go in groups of [`GROUP`], so that a group's latents come from memory once and stay in the second-level cache
+//! while all queries of a tile score them, weigh them (relative to the group's own maximum) and add them up; groups join in
+//! ascending order. Borders are absolute positions and each row takes exactly the groups it sees. So a row's bits depend neither on
+//! the tile, the chunk, the block size or the batch, nor on whether one task took all groups or each had a task of its own (flash
+//! decoding, Dao et al. 2023).
+
+mod tiles;
 
 use std::ops::Range;
 
+use super::attention::weigh;
 use super::memory::Rows;
-use super::simd::{Float, Kernel, MAX_LANES, Simd, exp};
-use super::tiles::{Strided, accumulate, dots};
+use super::product::Strided;
+use super::simd::{Kernel, MAX_LANES, Simd, exp};
+pub(super) use tiles::Latent;
+use tiles::{Means, height, joined, scores, values};
 
-/// Most rows of a tile: their scores stay in the second-level cache for a context of some thousand tokens, while keys
-/// and values are read once for all.
-pub(super) const MAX_TILE_ROWS: usize = 16;
+/// Positions whose latents are read together.
+pub(super) const GROUP: usize = 256;
+/// Most queries of a tile.
+pub(super) const MAX_TILE: usize = 32;
+/// Elements from one query's scores in a group to the next one's: not a power of two, whose rows would compete for places in the cache.
+const SCORE_STRIDE: usize = GROUP + MAX_LANES;
+/// How many tokens ahead of its use a latent is fetched.
+const AHEAD: usize = 8;
+/// Rows that exist in a buffer of queries behind the last one: a tile may compute them.
+pub(super) const SPARE_ROWS: usize = tiles::MIN_ROWS - 1;
+/// f32 of scratch of one tile.
+pub(super) const SCRATCH: usize = (MAX_TILE + SPARE_ROWS) * SCORE_STRIDE;
 
 /// The cached latents of one sequence: rows of a latent and, behind it, a rotary key.
 pub(super) struct LatentContext<'a, T> {
@@ -23,11 +39,16 @@ pub(super) struct LatentContext<'a, T> {
     pub(super) block_size: usize,
 }
 
-impl<T: Float> LatentContext<'_, T> {
-    /// The rows of block `index`.
+impl<T: Latent> LatentContext<'_, T> {
+    /// Where the rows of some positions, [`GROUP`] at most, lie.
     #[inline(always)]
-    fn block(&self, index: usize) -> Strided<T> {
-        Strided::from(&self.cache, self.table[index] as usize * self.block_size, 0)
+    fn rows(&self, positions: Range<usize>) -> [*const T; GROUP] {
+        let mut rows = [std::ptr::null(); GROUP];
+        for (row, p) in rows.iter_mut().zip(positions) {
+            let (block, token) = (self.table[p / self.block_size] as usize, p % self.block_size);
+            *row = self.cache.row(block * self.block_size + token).as_ptr();
+        }
+        rows
     }
 }
 
@@ -42,9 +63,7 @@ pub(super) struct Shape {
     pub(super) position: usize,
     /// Scores are multiplied by this.
     pub(super) scale: f32,
-    /// Tokens per block.
-    pub(super) block_size: usize,
-    /// Width of a key: a multiple of the largest register, as all widths here.
+    /// Width of a key: a multiple of two of the largest registers, as all widths here.
     pub(super) key_width: usize,
     /// Width of a value.
     pub(super) value_width: usize,
@@ -61,170 +80,199 @@ impl Shape {
         self.position + i / self.heads + 1
     }
 
-    /// Elements from one query's scores to the next one's: with room for a whole register behind the last.
-    fn score_stride(&self, queries: &Range<usize>) -> usize {
-        self.seen(queries.end - 1) + MAX_LANES
-    }
-
-    /// Elements of the scratch of one tile.
-    pub(super) fn scratch(&self, queries: &Range<usize>) -> usize {
-        queries.len() * (self.key_width + self.value_width + self.score_stride(queries))
+    /// How many groups query `i` sees.
+    pub(super) fn groups(&self, i: usize) -> usize {
+        self.seen(i).div_ceil(GROUP)
     }
 }
 
-/// Queries per tile: fewer than the most where there would be too few tiles for the threads.
-pub(super) fn tile_rows(threads: usize, queries: usize) -> usize {
-    let mut rows = MAX_TILE_ROWS;
-    while rows > 4 && queries.div_ceil(rows) < 4 * threads {
-        rows /= 2;
-    }
-    rows
+/// f32 of a part: the weighted latents of some groups, then their maximum and their sum of weights.
+pub(super) fn part_width(value_width: usize) -> usize {
+    value_width + MAX_LANES
 }
 
-/// A tile's queries and outputs: the scratch of [`Shape::scratch`], divided.
-pub(super) struct TileScratch<'a> {
-    /// `[queries, key_width]`, padded with zeros.
-    pub(super) q: &'a mut [f32],
-    /// `[queries, value_width]`
-    pub(super) out: &'a mut [f32],
-    scores: &'a mut [f32],
-}
-
-impl<'a> TileScratch<'a> {
-    /// Divides a scratch. What `q` and `out` hold is left over from other uses.
-    pub(super) fn new(shape: &Shape, queries: &Range<usize>, scratch: &'a mut [f32]) -> Self {
-        let (q, rest) = scratch.split_at_mut(queries.len() * shape.key_width);
-        let (out, scores) = rest.split_at_mut(queries.len() * shape.value_width);
-        TileScratch { q, out, scores }
-    }
-}
-
-/// Attention of some consecutive queries: from `scratch.q` to `scratch.out`, which it returns.
+/// Attention of some consecutive queries, [`MAX_TILE`] at most, over the groups of the range that each sees.
 pub(super) struct Attend<'a, T> {
     pub(super) shape: Shape,
     pub(super) queries: Range<usize>,
+    pub(super) groups: Range<usize>,
     pub(super) context: &'a LatentContext<'a, T>,
-    pub(super) scratch: TileScratch<'a>,
+    /// Their `[queries + SPARE_ROWS, key_width]`.
+    pub(super) q: &'a [T],
+    /// [`SCRATCH`] elements.
+    pub(super) scratch: &'a mut [f32],
+    pub(super) parts: Parts,
 }
 
-impl<'a, T: Float> Kernel for Attend<'a, T> {
-    type Output = &'a [f32];
+/// Where the results of queries go, those that see any of the groups: rows of [`part_width`].
+pub(super) struct Parts {
+    start: *mut f32,
+    stride: usize,
+}
+
+impl Parts {
+    /// Rows `stride` elements apart.
+    ///
+    /// # Safety
+    /// There are as many rows as the tile has queries, good for whoever attends, and nobody else uses them meanwhile.
+    pub(super) unsafe fn new(start: *mut f32, stride: usize) -> Self {
+        Parts { start, stride }
+    }
+
+    /// Row `r`.
+    ///
+    /// # Safety
+    /// The tile has that many queries.
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) -> &'a [f32] {
-        self.scores(simd);
-        self.scratch.out.fill(0.0);
-        let stride = self.shape.score_stride(&self.queries);
-        for r in 0..self.queries.len() {
-            // The weights end up divided by their sum, so the values' sum is the result.
-            let seen = self.seen(r);
-            softmax(simd, &mut self.scratch.scores[r * stride..][..stride], seen);
+    unsafe fn row(&self, r: usize) -> *mut f32 {
+        // SAFETY: `new` was promised the row.
+        unsafe { self.start.add(r * self.stride) }
+    }
+}
+
+impl<T: Latent> Kernel for Attend<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (rows, shape) = (self.queries.len(), self.shape);
+        assert!(rows <= MAX_TILE, "{rows} queries");
+        assert!(self.q.len() >= (rows + SPARE_ROWS) * shape.key_width, "{} for {rows} queries", self.q.len());
+        assert!(self.scratch.len() >= SCRATCH, "scratch of {}", self.scratch.len());
+        for group in self.groups.clone() {
+            self.group(simd, group);
         }
-        self.values(simd);
-        self.scratch.out
     }
 }
 
-impl<T: Float> Attend<'_, T> {
-    /// How many positions row `r` of the tile sees.
+impl<T: Latent> Attend<'_, T> {
+    /// How many positions of a group row `r` of the tile sees.
     #[inline(always)]
-    fn seen(&self, r: usize) -> usize {
-        self.shape.seen(self.queries.start + r)
+    fn seen(&self, group: usize, r: usize) -> usize {
+        self.shape.seen(self.queries.start + r).saturating_sub(group * GROUP).min(GROUP)
     }
 
-    /// The blocks that the tile sees: of each its number and its positions.
+    /// One group: its part of each row takes the place of what was there, or joins it.
     #[inline(always)]
-    fn blocks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<T> {
-        let (seen, size) = (self.seen(self.queries.len() - 1), self.shape.block_size);
-        (0..seen.div_ceil(size)).map(move |b| (b, b * size..seen.min((b + 1) * size)))
+    fn group<S: Simd>(&mut self, simd: S, group: usize) {
+        let (count, width) = (self.queries.len(), self.shape.key_width);
+        let most = self.seen(group, count - 1);
+        let first = group * GROUP;
+        let tokens = self.context.rows(first..first + most);
+        let mut r = 0;
+        while r < count {
+            let rows = height::<S>(count - r);
+            let own = count.min(r + rows);
+            let tokens = &tokens[..self.seen(group, own - 1)];
+            if !tokens.is_empty() {
+                let out = (self.scratch[r * SCORE_STRIDE..].as_mut_ptr(), SCORE_STRIDE);
+                let q = Strided { start: self.q[r * width..].as_ptr(), stride: width };
+                // SAFETY: `run` has compared the sizes; tokens are rows of the cache.
+                unsafe { scores(simd, (q, rows), (tokens, width), AHEAD, out) };
+                self.strip(simd, group, (r..own, rows), tokens);
+            }
+            r += rows;
+        }
     }
 
-    /// Rows `r..r + n` of the tile, `n` at most 4.
+    /// Weights and weighted latents of the rows of one tile of registers, of which so many are computed.
     #[inline(always)]
-    fn quads(&self) -> impl Iterator<Item = (usize, usize)> + use<T> {
-        let rows = self.queries.len();
-        (0..rows).step_by(4).map(move |r| (r, (rows - r).min(4)))
-    }
-
-    /// Scores of all rows. A few of four rows are computed past what a row sees; nobody reads them.
-    #[inline(always)]
-    fn scores<S: Simd>(&mut self, simd: S) {
-        let (stride, width) = (self.shape.score_stride(&self.queries), self.shape.key_width);
-        let q = Strided { start: self.scratch.q.as_ptr(), stride: width };
-        let out = self.scratch.scores.as_mut_ptr();
-        for (b, positions) in self.blocks() {
-            let keys = self.context.block(b);
-            for (r, n) in self.quads() {
-                let seen = positions.start..positions.end.min(self.seen(r + n - 1));
-                if seen.is_empty() {
-                    continue;
+    fn strip<S: Simd>(
+        &mut self,
+        simd: S,
+        group: usize,
+        (own, rows): (Range<usize>, usize),
+        tokens: &[*const T],
+    ) {
+        let width = self.shape.value_width;
+        // SAFETY: a row of the tile.
+        let start = unsafe { self.parts.row(own.start) };
+        let mut means = Means { start, stride: self.parts.stride, join: None, wanted: [false; _] };
+        let mut join = [[0.0; 2]; _];
+        for (i, r) in own.clone().enumerate() {
+            let seen = self.seen(group, r);
+            if seen == 0 {
+                continue;
+            }
+            let row = &mut self.scratch[r * SCORE_STRIDE..][..GROUP];
+            let late = weigh::<S, T>(simd, row, 0..seen, self.shape.scale, f32::NEG_INFINITY);
+            let late = State { max: late.0, sum: late.1 };
+            // SAFETY: a row of the tile; a state fits behind its values.
+            unsafe {
+                let to = self.parts.row(r).add(width).cast::<State>();
+                if group == self.groups.start {
+                    to.write(late);
+                } else {
+                    let (state, factors) = to.read().join(simd, late);
+                    to.write(state);
+                    join[i] = factors;
                 }
-                // SAFETY: tokens of this block that a query of the tile sees; the scratch was divided for this shape.
+            }
+            means.wanted[i] = true;
+        }
+        if group > self.groups.start {
+            means.join = Some(join);
+        }
+        let stride = SCORE_STRIDE * size_of::<f32>() / size_of::<T>();
+        let weights =
+            Strided { start: self.scratch[own.start * SCORE_STRIDE..].as_ptr().cast::<T>(), stride };
+        // SAFETY: `run` has compared the sizes; weights of a row fill the front of the place of its scores.
+        unsafe { values(simd, (weights, rows), (tokens, width), &means) };
+    }
+}
+
+/// A softmax in the making: the maximum of the scores, and the sum of the weights relative to it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct State {
+    max: f32,
+    sum: f32,
+}
+
+impl State {
+    /// Both together, and by what the values of `self` and `late` are multiplied.
+    #[inline(always)]
+    fn join<S: Simd>(self, simd: S, late: State) -> (State, [f32; 2]) {
+        let max = if late.max > self.max { late.max } else { self.max };
+        let early = simd.to_array(exp(simd, simd.splat(self.max - max)))[0];
+        let factors = [early, simd.to_array(exp(simd, simd.splat(late.max - max)))[0]];
+        let sum = simd.to_array(joined(simd, simd.splat(self.sum), simd.splat(late.sum), factors))[0];
+        (State { max, sum }, factors)
+    }
+}
+
+/// The mean latent of a query from the parts that make it up, in ascending order.
+pub(super) struct Mean<'a, T> {
+    /// `[parts, part_width]`; the first takes in the others.
+    pub(super) parts: &'a mut [f32],
+    pub(super) out: &'a mut [T],
+}
+
+impl<T: Latent> Kernel for Mean<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = self.out.len();
+        let state = |part: &[f32]| State { max: part[width], sum: part[width + 1] };
+        let (first, rest) = self.parts.split_at_mut(part_width(width));
+        let mut all = state(first);
+        for late in rest.chunks_exact(part_width(width)) {
+            let factors;
+            (all, factors) = all.join(simd, state(late));
+            for d in (0..width).step_by(S::LANES) {
+                // SAFETY: widths are whole registers.
                 unsafe {
-                    let out = out.add(r * stride + seen.start);
-                    dots(simd, (q.skip(r), n), (keys, seen.len(), width), self.shape.scale, (out, stride));
+                    let to = first.as_mut_ptr().add(d);
+                    simd.store(to, joined(simd, simd.load(to), simd.load(late.as_ptr().add(d)), factors));
                 }
             }
         }
-    }
-
-    /// Weighted values of all rows, in ascending position. Positions that a few rows all see they share.
-    #[inline(always)]
-    fn values<S: Simd>(&mut self, simd: S) {
-        for (b, positions) in self.blocks() {
-            let values = self.context.block(b);
-            for (r, n) in self.quads() {
-                let shared = self.seen(r);
-                self.add(simd, (r, n), positions.start..positions.end.min(shared), values);
-                for r in r + 1..r + n {
-                    let start = positions.start.max(shared);
-                    let own = start..positions.end.min(self.seen(r));
-                    let skipped = start - positions.start;
-                    // SAFETY: no further than the block's end.
-                    self.add(simd, (r, 1), own, unsafe { values.skip(skipped.min(self.shape.block_size)) });
-                }
+        let factor = simd.splat(1.0 / all.sum);
+        for d in (0..width).step_by(S::LANES) {
+            // SAFETY: as above.
+            unsafe {
+                let mean = simd.mul(simd.load(first.as_ptr().add(d)), factor);
+                T::store(simd, self.out.as_mut_ptr().add(d), mean);
             }
-        }
-    }
-
-    /// Adds the values of some positions, which start at `values`, to rows `r..r + n`.
-    #[inline(always)]
-    fn add<S: Simd>(&mut self, simd: S, (r, n): (usize, usize), seen: Range<usize>, values: Strided<T>) {
-        if seen.is_empty() {
-            return;
-        }
-        let (stride, width) = (self.shape.score_stride(&self.queries), self.shape.value_width);
-        // SAFETY: tokens of one block that a query of the tile sees; the scratch was divided for this shape.
-        unsafe {
-            let p = Strided { start: self.scratch.scores.as_ptr().add(r * stride + seen.start), stride };
-            let out = self.scratch.out.as_mut_ptr().add(r * width);
-            accumulate(simd, (p, n), (values, seen.len()), (out, width));
-        }
-    }
-}
-
-/// The softmax of the first `len` elements of `x` in place. `x` has room for a whole register behind them.
-#[inline(always)]
-fn softmax<S: Simd>(simd: S, x: &mut [f32], len: usize) {
-    let end = len.next_multiple_of(S::LANES);
-    x[len..end].fill(f32::NEG_INFINITY);
-    let x = &mut x[..end];
-    let start = x.as_mut_ptr();
-    let mut max = simd.splat(f32::NEG_INFINITY);
-    let mut sum = simd.zero();
-    // SAFETY: whole registers inside `x`.
-    unsafe {
-        for i in (0..end).step_by(S::LANES) {
-            max = simd.max(simd.load(start.add(i)), max);
-        }
-        let max = simd.splat(simd.max_lane(max));
-        for i in (0..end).step_by(S::LANES) {
-            let e = exp(simd, simd.sub(simd.load(start.add(i)), max));
-            simd.store(start.add(i), e);
-            sum = simd.add(sum, e);
-        }
-        let factor = simd.splat(1.0 / simd.sum(sum));
-        for i in (0..end).step_by(S::LANES) {
-            simd.store(start.add(i), simd.mul(simd.load(start.add(i)), factor));
         }
     }
 }

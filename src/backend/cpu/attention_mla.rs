@@ -1,9 +1,10 @@
 //! Multi-head latent attention, in the form that belongs to each row.
 //!
 //! Expanded rows, sequence by sequence: first the context's latents and rotary keys are turned into columns, block by block,
-//! for all heads; then a task is one head, which expands the context into its own scratch and attends like GQA. Absorbed rows,
-//! of all sequences together, go through three rounds of tasks: queries to latents (by head, so that a weight is read once for
-//! many rows), attention over the cached latents (by sequence, some heads at a time), latents to outputs.
+//! for all heads; then a task is one head, which expands the context into its own scratch and attends like GQA. Absorbed rows:
+//! [`absorbed`].
+
+mod absorbed;
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -12,9 +13,9 @@ use half::bf16;
 
 use super::CpuBackend;
 use super::attention::{self, Attend, Context};
-use super::attention_latent::{self as absorbed, LatentContext};
+use super::attention_latent::Latent;
 use super::elementwise::{FloatRows, FloatRowsMut, convert_row};
-use super::kv::{block_table, find_span, padded, scatter_words};
+use super::kv::{block_table, padded, padded_latent, scatter_words};
 use super::memory::{Rows, with_local_scratch};
 use super::mla_weights::{COLUMNS, KEY_PANELS, KEY_ROWS, VALUE_PANELS};
 use super::product::{Operand, Panel, Strided, Sums, product};
@@ -22,8 +23,6 @@ use super::simd::{Float, Kernel, Simd};
 use crate::backend::{AttentionBatch, DType, KvShape, MlaArgs, SeqSpan, ViewMut, check};
 use crate::error::Result;
 
-/// Rows that go through a head's matrix together.
-const ROWS: usize = 32;
 /// How far ahead of their use weights are fetched, in elements.
 const AHEAD: usize = 2048;
 
@@ -41,7 +40,7 @@ pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMu
 
 fn attend_all<T, W>(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>)
 where
-    T: Operand<T> + Operand<W>,
+    T: Latent + Operand<W>,
     W: Float,
 {
     let KvShape::Mla { latent, rope_dim } = args.cache.shape else { unreachable!("checked by the caller") };
@@ -58,7 +57,7 @@ where
         block_size: args.cache.block_size,
         scale: args.scale,
         heads: args.weights.heads,
-        latent: padded(latent),
+        latent: padded_latent(latent),
         nope: args.weights.nope_dim,
         rope: rope_dim,
         v: args.weights.v_dim,
@@ -105,7 +104,7 @@ struct Call<'a, T, W> {
 
 impl<T, W> Call<'_, T, W>
 where
-    T: Operand<T> + Operand<W>,
+    T: Latent + Operand<W>,
     W: Float,
 {
     /// The part of a query without rotary, padded.
@@ -246,115 +245,6 @@ where
         }
     }
 
-    /// All rows in absorbed form.
-    fn absorbed(&self) {
-        let count: usize = self.batch.spans.iter().map(absorbed_rows).sum();
-        if count == 0 {
-            return;
-        }
-        // The calling thread lends memory that the tasks of all rounds share: which rows, and their latents.
-        with_local_scratch::<i32, _>(count, |rows| {
-            let spans = self.batch.spans.iter();
-            let all = spans.flat_map(|s| (s.row as usize + expanded_rows(s)..).take(absorbed_rows(s)));
-            rows.iter_mut().zip(all).for_each(|(to, row)| *to = row as i32);
-            let rows = &*rows;
-            with_local_scratch::<T, _>(count * self.heads * self.latent, |latents| {
-                let latents = Pieces::new(latents, self.latent);
-                let chunks = count.div_ceil(ROWS);
-                let by_head = |task: usize| {
-                    let first = task % chunks * ROWS;
-                    (task / chunks, first..count.min(first + ROWS))
-                };
-                self.backend.pool().run(self.heads * chunks, &|task| {
-                    let (head, chunk) = by_head(task);
-                    self.queries_to_latents(head, chunk, rows, &latents);
-                });
-                self.attend_absorbed(rows, &latents);
-                self.backend.pool().run(self.heads * chunks, &|task| {
-                    let (head, chunk) = by_head(task);
-                    self.latents_to_outputs(head, chunk, rows, &latents);
-                });
-            });
-        });
-    }
-
-    /// `q' = W_k^T q_nope` of some absorbed rows and one head.
-    fn queries_to_latents(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Pieces<'_, T>) {
-        let (depth, width) = (padded(self.nope), self.latent.next_multiple_of(COLUMNS));
-        with_local_scratch::<T, _>(chunk.len() * depth, |queries| {
-            for (to, &row) in queries.chunks_exact_mut(depth).zip(&rows[chunk.clone()]) {
-                self.read_nope(row as usize, head, to);
-            }
-            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
-                self.multiply(queries, (self.key_panels.row(head), depth), (sums, width));
-                for (a, sums) in chunk.clone().zip(sums.chunks_exact(width)) {
-                    // SAFETY: a row and head are in one task.
-                    let to = unsafe { latents.get(a * self.heads + head) };
-                    convert_row(self.backend, &sums[..self.latent], to);
-                }
-            });
-        });
-    }
-
-    /// From q' to the mean latent, in place.
-    fn attend_absorbed(&self, rows: &[i32], latents: &Pieces<'_, T>) {
-        let threads = self.backend.pool().threads();
-        let tile = absorbed::tile_rows(threads, rows.len() * self.heads);
-        let tasks = |span: &SeqSpan| (absorbed_rows(span) * self.heads).div_ceil(tile);
-        let (latent, rope) = (self.latent, padded(self.rope));
-        self.backend.pool().run(self.batch.spans.iter().map(tasks).sum(), &|task| {
-            let (span, task) = find_span(self.batch.spans, task, tasks);
-            let before: usize = self.batch.spans[..span].iter().map(absorbed_rows).sum();
-            let span = &self.batch.spans[span];
-            let shape = absorbed::Shape {
-                heads: self.heads,
-                rows: absorbed_rows(span),
-                position: span.position as usize + expanded_rows(span),
-                scale: self.scale,
-                block_size: self.block_size,
-                key_width: latent + rope,
-                value_width: latent,
-            };
-            let table = block_table(&self.batch, span);
-            let context = LatentContext { cache: self.cache, table, block_size: self.block_size };
-            let queries = task * tile..shape.queries().min((task + 1) * tile);
-            with_local_scratch::<f32, _>(shape.scratch(&queries), |scratch| {
-                let scratch = absorbed::TileScratch::new(&shape, &queries, scratch);
-                for (i, to) in queries.clone().zip(scratch.q.chunks_exact_mut(shape.key_width)) {
-                    let i = before * self.heads + i;
-                    // SAFETY: a row and head are in one task.
-                    convert_row(self.backend, unsafe { latents.get(i) }, &mut to[..latent]);
-                    self.read_rope(rows[i / self.heads] as usize, i % self.heads, &mut to[latent..]);
-                }
-                let attend = absorbed::Attend { shape, queries: queries.clone(), context: &context, scratch };
-                let result = self.backend.dispatch(attend);
-                for (i, mean) in queries.clone().zip(result.chunks_exact(shape.value_width)) {
-                    // SAFETY: as above.
-                    let to = unsafe { latents.get(before * self.heads + i) };
-                    convert_row(self.backend, mean, to);
-                }
-            });
-        });
-    }
-
-    /// `out = W_v o` of some absorbed rows and one head.
-    fn latents_to_outputs(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Pieces<'_, T>) {
-        let width = self.v.next_multiple_of(COLUMNS);
-        with_local_scratch::<T, _>(chunk.len() * self.latent, |means| {
-            for (a, to) in chunk.clone().zip(means.chunks_exact_mut(self.latent)) {
-                // SAFETY: a row and head are in one task.
-                to.copy_from_slice(unsafe { latents.get(a * self.heads + head) });
-            }
-            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
-                self.multiply(means, (self.value_panels.row(head), self.latent), (sums, width));
-                for (&row, value) in rows[chunk.clone()].iter().zip(sums.chunks_exact(width)) {
-                    // SAFETY: as above.
-                    unsafe { self.write(row as usize, head, value) };
-                }
-            });
-        });
-    }
-
     /// `sums = x . matrix`, `[rows, depth]` times panels of `[depth, width]`.
     fn multiply(&self, x: &[T], (panels, depth): (&[W], usize), (sums, width): (&mut [f32], usize)) {
         let rows = x.len() / depth;
@@ -488,12 +378,30 @@ impl<'a, T> Pieces<'a, T> {
     /// Piece `i`.
     ///
     /// # Safety
-    /// Nobody else writes this piece while the slice lives, nor uses it if the slice is written.
+    /// See [`Pieces::range`].
     #[expect(clippy::mut_from_ref, reason = "threads use disjoint pieces; the caller promises it")]
     unsafe fn get(&self, i: usize) -> &mut [T] {
-        assert!(i < self.count, "piece {i} of {}", self.count);
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.range(i..i + 1) }
+    }
+
+    /// Some pieces.
+    ///
+    /// # Safety
+    /// Nobody else writes these pieces while the slice lives, nor uses them if the slice is written.
+    #[expect(clippy::mut_from_ref, reason = "threads use disjoint pieces; the caller promises it")]
+    unsafe fn range(&self, pieces: Range<usize>) -> &mut [T] {
+        assert!(pieces.end <= self.count, "pieces {pieces:?} of {}", self.count);
         // SAFETY: inside the borrowed memory; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.len), self.len) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.add(pieces.start * self.len), pieces.len() * self.len)
+        }
+    }
+
+    /// Where piece `i` starts, for whoever uses pieces that do not lie one after another.
+    fn address(&self, i: usize) -> *mut T {
+        assert!(i < self.count, "piece {i} of {}", self.count);
+        self.start.wrapping_add(i * self.len)
     }
 }
 

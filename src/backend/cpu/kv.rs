@@ -3,8 +3,8 @@
 //! Widths are padded with zeros to whole registers, so that kernels need no tails. A row of a part's tensor is:
 //! * GQA: what one head keeps of a block, as panels for [`super::product`]: `[(block, KV head), ...]`, in part 0 the keys
 //!   `[head_dim][tokens]`, in part 1 the values `[tokens][head_dim]`; of bf16, two consecutive k of a column lie side by side;
-//! * MLA: what a token keeps: part 0 only, `[(block, token), latent + rope_dim]`, both padded: the latent is the value and, with
-//!   the rotary key behind it, the key.
+//! * MLA: what a token keeps: part 0 only, `[(block, token), latent + rope_dim]`, both padded to two registers: the latent is the
+//!   value and, with the rotary key behind it, the key.
 
 use super::CpuBackend;
 use super::elementwise::convert_row;
@@ -19,11 +19,16 @@ pub(super) fn padded(dim: usize) -> usize {
     dim.next_multiple_of(MAX_LANES)
 }
 
+/// A latent or its rotary key with its padding: a register holds twice as many bf16 as f32, and these lie side by side in rows.
+pub(super) fn padded_latent(dim: usize) -> usize {
+    dim.next_multiple_of(2 * MAX_LANES)
+}
+
 /// Number of parts; rows per block and their width, of each part.
 fn parts(shape: KvShape, block_size: usize) -> (usize, usize, usize) {
     match shape {
         KvShape::Gqa { kv_heads, head_dim } => (2, kv_heads, block_size.saturating_mul(padded(head_dim))),
-        KvShape::Mla { latent, rope_dim } => (1, block_size, padded(latent) + padded(rope_dim)),
+        KvShape::Mla { latent, rope_dim } => (1, block_size, padded_latent(latent) + padded_latent(rope_dim)),
     }
 }
 
@@ -233,7 +238,7 @@ pub(super) fn kv_write(
         }
         KvShape::Mla { latent, .. } => {
             write(v, 0, Place::Columns(0));
-            write(k, 0, Place::Columns(padded(latent)));
+            write(k, 0, Place::Columns(padded_latent(latent)));
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::CpuBackend;
-use super::kv::padded;
+use super::kv::{padded, padded_latent};
 use super::memory::{self, RowsMut};
 use super::rows::with_float;
 use super::simd::Float;
@@ -20,15 +20,15 @@ pub const KEY_PANELS: usize = 1;
 /// `W_v` as panels over the latent, a row of the tensor per head, for both forms.
 pub const VALUE_PANELS: usize = 2;
 
-/// Elements of a matrix of `k` rows in panels of [`COLUMNS`].
+/// Elements of a matrix of `k` rows, padding included, in panels of [`COLUMNS`].
 fn panel_elements(k: usize, columns: usize) -> usize {
-    padded(k).saturating_mul(columns.next_multiple_of(COLUMNS))
+    k.saturating_mul(columns.next_multiple_of(COLUMNS))
 }
 
-/// Place of element (k, column) in panels of [`COLUMNS`] over `depth` k, `T` by as many k as fit into 32 bits.
+/// Place of element (k, column) in panels of [`COLUMNS`] over `depth` k, padding included, `T` by as many k as fit into 32 bits.
 fn place<T>(k: usize, column: usize, depth: usize) -> usize {
     let group = size_of::<u32>() / size_of::<T>();
-    let panel = column / COLUMNS * padded(depth) * COLUMNS;
+    let panel = column / COLUMNS * depth * COLUMNS;
     panel + (k / group * COLUMNS + column % COLUMNS) * group + k % group
 }
 
@@ -43,10 +43,11 @@ pub fn pack_mla(
 ) -> Result<MlaWeights> {
     check::pack_mla(kv_b, heads, nope_dim, v_dim);
     let latent = kv_b.k;
+    let (nope_depth, latent_depth) = (padded(nope_dim), padded_latent(latent));
     let mut parts = vec![
-        memory::tensor(dtype, heads.saturating_mul(padded(nope_dim)), padded(latent))?,
-        memory::tensor(dtype, heads, panel_elements(nope_dim, latent))?,
-        memory::tensor(dtype, heads, panel_elements(latent, v_dim))?,
+        memory::tensor(dtype, heads.saturating_mul(nope_depth), latent_depth)?,
+        memory::tensor(dtype, heads, panel_elements(nope_depth, latent))?,
+        memory::tensor(dtype, heads, panel_elements(latent_depth, v_dim))?,
     ];
     with_float!(dtype, T => {
         let [key_rows, key_panels, value_panels] = &mut parts[..] else { unreachable!("three parts") };
@@ -67,14 +68,14 @@ pub fn pack_mla(
             };
             for d in 0..nope_dim {
                 // SAFETY: as above.
-                let row = unsafe { key_rows.part(head * padded(nope_dim) + d, 0..latent) };
+                let row = unsafe { key_rows.part(head * nope_depth + d, 0..latent) };
                 for (l, x) in row.iter_mut().enumerate() {
                     *x = element(d, l);
-                    key_panels[place::<T>(d, l, nope_dim)] = *x;
+                    key_panels[place::<T>(d, l, nope_depth)] = *x;
                 }
             }
             for d in 0..v_dim {
-                (0..latent).for_each(|l| value_panels[place::<T>(l, d, latent)] = element(nope_dim + d, l));
+                (0..latent).for_each(|l| value_panels[place::<T>(l, d, latent_depth)] = element(nope_dim + d, l));
             }
         });
     });
@@ -90,7 +91,8 @@ pub fn mla_bytes(
     latent: usize,
     dtype: DType,
 ) -> usize {
-    let key_rows = padded(nope_dim).saturating_mul(padded(latent));
-    let elements = key_rows + panel_elements(nope_dim, latent) + panel_elements(latent, v_dim);
+    let (nope_depth, latent_depth) = (padded(nope_dim), padded_latent(latent));
+    let key_rows = nope_depth.saturating_mul(latent_depth);
+    let elements = key_rows + panel_elements(nope_depth, latent) + panel_elements(latent_depth, v_dim);
     heads.saturating_mul(elements).saturating_mul(dtype.bytes())
 }

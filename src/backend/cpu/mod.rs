@@ -27,7 +27,6 @@ mod rope;
 mod route;
 mod rows;
 mod tile;
-mod tiles;
 mod work;
 
 use crate::backend::{

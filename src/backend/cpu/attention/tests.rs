@@ -255,6 +255,48 @@ fn mla_is_close_to_the_reference() {
     }
 }
 
+/// Absorbed rows behind more positions than are read together.
+const LONG: [Part; 4] = [
+    Part { sequence: 1, position: 529, rows: 3, prompt_len: 300 },
+    Part { sequence: 2, position: 700, rows: 1, prompt_len: 700 },
+    Part { sequence: 3, position: 254, rows: 4, prompt_len: 0 },
+    Part { sequence: 4, position: 3, rows: 1, prompt_len: 2 },
+];
+
+#[test]
+fn mla_behind_a_long_context_is_close_to_the_reference() {
+    let layer = Layer::Mla { heads: 5, latent: 40, nope: 24, rope: 8, v: 20 };
+    for precision in Precision::ALL {
+        check_close(layer, precision, 48, &LONG);
+        check_close(layer, precision, 32, &LONG[1..2]);
+    }
+}
+
+#[test]
+fn mla_bits_behind_a_long_context_do_not_depend_on_who_reads_it() {
+    let layer = Layer::Mla { heads: 9, latent: 40, nope: 24, rope: 8, v: 20 };
+    let cols = layer.widths()[3];
+    for (precision, isa) in
+        Precision::ALL.into_iter().flat_map(|p| Isa::available().into_iter().map(move |i| (p, i)))
+    {
+        let alone = |threads, block_size, part| {
+            run(&CpuBackend::new(threads, isa).unwrap(), layer, precision, block_size, &[part])
+        };
+        // One thread gives each tile to one task; several share a sequence that is alone, and not one among many.
+        let expected = LONG.map(|part| alone(1, 32, part));
+        for (part, expected) in LONG.iter().zip(&expected) {
+            let row = |r| Part { position: part.position + r, rows: 1, ..*part };
+            let rows = (0..part.rows).map(|r| alone(4, 48, row(r)));
+            assert!(alone(3, 16, *part) == *expected, "{} {precision:?} {part:?}", isa.name());
+            assert!(rows.collect::<Vec<_>>().concat() == *expected, "{} {precision:?} {part:?}", isa.name());
+        }
+        let crowd: Vec<Part> = LONG.iter().copied().cycle().take(24).collect();
+        let found = run(&CpuBackend::new(2, isa).unwrap(), layer, precision, 32, &crowd);
+        assert!(found == expected.concat().repeat(6), "{} {precision:?} in a batch", isa.name());
+        assert_eq!(found.len() % cols, 0);
+    }
+}
+
 #[test]
 fn gqa_bits_do_not_depend_on_the_batch() {
     for precision in [Precision::F32, Precision::BF16] {

@@ -68,6 +68,30 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn interleave(self, a: __m256i, b: __m256i) -> [__m256i; 2] {
+        // SAFETY: the proof.
+        unsafe {
+            // Unpacking works per 128-bit half.
+            let (low, high) = (_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+            [_mm256_permute2x128_si256::<0x20>(low, high), _mm256_permute2x128_si256::<0x31>(low, high)]
+        }
+    }
+    #[inline(always)]
+    fn sums(self, v: [__m256; 8]) -> [f32; 8] {
+        // SAFETY: the proof; the store fills an array.
+        unsafe {
+            // In each half of a register: the sums of that half of four vectors.
+            let first = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+            let last = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+            let low = _mm256_permute2f128_ps::<0x20>(first, last);
+            let high = _mm256_permute2f128_ps::<0x31>(first, last);
+            let mut sums = [0.0; 8];
+            _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(low, high));
+            sums
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m256 {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm256_loadu_ps(from) }

@@ -75,6 +75,17 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
+        // SAFETY: the proof.
+        unsafe { interleaved(a, b) }
+    }
+    #[inline(always)]
+    fn sums(self, v: [__m512; 8]) -> [f32; 8] {
+        // SAFETY: the proof.
+        unsafe { eight_sums(v) }
+    }
+
+    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm512_loadu_ps(from) }
@@ -142,4 +153,46 @@ fn rounded(v: __m512) -> __m512i {
     let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
     let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
     _mm512_mask_blend_epi32(is_nan, _mm512_add_epi32(bits, half), quiet)
+}
+
+/// The words of two registers in turn.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn interleaved(a: __m512i, b: __m512i) -> [__m512i; 2] {
+    // Word 2 i comes from word i of `a`, word 2 i + 1 from word i of `b`, which is numbered 32 + i.
+    const PLACES: [[u16; 32]; 2] = {
+        let mut places = [[0; 32]; 2];
+        let mut i = 0;
+        while i < 64 {
+            places[i / 32][i % 32] = (i / 2 + i % 2 * 32) as u16;
+            i += 1;
+        }
+        places
+    };
+    // SAFETY: a whole array each.
+    let [low, high] = unsafe {
+        [_mm512_loadu_si512(PLACES[0].as_ptr().cast()), _mm512_loadu_si512(PLACES[1].as_ptr().cast())]
+    };
+    [_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)]
+}
+
+/// The sum of the lanes of each vector, all in the same order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn eight_sums(v: [__m512; 8]) -> [f32; 8] {
+    // Of every quarter of a register: sums of two elements, of two vectors.
+    let two = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    // Of every quarter: its whole sum, of four vectors.
+    let four = |a, b, c, d| {
+        let (a, b) = (_mm512_castps_pd(two(a, b)), _mm512_castps_pd(two(c, d)));
+        let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+    };
+    // Quarters 0 and 1, 2 and 3, of two registers.
+    let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    let eight = halves(four(v[0], v[1], v[2], v[3]), four(v[4], v[5], v[6], v[7]));
+    let mut sums = [0.0; 8];
+    // SAFETY: a whole array.
+    unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm512_castps512_ps256(halves(eight, eight))) };
+    sums
 }

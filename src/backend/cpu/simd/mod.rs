@@ -177,6 +177,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `acc + even(a) * even(b) + odd(a) * odd(b)`, in an order of the instruction set's own.
     fn dot(self, acc: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V;
 
+    /// Two rows of `2 * LANES` bf16 as pairs (a[0], b[0]), (a[1], b[1]), ...
+    fn interleave(self, a: Self::Pairs, b: Self::Pairs) -> [Self::Pairs; 2];
+
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch(self, address: *const u8);
 
@@ -241,6 +244,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
             self.store_bf16(lanes.as_mut_ptr(), v);
             self.load_bf16(lanes.as_ptr())
         }
+    }
+    /// The sum of the lanes of each vector, in one fixed order, which need not be that of [`Simd::sum`].
+    #[inline(always)]
+    fn sums(self, v: [Self::V; 8]) -> [f32; 8] {
+        v.map(|v| self.sum(v))
     }
     /// Sum of the lanes, in a fixed order.
     #[inline(always)]

@@ -113,6 +113,12 @@ impl Simd for Portable {
         self.fma(self.odd(a), self.odd(b), acc)
     }
     #[inline(always)]
+    fn interleave(self, a: Self::Pairs, b: Self::Pairs) -> [Self::Pairs; 2] {
+        // Element i of a row is half of word i / 2.
+        let element = |row: Self::Pairs, i: usize| row[i / 2] >> (16 * (i % 2)) & 0xffff;
+        [0, LANES].map(|first| std::array::from_fn(|i| element(a, first + i) | element(b, first + i) << 16))
+    }
+    #[inline(always)]
     fn prefetch(self, _: *const u8) {}
 }
 

@@ -119,6 +119,12 @@ impl Kernel for Everything<'_> {
         let two = u32::from(bf16::from_f32(2.0).to_bits());
         let three = u32::from(bf16::from_f32(3.0).to_bits());
         let rounded = simd.round(va);
+        // Rows a[0], b[0], a[1], ... and 0, 1, 2, ...
+        let counted: Vec<bf16> = (0..2 * n).map(|i| bf16::from_f32(i as f32)).collect();
+        // SAFETY: 2 * LANES elements.
+        let [low, high] = simd.interleave(vp, unsafe { simd.load_pairs(counted.as_ptr()) });
+        let [first, second] = [&pairs[..n], &pairs[n..]].map(|row| row.iter().map(|x| x.to_f32()).collect());
+        let multiples: [f32; 8] = std::array::from_fn(|i| i as f32);
         vec![
             ("splat", got(simd.splat(2.5)), vec![2.5; n]),
             ("add", got(simd.add(va, vb)), plain(&|a, b| a + b)),
@@ -136,6 +142,18 @@ impl Kernel for Everything<'_> {
                 "dot",
                 got(simd.dot(simd.splat(1.0), simd.splat_pair(three << 16 | two), vp)),
                 plain(&|a, b| 1.0 + 2.0 * round(a) + 3.0 * round(b)),
+            ),
+            ("interleave, first half", got(simd.even(low)), first),
+            ("interleave, second half", got(simd.even(high)), second),
+            (
+                "interleave, odd",
+                [got(simd.odd(low)), got(simd.odd(high))].concat(),
+                (0..2 * n).map(|i| i as f32).collect(),
+            ),
+            (
+                "sums",
+                simd.sums(multiples.map(|k| simd.mul(va, simd.splat(k)))).to_vec(),
+                multiples.map(|k| k * a.iter().sum::<f32>()).to_vec(),
             ),
             ("load_bf16", got(widened), pairs[..n].iter().map(|x| x.to_f32()).collect()),
             ("sum", vec![simd.sum(va)], vec![a.iter().sum()]),
