@@ -1,6 +1,6 @@
 //! What a step cannot do without: the bytes it must read and the arithmetic it must do.
 
-use moeyard::backend::DType;
+use moeyard::backend::Precision;
 use moeyard::spec::{Attention, ModelSpec};
 
 /// Floating-point operations (a multiplication and an addition are two) of a whole prompt: all matrices but the head for every
@@ -23,12 +23,16 @@ pub fn flops_of_prompt(spec: &ModelSpec, tokens: usize) -> f64 {
 }
 
 /// Bytes that a decode step reads which meets `distinct` different experts, summed over the layers, and whose sequences see
-/// `context` tokens together: the bf16 weights of everything but the embedding, of which it reads some rows only, and the cache.
-pub fn bytes_of_step(spec: &ModelSpec, distinct: usize, context: usize) -> f64 {
+/// `context` tokens together: the weights of everything but the embedding, of which it reads some rows only, and the cache. Scales of
+/// quantised weights are left out.
+pub fn bytes_of_step(spec: &ModelSpec, precision: Precision, distinct: usize, context: usize) -> f64 {
     let all = spec.parameters();
     let expert = all.experts / (spec.moe_layers().len() * spec.moe.experts) as u64;
     let head = if spec.tied_embeddings { all.embedding } else { 0 };
-    let always = all.total() - all.embedding - all.experts + head;
+    let always = all.total() - all.embedding - all.experts - all.shared + head;
+    let experts = all.shared + distinct as u64 * expert;
     let cache = context as u64 * spec.kv_numbers_per_token(1);
-    (always + distinct as u64 * expert + cache) as f64 * DType::Bf16.bytes() as f64
+    let Precision { weights, activations, experts: quantized } = precision;
+    let parts = [(always, weights), (experts, quantized), (cache, activations)];
+    parts.map(|(numbers, dtype)| numbers as f64 * dtype.bytes() as f64).iter().sum()
 }

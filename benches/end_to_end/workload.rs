@@ -26,6 +26,8 @@ const BLOCK: usize = 32;
 pub struct Workload {
     /// What the model is.
     pub spec: ModelSpec,
+    /// In which types it computes.
+    pub precision: Precision,
     /// Where it runs.
     pub backend: Arc<CpuBackend>,
     model: Box<dyn Model>,
@@ -46,9 +48,10 @@ pub struct Step {
 }
 
 impl Workload {
-    /// Loads a checkpoint in bf16, with room for `sequences` sequences of `tokens` tokens, and for a prompt.
+    /// Loads a checkpoint, with room for `sequences` sequences of `tokens` tokens, and for a prompt.
     pub fn load(
         folder: &Path,
+        precision: Precision,
         threads: usize,
         sequences: usize,
         tokens: usize,
@@ -65,7 +68,7 @@ impl Workload {
             counters: vec![Arc::new(LoadCounters::new(&placement))],
             transport: Transport::Local,
             degrees: Degrees::SOLO,
-            precision: Precision::BF16,
+            precision,
             placement,
             split: Split::Exact,
             sizes: Sizes {
@@ -82,7 +85,7 @@ impl Workload {
         let mut ranks = load_world(reader, &spec, vec![device], &options)?;
         let rank = ranks.pop().expect("one backend makes one rank");
         let model = Box::new(rank.model);
-        Ok(Workload { spec, backend, model, output: rank.output, blocks_per_sequence, random: 1 })
+        Ok(Workload { spec, precision, backend, model, output: rank.output, blocks_per_sequence, random: 1 })
     }
 
     /// Seconds of one step on random tokens. Wants the logits of the last row of each sequence, as a server does.

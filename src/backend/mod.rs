@@ -10,6 +10,7 @@ pub mod check;
 pub mod cpu;
 pub mod cuda;
 mod event;
+pub mod int8;
 mod planned;
 mod precision;
 pub mod reference;
@@ -227,7 +228,8 @@ pub trait Backend: Send + Sync {
     /// Packs a matrix into this backend's layout as `dtype`.
     fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix>;
 
-    /// Packs a gated MLP into this backend's layout as `dtype`; biases stay f32.
+    /// Packs a gated MLP into this backend's layout as `dtype`; biases stay f32. [`DType::I8`] quantises the matrices as [`int8`] says,
+    /// on a backend that has it ([`Backend::has_int8`]).
     fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp>;
 
     /// Packs `kv_b_proj` `[heads * (nope_dim + v_dim), latent]` for both MLA forms.
@@ -239,6 +241,11 @@ pub trait Backend: Send + Sync {
         v_dim: usize,
         dtype: DType,
     ) -> Result<MlaWeights>;
+
+    /// Whether MLPs may be packed as [`DType::I8`].
+    fn has_int8(&self) -> bool {
+        false
+    }
 
     /// Bytes that [`Backend::pack_matrix`] will allocate for `[n, k]`: padding included.
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize;
@@ -383,7 +390,7 @@ pub trait Backend: Send + Sync {
 
     /// Every row through the MLP of its slot, as one operation: `out = down(act(gate x, up x))` with biases. The
     /// product of the activation is rounded to the activation type, that of `rows`, before `down`. All slots have weights of
-    /// one type.
+    /// one type. Those of type [`DType::I8`] are multiplied as [`int8`] says.
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()>;
 
     /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.

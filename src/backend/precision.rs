@@ -6,21 +6,33 @@ use crate::spec::{Router, Score};
 /// Types of weights and of what is multiplied with them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Precision {
-    /// Type of weight matrices.
+    /// Type of weight matrices, the experts' apart.
     pub weights: DType,
     /// Type of activations, of the KV cache and of rows that travel.
     pub activations: DType,
+    /// Type of the matrices of routed and shared experts: that of the others, or I8.
+    pub experts: DType,
 }
 
 impl Precision {
     /// Everything in f32.
-    pub const F32: Precision = Precision { weights: DType::F32, activations: DType::F32 };
+    pub const F32: Precision = Precision::plain(DType::F32, DType::F32);
     /// Everything in bf16, sums apart.
-    pub const BF16: Precision = Precision { weights: DType::Bf16, activations: DType::Bf16 };
+    pub const BF16: Precision = Precision::plain(DType::Bf16, DType::Bf16);
     /// Weights in bf16, activations in f32.
-    pub const MIXED: Precision = Precision { weights: DType::Bf16, activations: DType::F32 };
-    /// What every backend multiplies.
+    pub const MIXED: Precision = Precision::plain(DType::Bf16, DType::F32);
+    /// What every backend multiplies; some can have experts in I8 besides.
     pub const ALL: [Precision; 3] = [Precision::F32, Precision::BF16, Precision::MIXED];
+
+    /// All weights of one type.
+    const fn plain(weights: DType, activations: DType) -> Precision {
+        Precision { weights, activations, experts: weights }
+    }
+
+    /// The same with the weights of experts in 8 bits.
+    pub const fn with_int8_experts(self) -> Precision {
+        Precision { experts: DType::I8, ..self }
+    }
 
     /// What `--dtype dtype` means for a model with this router.
     ///
@@ -36,7 +48,7 @@ impl Precision {
             (DType::F32, _) => Precision::F32,
             (DType::Bf16, Score::SparseMixer { .. }) => Precision::MIXED,
             (DType::Bf16, Score::Softmax | Score::Sigmoid | Score::SoftmaxOverChosen) => Precision::BF16,
-            (DType::I32, _) => panic!("models compute in F32 or Bf16"),
+            (DType::I32 | DType::I8, _) => panic!("models compute in F32 or Bf16"),
         }
     }
 }

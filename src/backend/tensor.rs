@@ -13,6 +13,8 @@ pub enum DType {
     Bf16,
     /// Signed 32-bit integers (expert ids).
     I32,
+    /// Signed 8-bit integers (quantised weights of experts, see [`super::int8`]).
+    I8,
 }
 
 impl DType {
@@ -21,6 +23,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::Bf16 => 2,
+            DType::I8 => 1,
         }
     }
 }

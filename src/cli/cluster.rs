@@ -5,7 +5,6 @@ use std::fmt;
 
 use router_sim::topology::{Cluster, DeviceKind};
 
-use crate::backend::Precision;
 use crate::backend::reference::ReferenceBackend;
 use crate::config::flags::DeviceChoice;
 use crate::config::parallel::MAX_RANKS;
@@ -81,7 +80,7 @@ impl ClusterPlan {
                     expert_tp: parallel.expert_tp,
                 },
                 slots: options.experts.slots_per_rank,
-                precision: Precision::of(options.model.dtype, &spec.moe.router),
+                precision: options.model.precision(&spec.moe.router),
                 sizes,
             },
         );
@@ -143,6 +142,9 @@ impl ClusterPlan {
             DeviceKind::Gpu => DeviceChoice::Cuda,
             DeviceKind::Cpu => DeviceChoice::Cpu,
         };
+        if raw.quantize.is_some() && wanted == DeviceChoice::Cuda {
+            found.push("int8 experts are computed on a CPU only".to_owned());
+        }
         if raw.device.is_some_and(|given| given != DeviceChoice::Auto && given != wanted) {
             found.push(format!("the configuration is for another kind of device than {}", self.device));
         }

@@ -9,7 +9,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{self, CudaBackend, GpuInfo};
 use crate::comm::Transport;
 use crate::comm::nccl::{self, Library};
-use crate::config::flags::{CommChoice, DeviceChoice};
+use crate::config::flags::{CommChoice, DeviceChoice, QuantizeChoice};
 use crate::config::host_memory;
 use crate::config::resolve::ModelOptions;
 use crate::config::size::ByteSize;
@@ -89,6 +89,10 @@ fn on_cpu(asked: &ModelOptions, ranks: usize) -> Result<Devices> {
 }
 
 fn on_gpus(asked: &ModelOptions, ranks: usize, gpus: usize) -> Result<Devices> {
+    if asked.quantize == Some(QuantizeChoice::Int8) {
+        let why = "int8 experts are computed on a CPU only, and this machine has GPUs: add --device cpu";
+        return Err(Error::config("quantize", why));
+    }
     let seats = seats(asked.comm, ranks, gpus, find_nccl, nccl_shares())?;
     if seats.shared && ranks > 1 && gpus > 1 {
         tracing::warn!("{ranks} ranks share GPU 0, {} more stay idle", gpus - 1);

@@ -27,7 +27,7 @@ pub struct RunShape {
     pub slots_per_rank: usize,
     /// Experts that may be on their way to a rank at once.
     pub staging_slots: usize,
-    /// Types of weights and of the KV cache.
+    /// Types of weights, of experts and of the KV cache.
     pub precision: Precision,
     /// Tokens per KV block.
     pub block_size: usize,
@@ -56,7 +56,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         parallel: options.parallel,
         slots_per_rank: options.experts.slots_per_rank,
         staging_slots: options.experts.staging_slots,
-        precision: Precision::of(options.model.dtype, &spec.moe.router),
+        precision: options.model.precision(&spec.moe.router),
         block_size: options.cache.block_size,
     };
     print!("{}", report(&spec, &shape));
@@ -117,26 +117,28 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
     line("ranks", format!("{world} (TP {tp}, DP {dp}, EP {ep}, tensor split inside an expert {expert_tp})"));
     line("slots per rank", format!("{} per MoE layer", run.slots_per_rank));
     let rank = spec.rank_parameters(run.parallel.split(run.slots_per_rank));
-    let bytes =
-        |numbers: u64, dtype: DType| ByteSize(numbers.saturating_mul(dtype.bytes() as u64)).to_string();
-    let Precision { weights, activations } = run.precision;
+    let of_type = |numbers: u64, dtype: DType| numbers.saturating_mul(dtype.bytes() as u64);
+    let bytes = |numbers: u64, dtype: DType| ByteSize(of_type(numbers, dtype)).to_string();
+    let Precision { weights, activations, experts } = run.precision;
     let kv_token = spec.kv_numbers_per_token(tp);
-    line("bytes per rank", bytes(rank.total(), weights));
-    for (label, numbers) in [
-        ("  attention", rank.attention),
-        ("  experts", rank.experts),
-        ("  shared experts", rank.shared),
-        ("  dense MLPs", rank.dense),
-        ("  routers", rank.router),
-        ("  embedding", rank.embedding),
-        ("  head", rank.head),
-        ("  norms", rank.norms),
+    let quantized = rank.experts + rank.shared;
+    let total = of_type(rank.total() - quantized, weights).saturating_add(of_type(quantized, experts));
+    line("bytes per rank", ByteSize(total).to_string());
+    for (label, numbers, dtype) in [
+        ("  attention", rank.attention, weights),
+        ("  experts", rank.experts, experts),
+        ("  shared experts", rank.shared, experts),
+        ("  dense MLPs", rank.dense, weights),
+        ("  routers", rank.router, weights),
+        ("  embedding", rank.embedding, weights),
+        ("  head", rank.head, weights),
+        ("  norms", rank.norms, weights),
     ] {
-        line(label, bytes(numbers, weights));
+        line(label, bytes(numbers, dtype));
     }
     if run.staging_slots > 0 {
         let one = spec.rank_parameters(run.parallel.split(1)).experts / spec.moe_layers().len().max(1) as u64;
-        let staging = bytes(one.saturating_mul(run.staging_slots as u64), weights);
+        let staging = bytes(one.saturating_mul(run.staging_slots as u64), experts);
         line("staging per rank", format!("{staging} (room for {} on their way)", run.staging_slots));
     }
     line("KV per token", bytes(kv_token, activations));

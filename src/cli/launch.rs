@@ -10,9 +10,11 @@ use router_sim::placement::{ClusterShape, Expected, Linear, Placement, Placement
 
 use super::devices::{self, Devices};
 use super::model::OpenModel;
+use super::serve::dtype_name;
 use super::{log, progress};
 use crate::backend::{Backend, Precision};
 use crate::comm::Transport;
+use crate::config::flags::QuantizeChoice;
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
 use crate::engine::rebalance::Mode;
@@ -135,6 +137,20 @@ impl Prepared {
             counters,
             recorder,
         })
+    }
+
+    /// The types that the ranks compute in.
+    pub fn precision(&self) -> Precision {
+        precision(&self.model.family.spec, &self.options)
+    }
+
+    /// The same for people to read: `bf16`, or `bf16 with int8 experts`.
+    pub fn types(&self) -> String {
+        let dtype = dtype_name(self.options.model.dtype);
+        match self.options.model.quantize {
+            Some(QuantizeChoice::Int8) => format!("{dtype} with int8 experts"),
+            None => dtype.to_owned(),
+        }
     }
 
     /// The load counters as one source.
@@ -295,7 +311,7 @@ fn degrees(options: &Options) -> Degrees {
 }
 
 fn precision(spec: &ModelSpec, options: &Options) -> Precision {
-    Precision::of(options.model.dtype, &spec.moe.router)
+    options.model.precision(&spec.moe.router)
 }
 
 /// `memory` is `None` while it is still being planned.

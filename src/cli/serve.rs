@@ -87,6 +87,7 @@ fn info(prepared: &Prepared) -> Info {
         .to_owned(),
         model: served_name(prepared),
         dtype: dtype_name(prepared.options.model.dtype).to_owned(),
+        expert_dtype: dtype_name(prepared.precision().experts).to_owned(),
         layers: spec.layers.len(),
         experts: spec.moe.experts,
         top_k: spec.moe.top_k,
@@ -105,6 +106,7 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
         DType::F32 => "f32",
         DType::Bf16 => "bf16",
         DType::I32 => "i32",
+        DType::I8 => "int8",
     }
 }
 
@@ -150,7 +152,7 @@ fn announce(prepared: &Prepared, listener: &tokio::net::TcpListener) {
         parallel.dp,
         parallel.ep,
         prepared.backends[0].describe(),
-        dtype_name(prepared.options.model.dtype),
+        prepared.types(),
         prepared.memory.max_model_len,
         prepared.memory.kv_blocks,
         prepared.options.cache.block_size,

@@ -16,7 +16,6 @@ use serde_json::{Map, Value, json};
 use super::Settings;
 use super::launch::{Needs, Prepared};
 use super::model::OpenModel;
-use super::serve::dtype_name;
 use crate::engine::RequestStream;
 use crate::engine::request::{Capture, Captured, Event, FinishReason, Request, TokenEvent};
 use crate::error::{Error, Result};
@@ -251,7 +250,7 @@ impl Dump {
             engine: format!(
                 "moeyard {} {} TP {} DP {} EP {} on {}",
                 env!("CARGO_PKG_VERSION"),
-                dtype_name(prepared.options.model.dtype),
+                prepared.types(),
                 parallel.tp,
                 parallel.dp,
                 parallel.ep,

@@ -44,6 +44,9 @@ pub struct RawOptions {
     /// Type of weights and activations [default: auto, which is bf16]
     #[arg(long, value_enum, help_heading = "Device")]
     pub dtype: Option<DtypeChoice>,
+    /// Hold the weights of routed and shared experts in 8 bits, on a CPU [default: in the type of the other weights]
+    #[arg(long, value_enum, help_heading = "Device")]
+    pub quantize: Option<QuantizeChoice>,
     /// Compute threads per rank [default: cores / ranks]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub threads: Option<usize>,
@@ -192,6 +195,14 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+/// `--quantize`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizeChoice {
+    /// Experts in 8 bits, with a scale per output: see [`crate::backend::int8`].
+    Int8,
+}
+
 /// `--load-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -280,6 +291,7 @@ impl RawOptions {
             served_model_name: self.served_model_name.or(file.served_model_name),
             device: self.device.or(file.device),
             dtype: self.dtype.or(file.dtype),
+            quantize: self.quantize.or(file.quantize),
             threads: self.threads.or(file.threads),
             tensor_parallel_size: self.tensor_parallel_size.or(file.tensor_parallel_size),
             data_parallel_size: self.data_parallel_size.or(file.data_parallel_size),

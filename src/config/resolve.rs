@@ -8,18 +8,18 @@ use router_sim::rebalance::Mode;
 use router_sim::split::Split;
 
 use super::flags::{
-    CommChoice, DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, RawMetrics, RawOptions,
-    RebalancePolicyChoice, SplitChoice,
+    CommChoice, DeviceChoice, DtypeChoice, ExpertDetailChoice, PolicyChoice, QuantizeChoice, RawMetrics,
+    RawOptions, RebalancePolicyChoice, SplitChoice,
 };
 use super::parallel::Parallel;
 use super::secret::Secret;
 use super::size::ByteSize;
-use crate::backend::DType;
+use crate::backend::{DType, Precision, int8};
 use crate::engine::SchedulingPolicy;
 use crate::error::{Error, Result};
 use crate::metrics::ExpertDetail;
 use crate::server::SeriesOptions;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, Router};
 
 /// Everything the program runs on but what depends on free memory: see [`super::memory`] for that.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,6 +77,8 @@ pub struct ModelOptions {
     pub device: DeviceChoice,
     /// `--dtype`; what it means for a model is [`crate::backend::Precision::of`]'s to say.
     pub dtype: DType,
+    /// `--quantize`.
+    pub quantize: Option<QuantizeChoice>,
     /// Compute threads of each rank.
     pub threads: usize,
     /// `--comm`; what it comes to is for who opens the devices to see.
@@ -85,6 +87,17 @@ pub struct ModelOptions {
     pub comm_timeout: Duration,
     /// Look for NaN and infinity while loading.
     pub check_weights: bool,
+}
+
+impl ModelOptions {
+    /// The types that a model with this router computes in.
+    pub fn precision(&self, router: &Router) -> Precision {
+        let precision = Precision::of(self.dtype, router);
+        match self.quantize {
+            Some(QuantizeChoice::Int8) => precision.with_int8_experts(),
+            None => precision,
+        }
+    }
 }
 
 /// Limits of a step, per DP rank.
@@ -170,7 +183,7 @@ impl Options {
     pub fn resolve(raw: RawOptions, spec: &ModelSpec, cores: usize) -> Result<Options> {
         let parallel = Parallel::resolve(&raw, spec)?;
         Ok(Options {
-            model: model(&raw, &parallel, cores)?,
+            model: model(&raw, spec, &parallel, cores)?,
             scheduler: scheduler(&raw, spec)?,
             cache: cache(&raw)?,
             experts: experts(&raw, &parallel, spec)?,
@@ -223,7 +236,8 @@ fn metrics(raw: &RawMetrics) -> SeriesOptions {
     SeriesOptions { expert_detail: detail, max_series }
 }
 
-fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
+fn model(raw: &RawOptions, spec: &ModelSpec, parallel: &Parallel, cores: usize) -> Result<ModelOptions> {
+    check_quantize(raw, spec)?;
     let share = (cores / parallel.world).clamp(1, MAX_THREADS);
     Ok(ModelOptions {
         device: raw.device.unwrap_or(DeviceChoice::Auto),
@@ -233,6 +247,7 @@ fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOpt
             DtypeChoice::F32 => DType::F32,
             DtypeChoice::Auto | DtypeChoice::Bf16 => DType::Bf16,
         },
+        quantize: raw.quantize,
         threads: within("threads", raw.threads, share, 1, MAX_THREADS)?,
         comm: raw.comm.unwrap_or(CommChoice::Auto),
         comm_timeout: Duration::from_secs(within(
@@ -244,6 +259,24 @@ fn model(raw: &RawOptions, parallel: &Parallel, cores: usize) -> Result<ModelOpt
         )?),
         check_weights: raw.check_weights.unwrap_or(false),
     })
+}
+
+/// Sums of products in 8 bits must not overflow.
+fn check_quantize(raw: &RawOptions, spec: &ModelSpec) -> Result<()> {
+    let Some(QuantizeChoice::Int8) = raw.quantize else { return Ok(()) };
+    if raw.device == Some(DeviceChoice::Cuda) {
+        let why = "int8 experts are computed on a CPU only, found device cuda";
+        return Err(Error::config("quantize", why));
+    }
+    let shared = spec.moe.shared.map_or(0, |shared| shared.intermediate);
+    let widest = spec.hidden_size.max(spec.moe.intermediate).max(shared);
+    if widest > int8::MAX_INPUTS {
+        let most = int8::MAX_INPUTS;
+        let why =
+            format!("int8 adds up {most} products at most, and an expert of this model is {widest} wide");
+        return Err(Error::config("quantize", why));
+    }
+    Ok(())
 }
 
 fn scheduler(raw: &RawOptions, spec: &ModelSpec) -> Result<SchedulerOptions> {
@@ -405,6 +438,7 @@ mod tests {
             model: ModelOptions {
                 device: DeviceChoice::Auto,
                 dtype: DType::Bf16,
+                quantize: None,
                 threads: 16,
                 comm: CommChoice::Auto,
                 comm_timeout: Duration::from_secs(60),
@@ -443,6 +477,7 @@ mod tests {
         let options = resolve(RawOptions {
             dtype: Some(DtypeChoice::F32),
             device: Some(DeviceChoice::Cpu),
+            quantize: Some(QuantizeChoice::Int8),
             comm: Some(CommChoice::Local),
             comm_timeout: Some(7),
             expert_parallel_size: Some(3),
@@ -456,16 +491,32 @@ mod tests {
         let expected = ModelOptions {
             device: DeviceChoice::Cpu,
             dtype: DType::F32,
+            quantize: Some(QuantizeChoice::Int8),
             threads: 5,
             comm: CommChoice::Local,
             comm_timeout: Duration::from_secs(7),
             check_weights: false,
         };
         assert_eq!(options.model, expected);
+        let plain = Precision::of(DType::F32, &spec().moe.router);
+        assert_eq!(options.model.precision(&spec().moe.router), plain.with_int8_experts());
         assert_eq!(options.experts.slots_per_rank, 4);
         assert_eq!(options.scheduler.prefill_chunk_size, 100);
         assert!(!options.cache.prefix_caching);
         assert_eq!(options.server.generation_config, GenerationConfig::None);
+    }
+
+    #[test]
+    fn int8_experts_need_a_cpu_and_sums_that_fit() {
+        let int8 = RawOptions { quantize: Some(QuantizeChoice::Int8), ..RawOptions::default() };
+        let on_gpu = refusal(RawOptions { device: Some(DeviceChoice::Cuda), ..int8.clone() });
+        assert!(on_gpu.contains("quantize") && on_gpu.contains("found device cuda"), "{on_gpu}");
+        let mut wide = spec();
+        wide.moe.intermediate = int8::MAX_INPUTS + 1;
+        let refused = Options::resolve(int8.clone(), &wide, 1).unwrap_err().to_string();
+        assert!(refused.contains("133144 products at most") && refused.contains("133145 wide"), "{refused}");
+        wide.moe.intermediate -= 1;
+        Options::resolve(int8, &wide, 1).unwrap();
     }
 
     #[test]

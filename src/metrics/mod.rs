@@ -86,7 +86,7 @@ macro_rules! families {
 families! {
     BUILD_INFO: Kind::Gauge, "moeyard_build_info", ["version", "commit", "backend"],
         "Always 1; the labels say which build this is.";
-    MODEL_INFO: Kind::Gauge, "moeyard_model_info", ["model", "dtype", "layers", "experts", "top_k"],
+    MODEL_INFO: Kind::Gauge, "moeyard_model_info", ["model", "dtype", "expert_dtype", "layers", "experts", "top_k"],
         "Always 1; the labels say which model is served.";
     PARALLEL_INFO: Kind::Gauge, "moeyard_parallel_info", ["tp", "dp", "ep", "placement"],
         "Always 1; the labels give the parallel degrees and where the first placement came from.";

@@ -89,7 +89,7 @@ impl Share<'_> {
     /// One expert slot: a rank's share of one expert.
     fn slot(&self, spec: &ModelSpec) -> usize {
         let slice = shard::even(spec.moe.intermediate, 0, self.degrees.expert_tp).len();
-        self.backend.mlp_bytes(spec.hidden_size, slice, spec.moe.expert_bias, self.precision.weights)
+        self.backend.mlp_bytes(spec.hidden_size, slice, spec.moe.expert_bias, self.precision.experts)
     }
 
     fn attention(&self, spec: &ModelSpec) -> usize {
@@ -116,14 +116,15 @@ impl Share<'_> {
 
     fn feed_forward(&self, spec: &ModelSpec, ffn: FeedForward) -> usize {
         let hidden = spec.hidden_size;
-        let mlp = |width, bias| self.backend.mlp_bytes(hidden, width, bias, self.precision.weights);
+        let mlp = |width, dtype| self.backend.mlp_bytes(hidden, width, false, dtype);
+        let Precision { weights, experts, .. } = self.precision;
         match ffn {
             FeedForward::Dense { intermediate } => {
-                mlp(shard::even(intermediate, 0, self.degrees.tensor_parallel).len(), false)
+                mlp(shard::even(intermediate, 0, self.degrees.tensor_parallel).len(), weights)
             }
             FeedForward::Moe => {
                 let moe = &spec.moe;
-                let shared = moe.shared.map_or(0, |s| mlp(s.intermediate, false) + 4 * hidden);
+                let shared = moe.shared.map_or(0, |s| mlp(s.intermediate, experts) + 4 * hidden);
                 // The router computes in f32.
                 let router = self.backend.matrix_bytes(moe.experts, hidden, DType::F32) + 8 * moe.experts;
                 self.slots * self.slot(spec) + shared + router

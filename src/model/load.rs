@@ -300,7 +300,7 @@ impl Loader<'_> {
             }
             drop(sender);
             for (slot, host) in arrivals {
-                slots[slot] = Some(self.backend.pack_mlp(&host?, self.rank.precision.weights)?);
+                slots[slot] = Some(self.backend.pack_mlp(&host?, self.rank.precision.experts)?);
             }
             Ok(slots)
         })
@@ -317,7 +317,7 @@ impl Loader<'_> {
             hidden: self.spec.hidden_size,
             intermediate: self.expert_slice().len(),
             bias: self.spec.moe.expert_bias,
-            dtype: self.rank.precision.weights,
+            dtype: self.rank.precision.experts,
         }
     }
 
@@ -339,7 +339,11 @@ impl Loader<'_> {
         activation: Activation,
     ) -> Result<GatedMlp> {
         let host = self.reader.mlp(kind, layer, slice)?;
-        Ok(GatedMlp { weights: self.backend.pack_mlp(&host, self.rank.precision.weights)?, activation })
+        let dtype = match kind {
+            MlpKind::Dense => self.rank.precision.weights,
+            MlpKind::Shared | MlpKind::Expert(_) => self.rank.precision.experts,
+        };
+        Ok(GatedMlp { weights: self.backend.pack_mlp(&host, dtype)?, activation })
     }
 
     fn embedding(&self) -> Result<Embedding> {

@@ -262,8 +262,8 @@ impl ExpertShape {
             n,
             k,
             data: match dtype {
-                DType::Bf16 => HostData::Bf16(vec![half::bf16::ZERO; n * k]),
-                _ => HostData::F32(vec![0.0; n * k]),
+                DType::F32 => HostData::F32(vec![0.0; n * k]),
+                _ => HostData::Bf16(vec![half::bf16::ZERO; n * k]),
             },
         };
         let bias = bias.then(|| HostMlpBias {

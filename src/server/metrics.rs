@@ -29,6 +29,8 @@ pub struct Info {
     pub model: String,
     /// Computation type, "bf16".
     pub dtype: String,
+    /// Type of the experts' weights: `int8`, or that of the others.
+    pub expert_dtype: String,
     /// Decoder layers.
     pub layers: usize,
     /// Experts per MoE layer.
@@ -369,7 +371,7 @@ impl Registry {
         let commit = option_env!("MOEYARD_COMMIT").unwrap_or("unknown");
         one(&family::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), commit, &info.backend]);
         let [layers, experts, top_k] = [info.layers, info.experts, info.top_k].map(number);
-        one(&family::MODEL_INFO, &[&info.model, &info.dtype, &layers, &experts, &top_k]);
+        one(&family::MODEL_INFO, &[&info.model, &info.dtype, &info.expert_dtype, &layers, &experts, &top_k]);
         let [tp, dp, ep] = [info.tp, info.dp, info.ep].map(number);
         one(&family::PARALLEL_INFO, &[&tp, &dp, &ep, &info.placement]);
         self.gauge(&family::REDUNDANT_EXPERT_SLOTS, &[]).set(info.redundant_slots as f64);

@@ -44,14 +44,14 @@ impl<'a> WeightReader<'a> {
     /// `dtype`: element type of the matrices read, F32 or Bf16. Vectors and biases are always f32.
     ///
     /// # Panics
-    /// When `dtype` is I32.
+    /// When `dtype` is another one.
     pub fn new(
         checkpoint: &'a Checkpoint,
         spec: &'a ModelSpec,
         names: &'a TensorNames,
         dtype: DType,
     ) -> WeightReader<'a> {
-        assert_ne!(dtype, DType::I32, "weights are floating point");
+        assert!(matches!(dtype, DType::F32 | DType::Bf16), "weights are read as F32 or Bf16");
         WeightReader { checkpoint, spec, names, dtype, progress: None }
     }
 
@@ -62,7 +62,7 @@ impl<'a> WeightReader<'a> {
 
     /// The same reader with another type for matrices.
     pub fn with_dtype(self, dtype: DType) -> Self {
-        assert_ne!(dtype, DType::I32, "weights are floating point");
+        assert!(matches!(dtype, DType::F32 | DType::Bf16), "weights are read as F32 or Bf16");
         WeightReader { dtype, ..self }
     }
 

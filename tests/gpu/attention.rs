@@ -281,7 +281,7 @@ fn mla() {
 /// Several chunks of 512 positions; more heads than a block of the tensor-core kernel takes, and not a multiple of that.
 fn mla_over_long_contexts() {
     let mut numbers = Numbers::new(26);
-    let bf16 = Precision { weights: DType::Bf16, activations: DType::Bf16 };
+    let bf16 = Precision::BF16;
     let batch = Batch::new(&mut numbers, &[(1100, 1, 3), (511, 1, 2), (470, 70, 520)]);
     check_mla(&batch, Mla { heads: 4, ..DEEPSEEK }, bf16, &mut numbers);
     let batch = Batch::new(&mut numbers, &[(130, 1, 3), (63, 1, 2), (0, 20, 20)]);

@@ -268,6 +268,7 @@ fn info() -> Info {
         backend: "cpu".into(),
         model: "demo".into(),
         dtype: "f32".into(),
+        expert_dtype: "f32".into(),
         layers: 2,
         experts: 8,
         top_k: 2,

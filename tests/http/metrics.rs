@@ -99,7 +99,10 @@ fn the_counts_are_those_of_what_was_done() {
         (r#"moeyard_rebalances_total{outcome="applied"}"#, 0.0),
         ("moeyard_tokens_dropped_total", 0.0),
         (r#"moeyard_memory_bytes{rank="0",kind="weights"}"#, 3145728.0),
-        (r#"moeyard_model_info{model="demo",dtype="f32",layers="2",experts="8",top_k="2"}"#, 1.0),
+        (
+            r#"moeyard_model_info{model="demo",dtype="f32",expert_dtype="f32",layers="2",experts="8",top_k="2"}"#,
+            1.0,
+        ),
     ] {
         assert_eq!(server.metric(series), value, "{series}");
     }

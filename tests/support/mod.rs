@@ -43,6 +43,7 @@ pub struct Setup {
     pub max_model_len: usize,
     pub split: Split,
     pub staging_slots: usize,
+    pub int8_experts: bool,
 }
 
 impl Setup {
@@ -57,6 +58,7 @@ impl Setup {
             max_model_len: 256,
             split: Split::Exact,
             staging_slots: 0,
+            int8_experts: false,
         }
     }
 
@@ -113,7 +115,10 @@ impl World {
         let blocks = 64 * setup.max_model_len.div_ceil(BLOCK).max(1);
         let counters: Vec<_> =
             (0..setup.degrees.world()).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
-        let precision = Precision::of(setup.dtype, &family.spec.moe.router);
+        let mut precision = Precision::of(setup.dtype, &family.spec.moe.router);
+        if setup.int8_experts {
+            precision = precision.with_int8_experts();
+        }
         let options = WorldOptions {
             counters: counters.clone(),
             degrees: setup.degrees,

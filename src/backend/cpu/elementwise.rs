@@ -200,6 +200,7 @@ fn copy_same<T: Element>(
 fn copy_any(backend: &CpuBackend, src: View<'_>, dst: ViewMut<'_>, from: &(dyn Fn(usize) -> usize + Sync)) {
     match src.dtype() {
         DType::I32 => copy_same::<i32>(backend, src, dst, from),
+        DType::I8 => copy_same::<i8>(backend, src, dst, from),
         float => with_float!(float, T => copy_same::<T>(backend, src, dst, from)),
     }
 }
@@ -239,6 +240,7 @@ pub(super) fn upload(_: &CpuBackend, src: &[u8], dst: ViewMut<'_>) -> Result<()>
     check::transfer(src.len(), &dst.as_view());
     match dst.dtype() {
         DType::I32 => upload_as::<i32>(src, dst),
+        DType::I8 => upload_as::<i8>(src, dst),
         float => with_float!(float, T => upload_as::<T>(src, dst)),
     }
     Ok(())
@@ -257,6 +259,7 @@ pub(super) fn download(_: &CpuBackend, src: View<'_>, dst: &mut [u8]) -> Result<
     check::transfer(dst.len(), &src);
     match src.dtype() {
         DType::I32 => download_as::<i32>(src, dst),
+        DType::I8 => download_as::<i8>(src, dst),
         float => with_float!(float, T => download_as::<T>(src, dst)),
     }
     Ok(())

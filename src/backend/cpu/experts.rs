@@ -6,14 +6,14 @@
 
 use half::bf16;
 
-use super::CpuBackend;
 use super::memory::{self, Element, Rows, RowsMut, with_local_scratch};
 use super::operand::{Activations, Form, Output, row_stride};
 use super::panel::{self, PANEL, Panels, packed_bytes, padded_k, panels};
-use super::simd::{Float, Kernel, Simd, sigmoid};
+use super::simd::{Float, Kernel, Simd, sigmoid, sigmoid_alike};
 use super::tile::{self, PanelProduct, WIDE_LEN};
 use super::work::{Items, Segment};
-use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, View, ViewMut, check};
+use super::{CpuBackend, int8};
+use crate::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Tensor, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::Activation;
 
@@ -27,24 +27,32 @@ const DOWN_BIAS: usize = 3;
 /// laid out alike, [`PANEL`] of each in turn.
 pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Result<Mlp> {
     check::pack_mlp(host);
+    let biases = host.bias.as_ref().map(|bias| pack_biases(host, bias)).transpose()?.unwrap_or_default();
+    if dtype == DType::I8 {
+        return int8::pack_mlp(backend, host, biases);
+    }
     let (intermediate, hidden) = (host.gate.n, host.gate.k);
     let mut parts = vec![
         panel::pack(backend.pool(), &[&host.gate, &host.up], dtype)?,
         panel::pack(backend.pool(), &[&host.down], dtype)?,
     ];
-    if let Some(HostMlpBias { gate, up, down }) = &host.bias {
-        let mut both = memory::tensor(DType::F32, 1, 2 * panels(intermediate) * PANEL)?;
-        let mut to = RowsMut::<f32>::new(both.view_mut());
-        let pairs = gate.chunks(PANEL).zip(up.chunks(PANEL));
-        for ((gate, up), to) in pairs.zip(to.row_mut(0).chunks_exact_mut(2 * PANEL)) {
-            to[..gate.len()].copy_from_slice(gate);
-            to[PANEL..][..up.len()].copy_from_slice(up);
-        }
-        let mut out = memory::tensor(DType::F32, 1, hidden)?;
-        RowsMut::<f32>::new(out.view_mut()).row_mut(0).copy_from_slice(down);
-        parts.extend([both, out]);
-    }
+    parts.extend(biases);
     Ok(Mlp { parts, hidden, intermediate })
+}
+
+/// The bias of gate and up, laid out as their panels, and that of down.
+fn pack_biases(host: &HostMlp, bias: &HostMlpBias) -> Result<Vec<Tensor>> {
+    let HostMlpBias { gate, up, down } = bias;
+    let mut both = memory::tensor(DType::F32, 1, 2 * panels(host.gate.n) * PANEL)?;
+    let mut to = RowsMut::<f32>::new(both.view_mut());
+    let pairs = gate.chunks(PANEL).zip(up.chunks(PANEL));
+    for ((gate, up), to) in pairs.zip(to.row_mut(0).chunks_exact_mut(2 * PANEL)) {
+        to[..gate.len()].copy_from_slice(gate);
+        to[PANEL..][..up.len()].copy_from_slice(up);
+    }
+    let mut out = memory::tensor(DType::F32, 1, host.gate.k)?;
+    RowsMut::<f32>::new(out.view_mut()).row_mut(0).copy_from_slice(down);
+    Ok(vec![both, out])
 }
 
 /// See [`crate::backend::Backend::mlp_bytes`].
@@ -59,7 +67,8 @@ pub(super) fn mlp_bytes(
     let down = packed_bytes(hidden, intermediate, dtype);
     let biases =
         if bias { (2 * panels(intermediate) * PANEL).saturating_add(hidden).saturating_mul(4) } else { 0 };
-    gate_up.saturating_add(down).saturating_add(biases)
+    let scales = if dtype == DType::I8 { int8::scale_bytes(hidden, intermediate) } else { 0 };
+    gate_up.saturating_add(down).saturating_add(biases).saturating_add(scales)
 }
 
 /// See [`crate::backend::Backend::experts`].
@@ -83,10 +92,10 @@ pub(super) fn mlp(
 }
 
 /// Which rows go through which MLP.
-struct Grouped<'a> {
+pub(super) struct Grouped<'a> {
     offsets: &'a [usize],
     mlp: &'a (dyn Fn(usize) -> Option<&'a Mlp> + Sync),
-    activation: Activation,
+    pub(super) activation: Activation,
 }
 
 impl Grouped<'_> {
@@ -95,6 +104,9 @@ impl Grouped<'_> {
         // All slots have weights of one type: checked.
         let Some((_, _, first)) = self.used().next() else { return Ok(()) };
         let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
+        if first.parts[GATE_UP].dtype() == DType::I8 {
+            return int8::experts(backend, self, width, x, out);
+        }
         let tallest = self.used().map(|(_, rows, _)| rows.len()).fold(0, usize::max);
         let activations =
             Activations::new(backend, x, (tallest, 2 * panels(width)), first.parts[GATE_UP].dtype())?;
@@ -129,12 +141,20 @@ impl Grouped<'_> {
     }
 
     /// The MLP of a slot that has rows.
-    fn of(&self, slot: usize) -> &Mlp {
+    pub(super) fn of(&self, slot: usize) -> &Mlp {
         (self.mlp)(slot).unwrap_or_else(|| panic!("slot {slot} is empty and has rows"))
     }
 
+    /// Whose row this is.
+    pub(super) fn slot_of(&self, row: usize) -> usize {
+        self.offsets.partition_point(|&start| start <= row) - 1
+    }
+
     /// The segments of one pass.
-    fn segments(&self, units: impl Fn(&Mlp) -> usize + Clone) -> impl Iterator<Item = Segment> + Clone {
+    pub(super) fn segments(
+        &self,
+        units: impl Fn(&Mlp) -> usize + Clone,
+    ) -> impl Iterator<Item = Segment> + Clone {
         self.used().map(move |(slot, rows, w)| Segment { slot, rows, units: units(w) })
     }
 
@@ -196,9 +216,9 @@ impl Grouped<'_> {
 }
 
 /// The buffer between the two matrices, written by many tasks.
-struct Between<T> {
-    start: *mut T,
-    stride: usize,
+pub(super) struct Between<T> {
+    pub(super) start: *mut T,
+    pub(super) stride: usize,
 }
 
 impl<T> Clone for Between<T> {
@@ -213,8 +233,17 @@ unsafe impl<T: Element> Sync for Between<T> {}
 
 impl<T> Between<T> {
     /// The same buffer from another element on.
-    fn skip(self, row: usize, column: usize) -> Self {
+    pub(super) fn skip(self, row: usize, column: usize) -> Self {
         Between { start: self.start.wrapping_add(row * self.stride + column), ..self }
+    }
+
+    /// The first elements of a row.
+    ///
+    /// # Safety
+    /// They are there for `'a`, written, and nobody writes them meanwhile.
+    pub(super) unsafe fn row<'a>(self, row: usize, width: usize) -> &'a [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), width) }
     }
 }
 
@@ -247,7 +276,7 @@ impl<T: Float> Kernel for Activate<'_, T> {
                         gate = simd.add(gate, simd.load(bias.as_ptr().add(column)));
                         up = simd.add(up, simd.load(bias.as_ptr().add(PANEL + column)));
                     }
-                    let mut v = activate(simd, self.activation, gate, up);
+                    let mut v = activate::<S, false>(simd, self.activation, gate, up);
                     if self.round {
                         v = simd.round_to_bf16(v);
                     }
@@ -263,16 +292,26 @@ impl<T: Float> Kernel for Activate<'_, T> {
     }
 }
 
-/// See [`Activation`]. Zero for zeros, so padding stays zero.
+/// See [`Activation`]. Zero for zeros, so padding stays zero. `ALIKE`: with the same bits on every instruction set.
 #[inline(always)]
-fn activate<S: Simd>(simd: S, activation: Activation, gate: S::V, up: S::V) -> S::V {
+pub(super) fn activate<S: Simd, const ALIKE: bool>(
+    simd: S,
+    activation: Activation,
+    gate: S::V,
+    up: S::V,
+) -> S::V {
     match activation {
-        Activation::SiluMul => simd.mul(simd.mul(gate, sigmoid(simd, gate)), up),
+        Activation::SiluMul => simd.mul(simd.mul(gate, sigmoid_as::<S, ALIKE>(simd, gate)), up),
         Activation::ClampedSwiglu { limit, alpha } => {
             let gate = simd.min(simd.splat(limit), gate);
             let up = simd.max(simd.splat(-limit), simd.min(simd.splat(limit), up));
-            let glu = simd.mul(gate, sigmoid(simd, simd.mul(gate, simd.splat(alpha))));
+            let glu = simd.mul(gate, sigmoid_as::<S, ALIKE>(simd, simd.mul(gate, simd.splat(alpha))));
             simd.mul(glu, simd.add(up, simd.splat(1.0)))
         }
     }
+}
+
+#[inline(always)]
+fn sigmoid_as<S: Simd, const ALIKE: bool>(simd: S, x: S::V) -> S::V {
+    if ALIKE { sigmoid_alike(simd, x) } else { sigmoid(simd, x) }
 }

@@ -249,6 +249,9 @@ impl Element for bf16 {
 impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
+impl Element for i8 {
+    const DTYPE: DType = DType::I8;
+}
 
 /// A [`View`] of host memory as typed rows, to read from any thread.
 #[derive(Clone, Copy)]

@@ -17,6 +17,7 @@ mod combine;
 mod elementwise;
 mod experts;
 mod gemm;
+mod int8;
 mod kv;
 mod mla_weights;
 mod norm;
@@ -127,6 +128,9 @@ impl Backend for CpuBackend {
         dtype: DType,
     ) -> Result<MlaWeights> {
         mla_weights::pack_mla(self, kv_b, heads, nope_dim, v_dim, dtype)
+    }
+    fn has_int8(&self) -> bool {
+        true
     }
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
         gemm::matrix_bytes(self, n, k, dtype)

@@ -28,14 +28,15 @@ pub fn panels(n: usize) -> usize {
 
 /// Columns of a panel of a matrix of `n`: [`PANEL`], or as many whole vectors as the last panel needs. Reading is what a product of few
 /// rows costs, and padding would be read like weights.
-fn columns(n: usize, panel: usize) -> usize {
+pub fn columns(n: usize, panel: usize) -> usize {
     (n - panel * PANEL).next_multiple_of(MAX_LANES).min(PANEL)
 }
 
-/// `k` as packed: whole pairs for bf16.
+/// `k` as packed: whole pairs for bf16, whole quads for 8 bits.
 pub fn padded_k(k: usize, dtype: DType) -> usize {
     match dtype {
         DType::Bf16 => k.next_multiple_of(2),
+        DType::I8 => k.next_multiple_of(4),
         DType::F32 | DType::I32 => k,
     }
 }
@@ -90,7 +91,7 @@ impl<'a> Panels<'a> {
         let weights = match dtype {
             DType::F32 => Weights::F32(Rows::new(packed).all()),
             DType::Bf16 => Weights::Bf16(Rows::new(packed).all()),
-            DType::I32 => panic!("weights are F32 or Bf16"),
+            DType::I32 | DType::I8 => panic!("weights are F32 or Bf16"),
         };
         Panels { weights, n, depth, matrices }
     }
@@ -107,7 +108,7 @@ impl<'a> Panels<'a> {
 }
 
 /// Where a panel lies: panels in order, of each the same one of every matrix.
-fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usize) -> Range<usize> {
+pub fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usize) -> Range<usize> {
     let columns = columns(n, panel);
     let start = (panel * PANEL * matrices + matrix * columns) * depth;
     start..start + columns * depth
@@ -130,7 +131,7 @@ pub fn pack(pool: &Pool, matrices: &[&HostMatrix], dtype: DType) -> Result<Tenso
     match dtype {
         DType::F32 => pack_as::<f32>(pool, &mut tensor, matrices),
         DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, matrices),
-        DType::I32 => panic!("weights are F32 or Bf16"),
+        DType::I32 | DType::I8 => panic!("weights are F32 or Bf16"),
     }
     Ok(tensor)
 }

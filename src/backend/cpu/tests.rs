@@ -125,7 +125,7 @@ fn backends() -> Vec<CpuBackend> {
 fn linear_is_the_plain_sum() {
     let mut noise = Noise(1);
     for backend in backends() {
-        for precision @ Precision { weights, activations } in Precision::ALL {
+        for precision @ Precision { weights, activations, .. } in Precision::ALL {
             for (m, n, k) in [
                 (1, 1, 1),
                 (2, 5, 1),
@@ -180,7 +180,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
     // Last panels of 16 and of 32 columns.
     let cases = Precision::ALL.into_iter().flat_map(|precision| [(precision, 101), (precision, 125)]);
     let k = 301;
-    for (precision @ Precision { weights, activations }, n) in cases {
+    for (precision @ Precision { weights, activations, .. }, n) in cases {
         let host = noise.matrix(n, k, weights);
         let x = noise.tensor(530, k, activations);
         for isa in Isa::available() {
@@ -243,7 +243,7 @@ const CLAMPED: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.702
 fn experts_are_plain_mlps() {
     let mut noise = Noise(3);
     for backend in backends() {
-        for precision @ Precision { weights, activations } in Precision::ALL {
+        for precision @ Precision { weights, activations, .. } in Precision::ALL {
             for (hidden, intermediate) in [(1, 1), (33, 47), (64, 49), (50, 131)] {
                 for (activation, bias) in [(Activation::SiluMul, false), (CLAMPED, true)] {
                     let hosts: Vec<_> =
@@ -300,7 +300,7 @@ fn alone(
 fn a_row_does_not_see_its_neighbours_slots() {
     let mut noise = Noise(4);
     let (hidden, intermediate, rows) = (71, 99, 40);
-    for Precision { weights, activations } in Precision::ALL {
+    for Precision { weights, activations, .. } in Precision::ALL {
         let x = noise.tensor(rows, hidden, activations);
         let hosts: Vec<_> = (0..3).map(|_| noise.mlp(hidden, intermediate, true, weights)).collect();
         for backend in backends() {

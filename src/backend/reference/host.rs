@@ -38,7 +38,7 @@ impl Host {
         let data = match view.dtype() {
             DType::F32 => elements::<f32>(view).collect(),
             DType::Bf16 => elements::<bf16>(view).map(bf16::to_f32).collect(),
-            DType::I32 => panic!("integers read as activations"),
+            DType::I32 | DType::I8 => panic!("integers read as activations"),
         };
         Host { rows: view.rows(), cols: view.cols(), data }
     }
@@ -49,7 +49,7 @@ impl Host {
         match view.dtype() {
             DType::F32 => fill(view, self.data.iter().copied()),
             DType::Bf16 => fill(view, self.data.iter().map(|&x| bf16::from_f32(x))),
-            DType::I32 => panic!("activations written as integers"),
+            DType::I32 | DType::I8 => panic!("activations written as integers"),
         }
     }
 
@@ -97,18 +97,18 @@ fn fill<T: Element>(view: ViewMut<'_>, values: impl Iterator<Item = T>) {
 }
 
 /// Integers into a view.
-pub(super) fn write_ints(values: &[i32], view: ViewMut<'_>) {
+pub(super) fn write_ints<T: Element>(values: &[T], view: ViewMut<'_>) {
     fill(view, values.iter().copied());
 }
 
 /// Integers of a view.
-pub(super) fn read_ints(view: View<'_>) -> Vec<i32> {
+pub(super) fn read_ints<T: Element>(view: View<'_>) -> Vec<T> {
     elements(view).collect()
 }
 
 /// Integers from one view to another.
-pub(super) fn copy_ints(src: View<'_>, dst: ViewMut<'_>) {
-    fill(dst, elements::<i32>(src));
+pub(super) fn copy_ints<T: Element>(src: View<'_>, dst: ViewMut<'_>) {
+    fill(dst, elements::<T>(src));
 }
 
 /// Little-endian bytes into a view.
@@ -118,6 +118,7 @@ pub(super) fn upload(src: &[u8], dst: ViewMut<'_>) {
         DType::F32 => fill(dst, quads().map(f32::from_le_bytes)),
         DType::I32 => fill(dst, quads().map(i32::from_le_bytes)),
         DType::Bf16 => fill(dst, src.as_chunks::<2>().0.iter().copied().map(bf16::from_le_bytes)),
+        DType::I8 => fill(dst, src.iter().map(|&byte| byte as i8)),
     }
 }
 
@@ -131,6 +132,7 @@ pub(super) fn download(src: View<'_>, dst: &mut [u8]) {
     match src.dtype() {
         DType::F32 => quads(dst, &mut elements::<f32>(src).map(f32::to_le_bytes)),
         DType::I32 => quads(dst, &mut elements::<i32>(src).map(i32::to_le_bytes)),
+        DType::I8 => dst.iter_mut().zip(elements::<i8>(src)).for_each(|(byte, value)| *byte = value as u8),
         DType::Bf16 => {
             for (bytes, value) in dst.as_chunks_mut::<2>().0.iter_mut().zip(elements::<bf16>(src)) {
                 *bytes = value.to_le_bytes();

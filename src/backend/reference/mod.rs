@@ -62,10 +62,10 @@ impl Backend for ReferenceBackend {
 
     fn copy_rows(&self, src: View<'_>, dst: ViewMut<'_>) -> Result<()> {
         check::copy_rows(&src, &dst);
-        if src.dtype() == DType::I32 {
-            host::copy_ints(src, dst);
-        } else {
-            Host::read(src).write(dst);
+        match src.dtype() {
+            DType::I32 => host::copy_ints::<i32>(src, dst),
+            DType::I8 => host::copy_ints::<i8>(src, dst),
+            DType::F32 | DType::Bf16 => Host::read(src).write(dst),
         }
         Ok(())
     }
@@ -88,9 +88,20 @@ impl Backend for ReferenceBackend {
     fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
         check::pack_mlp(host);
         let mut parts = Vec::new();
+        let mut scales = Vec::new();
         for matrix in [&host.gate, &host.up, &host.down] {
-            parts.push(self.store(&Host::of_weights(matrix), dtype)?);
+            let matrix = Host::of_weights(matrix);
+            if dtype == DType::I8 {
+                let (values, factors) = moe::quantized(&matrix);
+                let mut part = self.alloc(dtype, matrix.rows, matrix.cols)?;
+                host::write_ints(&values, part.view_mut());
+                parts.push(part);
+                scales.push(self.store(&Host::of_vector(&factors), DType::F32)?);
+            } else {
+                parts.push(self.store(&matrix, dtype)?);
+            }
         }
+        parts.append(&mut scales);
         if let Some(bias) = &host.bias {
             for vector in [&bias.gate, &bias.up, &bias.down] {
                 parts.push(self.store(&Host::of_vector(vector), DType::F32)?);
@@ -112,13 +123,18 @@ impl Backend for ReferenceBackend {
         Ok(MlaWeights { parts, heads, latent: kv_b.k, nope_dim, v_dim })
     }
 
+    fn has_int8(&self) -> bool {
+        true
+    }
+
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
         n * k * dtype.bytes()
     }
 
     fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
-        let biases = if bias { 2 * intermediate + hidden } else { 0 };
-        3 * self.matrix_bytes(hidden, intermediate, dtype) + biases * DType::F32.bytes()
+        let outputs = 2 * intermediate + hidden;
+        let vectors = usize::from(bias) + usize::from(dtype == DType::I8);
+        3 * self.matrix_bytes(hidden, intermediate, dtype) + vectors * outputs * DType::F32.bytes()
     }
 
     fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize {
@@ -311,7 +327,7 @@ impl DevicePlan for ReferenceBackend {
     fn planned_experts(&self, args: PlannedArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::planned_experts(&args, &out);
         let PlannedArgs { x, mut computed, .. } = args;
-        let ids = host::read_ints(args.ids);
+        let ids = host::read_ints::<i32>(args.ids);
         // Row t * top_k + j is choice j of token t: its own place, as nothing here is faster in groups.
         let index: Vec<u32> = (0..ids.len() as u32).collect();
         for (row, &expert) in ids.iter().enumerate() {

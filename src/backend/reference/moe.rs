@@ -1,8 +1,8 @@
 //! Experts and the combination of their outputs.
 
 use super::dense::{linear, sigmoid};
-use super::host::{Host, rounded};
-use crate::backend::{CombineArgs, Mlp, View};
+use super::host::{Host, read_ints, rounded};
+use crate::backend::{CombineArgs, DType, Mlp, View, int8};
 use crate::spec::Activation;
 
 /// What happens between the two matrices; see [`Activation`].
@@ -16,15 +16,41 @@ fn activate(gate: f32, up: f32, activation: Activation) -> f32 {
     }
 }
 
-/// See [`crate::backend::Backend::mlp`]. Parts: gate, up, down, then their biases where there are any.
+/// See [`crate::backend::Backend::mlp`]. Parts: gate, up, down, then their scales where they are integers, then their biases where
+/// there are any.
 pub(super) fn mlp(x: View<'_>, w: &Mlp, activation: Activation) -> Host {
-    let part = |i: usize| w.parts.get(i).map(|t| Host::read(t.view()));
-    let matrix = |i: usize| part(i).expect("an MLP has three matrices");
     let x_host = Host::read(x);
-    let gate = linear(&x_host, &matrix(0), part(3).as_ref());
-    let up = linear(&x_host, &matrix(1), part(4).as_ref());
-    let product = gate.map(|i, d, gate| rounded(activate(gate, up.row(i)[d], activation), x.dtype()));
-    linear(&product, &matrix(2), part(5).as_ref())
+    let gate = product(&x_host, w, 0);
+    let up = product(&x_host, w, 1);
+    let between = gate.map(|i, d, gate| rounded(activate(gate, up.row(i)[d], activation), x.dtype()));
+    product(&between, w, 2)
+}
+
+/// `x` times one of the matrices.
+fn product(x: &Host, w: &Mlp, matrix: usize) -> Host {
+    let part = |i: usize| w.parts.get(i).map(|t| Host::read(t.view()));
+    let weights = &w.parts[matrix];
+    if weights.dtype() != DType::I8 {
+        return linear(x, &Host::read(weights.view()), part(3 + matrix).as_ref());
+    }
+    let scales = part(3 + matrix).expect("integers have scales");
+    let bias = part(6 + matrix);
+    let weights = read_ints::<i8>(weights.view());
+    let (rows, row_scales) = quantized(x);
+    Host::new(x.rows, scales.cols).map(|i, j, _| {
+        let row = &rows[i * x.cols..][..x.cols];
+        let column = &weights[j * x.cols..][..x.cols];
+        let sum: i32 = row.iter().zip(column).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
+        sum as f32 * row_scales[i] * scales.data[j] + bias.as_ref().map_or(0.0, |bias| bias.data[j])
+    })
+}
+
+/// Rows in 8 bits, and their scales.
+pub(super) fn quantized(x: &Host) -> (Vec<i8>, Vec<f32>) {
+    let mut values = vec![0; x.data.len()];
+    let scale = |i: usize| int8::quantize(x.row(i), &mut values[i * x.cols..][..x.cols]);
+    let scales = (0..x.rows).map(scale).collect();
+    (values, scales)
 }
 
 /// See [`crate::backend::Backend::combine`].

@@ -308,7 +308,7 @@ fn attention_is_a_causal_softmax_over_the_window() {
 #[test]
 fn both_mla_forms_agree_in_f32_and_round_apart_in_bf16() {
     let kv_b = matrix(2, 2, &[1.0, 2.0, 3.0, -1.0]); // W_k = (1, 2), W_v = (3, -1)
-    for precision @ Precision { weights, activations } in Precision::ALL {
+    for precision @ Precision { weights, activations, .. } in Precision::ALL {
         let w = B.pack_mla(&kv_b, 1, 1, 1, weights).unwrap();
         let mut cache = B.alloc_kv(KvShape::Mla { latent: 2, rope_dim: 2 }, activations, 16, 2).unwrap();
         let latents = tensor(2, 2, &[1.0, 0.0, 1.0, 1.0 / 256.0]);

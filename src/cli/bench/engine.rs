@@ -294,6 +294,7 @@ fn report(prepared: &Prepared, prefill: &[Prefill], decode: &[Decode]) -> Value 
         "model": prepared.model.name,
         "device": prepared.backends[0].describe(),
         "dtype": dtype_name(prepared.options.model.dtype),
+        "expert_dtype": dtype_name(prepared.precision().experts),
         "threads_per_rank": prepared.options.model.threads,
         "tensor_parallel_size": parallel.tp,
         "data_parallel_size": parallel.dp,

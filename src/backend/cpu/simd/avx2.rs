@@ -37,9 +37,12 @@ macro_rules! op {
 impl Simd for Avx2 {
     type V = __m256;
     type Pairs = __m256i;
+    type Quads = __m256i;
+    type Ints = __m256i;
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     const NATIVE_DOT: bool = false;
+    const QUAD_OFFSET: i32 = 0;
 
     op! {
         fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
@@ -55,6 +58,13 @@ impl Simd for Avx2 {
             _mm256_cvtps_epi32(n),
             _mm256_set1_epi32(127),
         )));
+        fn splat_int(n: i32) -> __m256i = _mm256_set1_epi32(n);
+        fn splat_quad(quad: u32) -> __m256i = _mm256_set1_epi32(quad as i32);
+        // |a| without sign times w with that of a: two products of at most 127 * 127 fit into the 16 bits of their sum.
+        fn dot_quads(acc: __m256i, a: __m256i, w: __m256i) -> __m256i = _mm256_add_epi32(acc, _mm256_madd_epi16(
+            _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a)),
+            _mm256_set1_epi16(1),
+        ));
         fn splat_pair(pair: u32) -> __m256i = _mm256_set1_epi32(pair as i32);
         fn even(pairs: __m256i) -> __m256 = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
         fn odd(pairs: __m256i) -> __m256 =
@@ -129,6 +139,35 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_pairs(self, from: *const bf16) -> __m256i {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_ints(self, from: *const i32) -> __m256i {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(self, to: *mut i32, v: __m256i) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_storeu_si256(to.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_ints_as_f32(self, from: *const i32) -> __m256 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: __m256) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe {
+            let ints = _mm256_cvtps_epi32(v);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256::<1>(ints));
+            _mm_storel_epi64(to.cast(), _mm_packs_epi16(words, words));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const i8) -> __m256i {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm256_loadu_si256(from.cast()) }
     }

@@ -1,4 +1,4 @@
-//! AVX-512 with BF16: sixteen lanes, and a dot product of bf16 pairs in one instruction.
+//! AVX-512 with BF16 and VNNI: sixteen lanes, and dot products of bf16 pairs and of quads of bytes in one instruction each.
 
 use std::arch::x86_64::*;
 
@@ -6,24 +6,26 @@ use half::bf16;
 
 use super::{Kernel, Simd};
 
-/// Proof of AVX-512 F, BW, DQ, VL and BF16.
+/// Proof of AVX-512 F, BW, DQ, VL, BF16 and VNNI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Avx512(());
 
 impl Avx512 {
-    /// Asks the processor. Without BF16, AVX2 serves: widening is what costs, and it is no cheaper here.
+    /// Asks the processor. Without BF16, AVX2 serves: widening is what costs, and it is no cheaper here. Every processor with BF16 has
+    /// VNNI too.
     pub fn detect() -> Option<Avx512> {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bf16");
+            && is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512vnni");
         all.then_some(Avx512(()))
     }
 }
 
 /// Compiles `kernel` with the instruction set.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
 pub(super) fn enter<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
     kernel.run(simd)
 }
@@ -42,9 +44,12 @@ macro_rules! op {
 impl Simd for Avx512 {
     type V = __m512;
     type Pairs = __m512i;
+    type Quads = __m512i;
+    type Ints = __m512i;
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     const NATIVE_DOT: bool = true;
+    const QUAD_OFFSET: i32 = 128;
 
     op! {
         fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
@@ -66,6 +71,9 @@ impl Simd for Avx512 {
         fn even(pairs: __m512i) -> __m512 = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
         fn odd(pairs: __m512i) -> __m512 =
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
+        fn splat_int(n: i32) -> __m512i = _mm512_set1_epi32(n);
+        fn splat_quad(quad: u32) -> __m512i = _mm512_set1_epi32(quad as i32);
+        fn dot_quads(acc: __m512i, a: __m512i, w: __m512i) -> __m512i = _mm512_dpbusd_epi32(acc, w, a);
         // Both types are 512 plain bits.
         fn dot(acc: __m512, a: __m512i, b: __m512i) -> __m512 = _mm512_dpbf16_ps(
             acc,
@@ -132,6 +140,31 @@ impl Simd for Avx512 {
     unsafe fn load_pairs(self, from: *const bf16) -> __m512i {
         // SAFETY: the proof, and the caller vouches for the memory.
         unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_ints(self, from: *const i32) -> __m512i {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(self, to: *mut i32, v: __m512i) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_storeu_si512(to.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_ints_as_f32(self, from: *const i32) -> __m512 {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: __m512) {
+        // SAFETY: the proof, and the caller vouches for the memory.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+    }
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const i8) -> __m512i {
+        // SAFETY: the proof, and the caller vouches for the memory. Turning the sign bit adds 128 to a byte read without sign.
+        unsafe { _mm512_xor_si512(_mm512_loadu_si512(from.cast()), _mm512_set1_epi8(-128)) }
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {

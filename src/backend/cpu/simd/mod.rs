@@ -18,7 +18,7 @@ use half::bf16;
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
-pub use math::{exp, sigmoid};
+pub use math::{exp, sigmoid, sigmoid_alike};
 pub use portable::Portable;
 
 /// An instruction set this machine has. The variants carry proof: only detection makes them.
@@ -29,7 +29,7 @@ pub enum Isa {
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
-    /// AVX-512 F, BW, DQ, VL and BF16.
+    /// AVX-512 F, BW, DQ, VL, BF16 and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
 }
@@ -100,6 +100,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// [`Simd::LANES`] pairs of bf16; the lower half of each 32 bits is the even one.
     type Pairs: Copy;
+    /// [`Simd::LANES`] quads of 8-bit integers.
+    type Quads: Copy;
+    /// [`Simd::LANES`] 32-bit integers.
+    type Ints: Copy;
     /// f32 in a vector; divides [`MAX_LANES`].
     const LANES: usize;
     /// Vectors that registers hold.
@@ -107,6 +111,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// [`Simd::dot`] is one instruction that takes pairs as they are, so bf16 activations are left as they are. Otherwise
     /// kernels widen activations once and weights on the way.
     const NATIVE_DOT: bool;
+    /// What [`Simd::dot_quads`] adds to every weight, for instructions that take one side without sign.
+    const QUAD_OFFSET: i32;
 
     /// `x` in all lanes.
     fn splat(self, x: f32) -> Self::V;
@@ -179,6 +185,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Two rows of `2 * LANES` bf16 as pairs (a[0], b[0]), (a[1], b[1]), ...
     fn interleave(self, a: Self::Pairs, b: Self::Pairs) -> [Self::Pairs; 2];
+    /// `n` in all lanes.
+    fn splat_int(self, n: i32) -> Self::Ints;
+    /// `LANES` integers.
+    unsafe fn load_ints(self, from: *const i32) -> Self::Ints;
+    /// `LANES` integers.
+    unsafe fn store_ints(self, to: *mut i32, v: Self::Ints);
+    /// `LANES` integers, each the nearest f32, ties to even.
+    unsafe fn load_ints_as_f32(self, from: *const i32) -> Self::V;
+    /// `LANES` integers in -127..=127, given as f32.
+    unsafe fn store_i8(self, to: *mut i8, v: Self::V);
+    /// `LANES` quads of activations, the same in all lanes: the four bytes of a little-endian word.
+    fn splat_quad(self, quad: u32) -> Self::Quads;
+    /// `LANES` quads of weights, as [`Simd::dot_quads`] wants them.
+    unsafe fn load_quads(self, from: *const i8) -> Self::Quads;
+    /// `acc + sum over each quad of a * (w + QUAD_OFFSET)` for activations and weights in -127..=127: exact modulo 2^32, so the end
+    /// is exact where the sum without the offset fits, however the sums on the way wrap.
+    fn dot_quads(self, acc: Self::Ints, a: Self::Quads, w: Self::Quads) -> Self::Ints;
 
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch(self, address: *const u8);

@@ -21,10 +21,13 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 impl Simd for Portable {
     type V = [f32; LANES];
     type Pairs = [u32; LANES];
+    type Quads = [[i8; 4]; LANES];
+    type Ints = [i32; LANES];
     const LANES: usize = LANES;
     // Each vector takes two of the sixteen that 128-bit machines have at least.
     const REGISTERS: usize = 8;
     const NATIVE_DOT: bool = false;
+    const QUAD_OFFSET: i32 = 0;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -117,6 +120,44 @@ impl Simd for Portable {
         // Element i of a row is half of word i / 2.
         let element = |row: Self::Pairs, i: usize| row[i / 2] >> (16 * (i % 2)) & 0xffff;
         [0, LANES].map(|first| std::array::from_fn(|i| element(a, first + i) | element(b, first + i) << 16))
+    }
+    #[inline(always)]
+    fn splat_int(self, n: i32) -> Self::Ints {
+        [n; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_ints(self, from: *const i32) -> Self::Ints {
+        // SAFETY: the caller vouches for LANES elements.
+        unsafe { from.cast::<Self::Ints>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(self, to: *mut i32, v: Self::Ints) {
+        // SAFETY: the caller vouches for LANES elements.
+        unsafe { to.cast::<Self::Ints>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn load_ints_as_f32(self, from: *const i32) -> Self::V {
+        // SAFETY: the caller vouches for LANES elements.
+        unsafe { from.cast::<Self::Ints>().read_unaligned() }.map(|n| n as f32)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: Self::V) {
+        // SAFETY: the caller vouches for LANES elements.
+        unsafe { to.cast::<[i8; LANES]>().write_unaligned(v.map(|x| x as i8)) }
+    }
+    #[inline(always)]
+    fn splat_quad(self, quad: u32) -> Self::Quads {
+        [quad.to_le_bytes().map(|byte| byte as i8); LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const i8) -> Self::Quads {
+        // SAFETY: the caller vouches for 4 * LANES elements.
+        unsafe { from.cast::<Self::Quads>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn dot_quads(self, acc: Self::Ints, a: Self::Quads, w: Self::Quads) -> Self::Ints {
+        let dot = |i: usize| (0..4).map(|j| i32::from(a[i][j]) * i32::from(w[i][j])).sum::<i32>();
+        std::array::from_fn(|i| acc[i] + dot(i))
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
