@@ -2,9 +2,9 @@
 //! `cargo bench --bench end_to_end -- --checkpoint FOLDER [--peer-python PYTHON]... [--gguf FILE]`.
 //!
 //! Machines are shared and their speed changes by the second. So every sample (one prompt, or one run of [`STEPS`] decode steps)
-//! stands between two measurements of its limit, all by the same threads, and gives one ratio to their mean. Printed are medians
-//! over all rounds, of the samples and of the ratios. Peers run in turn with ours, sample by sample; the ratio to the best one
-//! compares medians.
+//! stands between two measurements of its limit, all by the same threads, and gives one ratio to their mean. A limit is the median
+//! of some short runs, and so are decode steps for that ratio. Printed are medians over all rounds, of the samples and of the
+//! ratios. Peers run in turn with ours, sample by sample; the ratio to the best one compares medians of whole samples.
 
 mod demand;
 mod peers;
@@ -174,7 +174,9 @@ impl Test {
         let seconds = self.seconds(workload)?;
         let limit = (before + self.limit(&workload.backend)?) / 2.0;
         let tokens = self.tokens() as f64;
-        self.own.push(tokens / seconds, tokens / (self.demand / limit));
+        let needed = self.demand / limit;
+        let ratio = needed / (seconds.len() as f64 * median(&seconds));
+        self.own.push(tokens / seconds.iter().sum::<f64>(), tokens / needed, ratio);
         for (peer, speeds) in peers.iter_mut().zip(&mut self.peers) {
             let seconds = match self.what {
                 What::Prefill { tokens } => peer.prompt(tokens)?,
@@ -194,12 +196,15 @@ impl Test {
         }))
     }
 
-    fn seconds(&self, workload: &mut Workload) -> moeyard::Result<f64> {
+    /// Of each step.
+    fn seconds(&self, workload: &mut Workload) -> moeyard::Result<Vec<f64>> {
         match self.what {
-            What::Prefill { tokens } => workload.seconds(Step { sequences: 1, before: 0, rows: tokens }),
+            What::Prefill { tokens } => {
+                Ok(vec![workload.seconds(Step { sequences: 1, before: 0, rows: tokens })?])
+            }
             What::Decode { sequences, context } => (context..context + STEPS)
                 .map(|before| workload.seconds(Step { sequences, before, rows: 1 }))
-                .sum(),
+                .collect(),
         }
     }
 

@@ -1,35 +1,45 @@
-//! Samples in pairs: a speed, and the limit of the same moment.
+//! Samples of a speed, each with the limit of the same moment.
 
-/// Speeds and limits in tokens per second.
+#[derive(Clone, Copy)]
+struct Sample {
+    /// Tokens per second of the whole sample.
+    speed: f64,
+    /// Tokens per second.
+    limit: f64,
+    /// Of its typical step to the limit.
+    ratio: f64,
+}
+
+/// Some samples.
 #[derive(Default)]
 pub struct Samples {
-    pairs: Vec<(f64, f64)>,
+    samples: Vec<Sample>,
 }
 
 impl Samples {
-    /// Adds one pair.
-    pub fn push(&mut self, speed: f64, limit: f64) {
-        self.pairs.push((speed, limit));
+    /// Adds one.
+    pub fn push(&mut self, speed: f64, limit: f64, ratio: f64) {
+        self.samples.push(Sample { speed, limit, ratio });
     }
 
     /// Median speed.
     pub fn speed(&self) -> f64 {
-        median(&self.of(|(speed, _)| speed))
+        median(&self.of(|sample| sample.speed))
     }
 
     /// Median limit.
     pub fn limit(&self) -> f64 {
-        median(&self.of(|(_, limit)| limit))
+        median(&self.of(|sample| sample.limit))
     }
 
-    /// First quartile, median and third quartile of speed / limit.
+    /// First quartile, median and third quartile of the ratios.
     pub fn ratio_quartiles(&self) -> [f64; 3] {
-        let ratios = self.of(|(speed, limit)| speed / limit);
+        let ratios = self.of(|sample| sample.ratio);
         [0.25, 0.5, 0.75].map(|fraction| quantile(&ratios, fraction))
     }
 
-    fn of(&self, what: impl Fn((f64, f64)) -> f64) -> Vec<f64> {
-        self.pairs.iter().copied().map(what).collect()
+    fn of(&self, what: impl Fn(Sample) -> f64) -> Vec<f64> {
+        self.samples.iter().copied().map(what).collect()
     }
 }
 

@@ -45,9 +45,9 @@ pub fn pack_mla(
     let latent = kv_b.k;
     let (nope_depth, latent_depth) = (padded(nope_dim), padded_latent(latent));
     let mut parts = vec![
-        memory::tensor(dtype, heads.saturating_mul(nope_depth), latent_depth)?,
-        memory::tensor(dtype, heads, panel_elements(nope_depth, latent))?,
-        memory::tensor(dtype, heads, panel_elements(latent_depth, v_dim))?,
+        memory::lasting_tensor(dtype, heads.saturating_mul(nope_depth), latent_depth)?,
+        memory::lasting_tensor(dtype, heads, panel_elements(nope_depth, latent))?,
+        memory::lasting_tensor(dtype, heads, panel_elements(latent_depth, v_dim))?,
     ];
     with_float!(dtype, T => {
         let [key_rows, key_panels, value_panels] = &mut parts[..] else { unreachable!("three parts") };
