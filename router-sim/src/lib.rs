@@ -18,6 +18,7 @@ pub mod trace;
 pub mod stream;
 pub mod formats;
 pub mod synth;
+pub mod whole;
 
 pub use error::Error;
 

@@ -4,8 +4,10 @@
 //! itself, whatever is nested in it.
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Unexpected, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
+
+pub use router_sim::whole::Whole;
 
 use super::error::{ApiError, clip};
 
@@ -150,44 +152,6 @@ pub fn typed<'a, T: Deserialize<'a>>(path: &str, raw: &'a str, expected: &str) -
         let found = clip(&error.to_string());
         ApiError::bad_param(path, format!("`{path}` must be {expected}: {found}."))
     })
-}
-
-/// An integer, also when it is written as 573.0: to JSON Schema that is one too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Whole<T>(pub T);
-
-impl<'de, T: TryFrom<i64>> Deserialize<'de> for Whole<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Take<T>(std::marker::PhantomData<T>);
-        impl<T: TryFrom<i64>> Visitor<'_> for Take<T> {
-            type Value = Whole<T>;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an integer in range")
-            }
-
-            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Whole<T>, E> {
-                T::try_from(value).map(Whole).map_err(|_| E::invalid_value(Unexpected::Signed(value), &self))
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Whole<T>, E> {
-                match i64::try_from(value) {
-                    Ok(value) => self.visit_i64(value),
-                    Err(_) => Err(E::invalid_value(Unexpected::Unsigned(value), &self)),
-                }
-            }
-
-            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Whole<T>, E> {
-                /// From here on not every integer is a float.
-                const EXACT: f64 = 9_007_199_254_740_992.0;
-                if value.fract() == 0.0 && value.abs() < EXACT {
-                    return self.visit_i64(value as i64);
-                }
-                Err(E::invalid_type(Unexpected::Float(value), &self))
-            }
-        }
-        deserializer.deserialize_any(Take(std::marker::PhantomData))
-    }
 }
 
 /// A field that clients of this protocol may send and that this server does not act on.

@@ -113,8 +113,8 @@ fn content(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
         return typed(&path, raw, expected).map(Some);
     }
     let parts: Vec<&serde_json::value::RawValue> = typed(&path, raw, expected)?;
-    if parts.len() > MAX_PARTS {
-        let message = format!("`{path}` may have at most {MAX_PARTS} parts, got {}.", parts.len());
+    if !(1..=MAX_PARTS).contains(&parts.len()) {
+        let message = format!("`{path}` must have 1 to {MAX_PARTS} parts, got {}.", parts.len());
         return Err(ApiError::bad_param(path, message));
     }
     let texts = parts.iter().enumerate().map(|(at, raw)| {
@@ -238,6 +238,7 @@ mod tests {
             (json!([{"content": "x"}]), "messages[0].role"),
             (json!([{"role": "user"}]), "messages[0].content"),
             (json!([{"role": "user", "content": 3}]), "messages[0].content"),
+            (json!([{"role": "user", "content": []}]), "messages[0].content"),
             (
                 json!([{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]),
                 "messages[1].role",

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use crate::process::eventually;
@@ -21,11 +21,14 @@ impl Frozen {
     /// Holds the thread of that name while it sleeps, when it holds no lock that others wait for. `None`, and said so, where
     /// the system does not allow it.
     pub fn thread(pid: u32, name: &str) -> Option<Frozen> {
-        let mut threads =
-            fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap().path());
-        let named =
-            |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
-        let thread = threads.find(named).unwrap_or_else(|| panic!("no thread {name}"));
+        let named = || {
+            let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+            let mut threads = threads.map(|entry| entry.unwrap().path());
+            threads.find(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name))
+        };
+        // A thread gives itself its name.
+        eventually(name, || named().is_some());
+        let thread = named().expect("it was there");
         let id: libc::pid_t = thread.file_name().unwrap().to_str().unwrap().parse().unwrap();
         eventually("it sleeps", || state(&thread) == Some('S'));
         let hold = move || {
@@ -66,7 +69,7 @@ impl Drop for Frozen {
 }
 
 /// What a thread is doing, as /proc says; `None` when it is gone.
-fn state(thread: &std::path::Path) -> Option<char> {
+fn state(thread: &Path) -> Option<char> {
     let stat = fs::read_to_string(thread.join("stat")).ok()?;
     // The name before it stands in parentheses and may hold any character.
     stat.rsplit_once(") ")?.1.chars().next()

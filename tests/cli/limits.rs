@@ -69,7 +69,8 @@ fn open_files_run_out_and_come_back() {
     let began = Instant::now();
     // The system completes the hand-shake of those that nobody accepts.
     let idle: Vec<Client> = (0..60).map(|_| server.client()).collect();
-    eventually("no more can be open", || open() + 1 >= most);
+    eventually("no more can be open", || open() >= most);
+    server.logged("accepting a connection failed");
     assert_eq!(first.get("/health").status, 200, "who is connected is served");
     let ask = json!({"prompt": "Once", "max_tokens": 2, "temperature": 0});
     assert_eq!(first.post("/v1/completions", &ask).status, 200);
@@ -80,7 +81,6 @@ fn open_files_run_out_and_come_back() {
     let (code, log) = server.terminate();
     assert_eq!(code, Some(0), "{log}");
     let failures = log.matches("accepting a connection failed").count();
-    assert!(failures > 0, "{log}");
     let most = took.as_millis() / 50 + 2;
     assert!(failures as u128 <= most, "{failures} failures in {took:?}: it spins");
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -106,7 +107,9 @@ pub fn eventually(what: &str, condition: impl Fn() -> bool) {
 pub struct Served {
     pub address: SocketAddr,
     child: Child,
-    log: Option<JoinHandle<String>>,
+    /// What was logged so far.
+    log: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Served {
@@ -125,11 +128,21 @@ impl Served {
                 break rest.split_whitespace().next().unwrap().parse().expect("an address");
             }
         };
-        let log = std::thread::spawn(move || {
-            lines.read_to_string(&mut log).expect("the log is UTF-8");
-            log
+        let log = Arc::new(Mutex::new(log));
+        let more = Arc::clone(&log);
+        let reader = std::thread::spawn(move || {
+            for line in lines.lines() {
+                let mut log = more.lock().unwrap();
+                log.push_str(&line.expect("the log is UTF-8"));
+                log.push('\n');
+            }
         });
-        Served { address, child, log: Some(log) }
+        Served { address, child, log, reader: Some(reader) }
+    }
+
+    /// Waits until the log has `part`.
+    pub fn logged(&self, part: &str) {
+        eventually(part, || self.log.lock().unwrap().contains(part));
     }
 
     pub fn client(&self) -> Client {
@@ -155,7 +168,8 @@ impl Served {
     /// Waits until it ends by itself; the exit code and all that was logged.
     pub fn ended(mut self) -> (Option<i32>, String) {
         let code = end_of(&mut self.child);
-        (code, self.log.take().unwrap().join().unwrap())
+        self.reader.take().unwrap().join().unwrap();
+        (code, std::mem::take(&mut *self.log.lock().unwrap()))
     }
 }
 

@@ -116,8 +116,9 @@ fn experts_go_where_a_file_says_and_everything_follows() {
     assert_eq!((again.status, &change["started"], &change["moves"]), (200, &json!(false), &json!(0)));
     assert_eq!(change["reason"], "that placement is in force already");
 
-    // SGLang's form: the map alone.
-    let bare = json!({"physical_to_logical_map": vec![FORWARD.to_vec(); LAYERS]});
+    // SGLang's form: the map alone; to JSON Schema, 3.0 is an integer.
+    let floats = FORWARD.map(f64::from);
+    let bare = json!({"physical_to_logical_map": vec![floats.to_vec(); LAYERS]});
     let response = put(&server, "", &bare.to_string());
     assert_eq!(response.status, 202, "{}", response.body);
     arrived(&server, response.json()["target_version"].as_u64().unwrap());
@@ -158,7 +159,8 @@ fn a_placement_that_does_not_fit_is_refused_by_layer_slot_limit_and_value() {
         (changed("/ranks", json!(4)), "made for 4 ranks, but there are 2"),
         (changed("/layer_ids", json!([0, 5])), "layer_ids [0, 5] are not the model's MoE layers [0, 1]"),
         (changed("/version", json!(9)), "version 9 is unknown"),
-        (changed("/physical_to_logical_map/1/3", json!("x")), "invalid type"),
+        (changed("/physical_to_logical_map/1/3", json!("x")), "physical_to_logical_map[1][3]: invalid type"),
+        (changed("/physical_to_logical_map/1/3", json!(1.5)), "physical_to_logical_map[1][3]: invalid type"),
         (unknown.to_string(), "unknown field `extra`"),
         (
             json!({"physical_to_logical_map": vec![vec![0, 1, 2, 3, 4, 5, 6, 7]; LAYERS]}).to_string(),
@@ -170,8 +172,8 @@ fn a_placement_that_does_not_fit_is_refused_by_layer_slot_limit_and_value() {
     ] {
         let response = put(&server, "", &body);
         let message = response.error()["message"].as_str().unwrap().to_owned();
-        let no_placement = ["invalid type", "unknown field `extra`", "physical_to_logical_map", "EOF"];
-        let status = if no_placement.contains(&part) { 400 } else { 409 };
+        let no_placement = ["unknown field `extra`", "physical_to_logical_map", "EOF"];
+        let status = if no_placement.iter().any(|sign| part.starts_with(sign)) { 400 } else { 409 };
         assert_eq!(response.status, status, "{body}");
         assert!(message.contains(part), "{message:?} should contain {part:?}");
     }

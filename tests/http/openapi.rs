@@ -115,6 +115,9 @@ fn dependent_fields_are_described() {
         assert!(schemas[body]["properties"][own].is_object(), "{body}: {own}");
     }
     assert_eq!(schemas["ChatBody"]["properties"]["priority"]["enum"], json!([0, null]));
+    assert_eq!(schemas["Content"]["type"], "string");
+    assert_eq!(schemas["Content"]["x-dependent-properties"]["content"]["$ref"], "#/components/schemas/Parts");
+    assert_eq!((&schemas["Parts"]["minItems"], &schemas["Parts"]["maxItems"]), (&json!(1), &json!(1024)));
     let assistant = |schemas: &Value| {
         let roles = schemas["Message"]["oneOf"].as_array().unwrap().clone();
         roles.into_iter().find(|role| role["properties"]["role"]["enum"] == json!(["assistant"])).unwrap()

@@ -14,7 +14,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Placement, refuse};
-use crate::{Error, Result};
+use crate::{Error, Result, whole};
 
 /// The version of the file format that is written and read.
 const FORMAT_VERSION: u32 = 1;
@@ -23,14 +23,15 @@ const FORMAT_VERSION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlacementFile {
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole::field")]
     version: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole::field")]
     ranks: Option<usize>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole::field")]
     slots_per_rank: Option<usize>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole::list")]
     layer_ids: Option<Vec<usize>>,
+    #[serde(deserialize_with = "whole::lists")]
     physical_to_logical_map: Vec<Vec<i32>>,
 }
 
@@ -46,6 +47,18 @@ pub struct Expected<'a> {
 }
 
 impl PlacementFile {
+    /// Reads the text of a placement file.
+    ///
+    /// # Errors
+    /// [`Error::Placement`] on bad JSON, an unknown key, or a value of another type, with the key and the place.
+    pub fn parse(text: &str) -> Result<PlacementFile> {
+        let refused = |why: String| Error::Placement(why);
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let file = serde_path_to_error::deserialize(&mut reader).map_err(|e| refused(e.to_string()))?;
+        reader.end().map_err(|e| refused(e.to_string()))?;
+        Ok(file)
+    }
+
     /// Absolute indices of the MoE layers, where the file says them.
     pub fn layer_ids(&self) -> Option<&[usize]> {
         self.layer_ids.as_deref()
@@ -126,8 +139,7 @@ impl Placement {
     /// # Errors
     /// [`Error::Placement`] on bad JSON (with line and column), an unknown key, or anything that does not fit.
     pub fn from_json(text: &str, expected: &Expected<'_>) -> Result<Placement> {
-        let file: PlacementFile = serde_json::from_str(text).map_err(|e| Error::Placement(e.to_string()))?;
-        file.check(expected)
+        PlacementFile::parse(text)?.check(expected)
     }
 
     /// The text of a placement file, one layer per line.
@@ -157,7 +169,7 @@ impl Placement {
     /// [`Error::Io`] when it cannot be read; [`Error::Placement`], beginning with the path, on bad JSON or an unknown key.
     pub fn read_file(path: &Path) -> Result<PlacementFile> {
         let text = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
-        serde_json::from_str(&text).map_err(|e| at(path, Error::Placement(e.to_string())))
+        PlacementFile::parse(&text).map_err(|e| at(path, e))
     }
 
     /// Writes a placement file: whole or not at all, by renaming a temporary file beside it.
@@ -207,6 +219,17 @@ mod tests {
     }
 
     #[test]
+    fn whole_numbers_may_be_written_as_floats() {
+        let text = r#"{"version": 1.0, "ranks": 2e0, "slots_per_rank": 2.0, "layer_ids": [1.0, 2],
+            "physical_to_logical_map": [[0.0, 1, 2, -1.0], [2, 1e0, 0, 2]]}"#;
+        let placement = Placement::from_json(text, &MODEL).unwrap();
+        assert_eq!(
+            (placement.layer(0).slots(), placement.layer(1).slots()),
+            (&[0, 1, 2, -1][..], &[2, 1, 0, 2][..])
+        );
+    }
+
+    #[test]
     fn sglang_maps_cover_moe_layers_or_all_layers() {
         let moe_only = r#"{"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 2]]}"#;
         let all_layers =
@@ -234,6 +257,16 @@ mod tests {
             (full(head, "[[0, 1, 2, 0], [2, 1, 0]]"), "layer 2 lists 3 slots"),
             (r#"{"physical_to_logical_map": [[0, 1, 2]]}"#.into(), "1 lists for the model's 2 MoE layers"),
             (r#"{"physical_to_logical_map": [[0, 1, 2], [0, 1, 2]]}"#.into(), "not a multiple of 2 ranks"),
+            (
+                full(head, "[[0, 1, 2, -1], [2, 1, 0.5, 2]]"),
+                "physical_to_logical_map[1][2]: invalid type: floating point `0.5`",
+            ),
+            (
+                full(&head.replace("[1, 2]", "[1, 2.5]"), map),
+                "layer_ids[1]: invalid type: floating point `2.5`",
+            ),
+            (full(&head.replace("\"ranks\": 2", "\"ranks\": -2"), map), "ranks: invalid value: integer `-2`"),
+            (format!("{} x", full(head, map)), "trailing"),
             ("{".into(), "line 1"),
         ] {
             let message = Placement::from_json(&text, &MODEL).unwrap_err().to_string();

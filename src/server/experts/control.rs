@@ -203,7 +203,7 @@ fn movable(state: &AppState) -> Result<Arc<Placement>, ApiError> {
 fn read(body: &[u8]) -> Result<PlacementFile, ApiError> {
     let refuse = |why: String| ApiError::bad_request(format!("The placement: {}", clip(&why)));
     let text = std::str::from_utf8(body).map_err(|error| refuse(error.to_string()))?;
-    serde_json::from_str(text).map_err(|error| refuse(error.to_string()))
+    PlacementFile::parse(text).map_err(|error| refuse(error.to_string()))
 }
 
 /// The placement that a file says, for the world of the one in force.

@@ -36,6 +36,19 @@ pub fn describe(name: &str, body: &mut Value) {
     }
 }
 
+/// Describes the parts of a message beside its text: their lengths add up to what the context has room for, and random ones
+/// would not fit.
+pub fn describe_parts(content: &mut Value) {
+    let alternatives = content["oneOf"].take();
+    let Some([text, parts]) = alternatives.as_array().map(Vec::as_slice) else {
+        panic!("text or parts, not {alternatives}");
+    };
+    let mut text = text.clone();
+    text["description"] = json!(format!("The text. Takes a list of its parts too: see {EXTENSION}."));
+    text[EXTENSION] = json!({"content": parts});
+    *content = text;
+}
+
 /// What the fields of a body allow each other: the fields, and a schema.
 fn conditions(body: &str) -> Vec<(&'static [&'static str], Value)> {
     let absent = || json!({"type": "null"});

@@ -156,6 +156,7 @@ fn fill_in(schemas: &mut Value, state: &AppState) {
             model["enum"] = names.clone();
         }
     });
+    dependent::describe_parts(&mut schemas["Content"]);
     schemas["StructuredOutputs"] = structured_outputs(&schemas["StructuredOutputs"]);
     for body in ["CompletionBody", "ChatBody", "TokenizeChat", "RebalanceBody"] {
         dependent::describe(body, &mut schemas[body]);

@@ -247,8 +247,13 @@ pub enum Content {
     /// Whole.
     Text(String),
     /// In parts.
-    Parts(Vec<Part>),
+    Parts(Parts),
 }
+
+/// The parts of a message.
+#[derive(Deserialize, ToSchema)]
+#[schema(min_items = 1, max_items = 1024)]
+pub struct Parts(Vec<Part>);
 
 /// A part of a message.
 #[derive(Deserialize, ToSchema)]
