@@ -44,9 +44,13 @@ impl<T: Latent> LatentContext<'_, T> {
     #[inline(always)]
     fn rows(&self, positions: Range<usize>) -> [*const T; GROUP] {
         let mut rows = [std::ptr::null(); GROUP];
-        for (row, p) in rows.iter_mut().zip(positions) {
-            let (block, token) = (self.table[p / self.block_size] as usize, p % self.block_size);
-            *row = self.cache.row(block * self.block_size + token).as_ptr();
+        let (mut block, mut token) = (positions.start / self.block_size, positions.start % self.block_size);
+        for row in &mut rows[..positions.len()] {
+            *row = self.cache.row(self.table[block] as usize * self.block_size + token).as_ptr();
+            token += 1;
+            if token == self.block_size {
+                (block, token) = (block + 1, 0);
+            }
         }
         rows
     }
@@ -108,25 +112,22 @@ pub(super) struct Attend<'a, T> {
 pub(super) struct Parts {
     start: *mut f32,
     stride: usize,
+    apart: bool,
 }
 
 impl Parts {
-    /// Rows `stride` elements apart.
+    /// Rows `stride` elements apart. The groups of a row join in one part, or lie `apart`, one after another.
     ///
     /// # Safety
-    /// There are as many rows as the tile has queries, good for whoever attends, and nobody else uses them meanwhile.
-    pub(super) unsafe fn new(start: *mut f32, stride: usize) -> Self {
-        Parts { start, stride }
+    /// There are such parts for the tile's queries, good for whoever attends, and nobody else uses them meanwhile.
+    pub(super) unsafe fn new(start: *mut f32, stride: usize, apart: bool) -> Self {
+        Parts { start, stride, apart }
     }
 
-    /// Row `r`.
-    ///
-    /// # Safety
-    /// The tile has that many queries.
+    /// Elements before row `r` of group `i` of those attended to.
     #[inline(always)]
-    unsafe fn row(&self, r: usize) -> *mut f32 {
-        // SAFETY: `new` was promised the row.
-        unsafe { self.start.add(r * self.stride) }
+    fn place(&self, r: usize, i: usize, value_width: usize) -> usize {
+        r * self.stride + if self.apart { i * part_width(value_width) } else { 0 }
     }
 }
 
@@ -158,6 +159,12 @@ impl<T: Latent> Attend<'_, T> {
         let most = self.seen(group, count - 1);
         let first = group * GROUP;
         let tokens = self.context.rows(first..first + most);
+        // The next group comes from memory while values of this one are computed.
+        let mut next = tokens;
+        if group + 1 < self.groups.end {
+            let most = self.seen(group + 1, count - 1);
+            next[..most].copy_from_slice(&self.context.rows(first + GROUP..first + GROUP + most)[..most]);
+        }
         let mut r = 0;
         while r < count {
             let rows = height::<S>(count - r);
@@ -168,7 +175,8 @@ impl<T: Latent> Attend<'_, T> {
                 let q = Strided { start: self.q[r * width..].as_ptr(), stride: width };
                 // SAFETY: `run` has compared the sizes; tokens are rows of the cache.
                 unsafe { scores(simd, (q, rows), (tokens, width), AHEAD, out) };
-                self.strip(simd, group, (r..own, rows), tokens);
+                let next = if r == 0 { &next[..tokens.len()] } else { tokens };
+                self.strip(simd, group, (r..own, rows), (tokens, next));
             }
             r += rows;
         }
@@ -181,14 +189,15 @@ impl<T: Latent> Attend<'_, T> {
         simd: S,
         group: usize,
         (own, rows): (Range<usize>, usize),
-        tokens: &[*const T],
+        (tokens, next): (&[*const T], &[*const T]),
     ) {
-        let width = self.shape.value_width;
+        let (width, i) = (self.shape.value_width, group - self.groups.start);
+        let joins = i > 0 && !self.parts.apart;
         // SAFETY: a row of the tile.
-        let start = unsafe { self.parts.row(own.start) };
+        let start = unsafe { self.parts.start.add(self.parts.place(own.start, i, width)) };
         let mut means = Means { start, stride: self.parts.stride, join: None, wanted: [false; _] };
         let mut join = [[0.0; 2]; _];
-        for (i, r) in own.clone().enumerate() {
+        for (of_strip, r) in own.clone().enumerate() {
             let seen = self.seen(group, r);
             if seen == 0 {
                 continue;
@@ -198,25 +207,25 @@ impl<T: Latent> Attend<'_, T> {
             let late = State { max: late.0, sum: late.1 };
             // SAFETY: a row of the tile; a state fits behind its values.
             unsafe {
-                let to = self.parts.row(r).add(width).cast::<State>();
-                if group == self.groups.start {
-                    to.write(late);
-                } else {
+                let to = self.parts.start.add(self.parts.place(r, i, width) + width).cast::<State>();
+                if joins {
                     let (state, factors) = to.read().join(simd, late);
                     to.write(state);
-                    join[i] = factors;
+                    join[of_strip] = factors;
+                } else {
+                    to.write(late);
                 }
             }
-            means.wanted[i] = true;
+            means.wanted[of_strip] = true;
         }
-        if group > self.groups.start {
+        if joins {
             means.join = Some(join);
         }
         let stride = SCORE_STRIDE * size_of::<f32>() / size_of::<T>();
         let weights =
             Strided { start: self.scratch[own.start * SCORE_STRIDE..].as_ptr().cast::<T>(), stride };
         // SAFETY: `run` has compared the sizes; weights of a row fill the front of the place of its scores.
-        unsafe { values(simd, (weights, rows), (tokens, width), &means) };
+        unsafe { values(simd, (weights, rows), (tokens, next, width), &means) };
     }
 }
 

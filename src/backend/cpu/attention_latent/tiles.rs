@@ -199,7 +199,8 @@ pub(super) struct Means {
     pub(super) wanted: [bool; MAX_ROWS],
 }
 
-/// `means[r] = sum_t weights[r][t] * tokens[t]`, t ascending, for the rows of a tile of [`height`].
+/// `means[r] = sum_t weights[r][t] * tokens[t]`, t ascending, for the rows of a tile of [`height`]. While a token is at work, the one in
+/// its place in `next`, as many, is fetched.
 ///
 /// # Safety
 /// Weights have those rows, with whole groups of tokens; tokens have `width` elements, a multiple of two registers of f32, and so
@@ -208,23 +209,23 @@ pub(super) struct Means {
 pub(super) unsafe fn values<S: Simd, T: Latent>(
     simd: S,
     (weights, rows): (Strided<T>, usize),
-    (tokens, width): (&[*const T], usize),
+    (tokens, next, width): (&[*const T], &[*const T], usize),
     means: &Means,
 ) {
     // SAFETY: the caller's promise; each step is within the width.
     unsafe {
         if rows == MAX_ROWS {
             for d in (0..width).step_by(2 * S::LANES) {
-                value_tile::<S, T, MAX_ROWS, 1>(simd, weights, (tokens, d), means);
+                value_tile::<S, T, MAX_ROWS, 1>(simd, weights, (tokens, next, d), means);
             }
         } else {
             let mut d = 0;
             while const { tall::<S>() } && d + 4 * S::LANES <= width {
-                value_tile::<S, T, MIN_ROWS, 2>(simd, weights, (tokens, d), means);
+                value_tile::<S, T, MIN_ROWS, 2>(simd, weights, (tokens, next, d), means);
                 d += 4 * S::LANES;
             }
             while d < width {
-                value_tile::<S, T, MIN_ROWS, 1>(simd, weights, (tokens, d), means);
+                value_tile::<S, T, MIN_ROWS, 1>(simd, weights, (tokens, next, d), means);
                 d += 2 * S::LANES;
             }
         }
@@ -239,14 +240,23 @@ pub(super) unsafe fn values<S: Simd, T: Latent>(
 unsafe fn value_tile<S: Simd, T: Latent, const R: usize, const N: usize>(
     simd: S,
     weights: Strided<T>,
-    (tokens, d): (&[*const T], usize),
+    (tokens, next, d): (&[*const T], &[*const T], usize),
     means: &Means,
 ) {
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
+    assert!(next.len() == tokens.len(), "{} tokens, then {}", tokens.len(), next.len());
     let mut sums = [[[simd.zero(); 2]; N]; R];
     let whole = tokens.len() / T::GROUP * T::GROUP;
     // SAFETY: the caller's promise; weights are there for whole groups. A check of an index in the loop would keep the sums in memory.
     unsafe {
         for t in (0..whole).step_by(T::GROUP) {
+            for t in t..t + T::GROUP {
+                let next = next.get_unchecked(t).wrapping_add(d);
+                for byte in (0..2 * N * S::LANES * size_of::<T>()).step_by(LINE) {
+                    simd.prefetch(next.wrapping_byte_add(byte).cast());
+                }
+            }
             let second = Some(tokens.get_unchecked(t + T::GROUP - 1).add(d));
             add_tokens::<S, T, R, N>(simd, (weights, t), (tokens.get_unchecked(t).add(d), second), &mut sums);
         }

@@ -1,7 +1,7 @@
 //! Absorbed rows, of all sequences together, go through rounds of tasks: queries to latents (by head, so that a weight is read once
 //! for many rows), attention over the cached latents, latents to outputs. Attention is a task per tile of a sequence's queries. A
-//! sequence that is too large a share of the work for that has a task per tile and group of positions instead, and one more round
-//! joins what they found; which of the two, no bit shows.
+//! sequence that is too large a share of the work for that has a task per tile and some groups of positions instead, and one more
+//! round joins what they found; which of the two, no bit shows.
 
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ use crate::backend::SeqSpan;
 /// Rows that go through a head's matrix together.
 const ROWS: usize = 32;
 /// Tasks of a thread at least, where work can be divided so: one thread may be slower than another.
-const TASKS_PER_THREAD: usize = 8;
+const TASKS_PER_THREAD: usize = 4;
 /// Most f32 of parts of divided sequences; beyond, none is divided.
 const MAX_PARTS: usize = 1 << 24;
 
@@ -94,21 +94,22 @@ where
             pool.run(spans.iter().map(|span| division.tasks(span)).sum(), &|task| {
                 let (index, task) = find_span(spans, task, |span| division.tasks(span));
                 let (span, shape) = (&spans[index], self.shape(&spans[index]));
-                let groups = division.groups(span);
-                let (first, group) = (task / groups * MAX_TILE, task % groups);
+                let (groups, runs) = (division.groups(span), division.runs(span));
+                let (first, run) = (task / runs * MAX_TILE, task % runs);
                 let queries = first..shape.queries().min(first + MAX_TILE);
                 let before = self.queries_before(index);
                 let q = &q[(before + first) * shape.key_width..];
                 if groups > 1 {
-                    let part = division.parts(&spans[..index]) + first * groups + group;
+                    let run = run * division.run..groups.min((run + 1) * division.run);
+                    let part = division.parts(&spans[..index]) + first * groups + run.start;
                     // SAFETY: a query and group are in one task.
-                    let parts = unsafe { Parts::new(parts.address(part), groups * part_width) };
-                    self.attend(span, (queries, group..group + 1), q, parts);
+                    let parts = unsafe { Parts::new(parts.address(part), groups * part_width, true) };
+                    self.attend(span, (queries, run), q, parts);
                     return;
                 }
                 with_local_scratch::<f32, _>(queries.len() * part_width, |own| {
                     // SAFETY: a scratch of our own.
-                    let parts = unsafe { Parts::new(own.as_mut_ptr(), part_width) };
+                    let parts = unsafe { Parts::new(own.as_mut_ptr(), part_width, false) };
                     self.attend(span, (queries.clone(), 0..usize::MAX), q, parts);
                     for (i, parts) in queries.zip(own.chunks_exact_mut(part_width)) {
                         // SAFETY: a query is in one task.
@@ -137,7 +138,7 @@ where
     /// Attention of some queries of a span, `q` from the first on, over the groups of the range that they see.
     fn attend(&self, span: &SeqSpan, (queries, groups): (Range<usize>, Range<usize>), q: &[T], parts: Parts) {
         let shape = self.shape(span);
-        let groups = groups.start..groups.end.min(shape.groups(queries.end - 1));
+        let groups = groups.start..groups.end.min(shape.groups(queries.end - 1)).max(groups.start);
         let table = block_table(&self.batch, span);
         let context = LatentContext { cache: self.cache, table, block_size: self.block_size };
         with_local_scratch::<f32, _>(SCRATCH, |scratch| {
@@ -181,19 +182,22 @@ where
     }
 }
 
-/// Which sequences have a task per group of positions.
+/// Which sequences are divided among tasks by groups of positions.
 struct Division<F> {
     shape: F,
     /// Those of at least so many groups; none has just one.
     least_groups: usize,
+    /// Groups of a task: it fetches one while it works on the one before.
+    run: usize,
 }
 
 impl<F: Fn(&SeqSpan) -> Shape> Division<F> {
     fn new(spans: &[SeqSpan], threads: usize, shape: F) -> Self {
-        let mut division = Division { shape, least_groups: usize::MAX };
+        let mut division = Division { shape, least_groups: usize::MAX, run: 1 };
         if threads > 1 {
             let work: usize = spans.iter().map(|span| division.tiles(span) * division.all_groups(span)).sum();
-            division.least_groups = (work / (TASKS_PER_THREAD * threads) + 1).max(2);
+            division.run = (work / (TASKS_PER_THREAD * threads)).max(1);
+            division.least_groups = division.run + 1;
             let part_width = spans.first().map_or(0, |span| part_width((division.shape)(span).value_width));
             if division.parts(spans) * part_width > MAX_PARTS {
                 division.least_groups = usize::MAX;
@@ -220,7 +224,12 @@ impl<F: Fn(&SeqSpan) -> Shape> Division<F> {
     }
 
     fn tasks(&self, span: &SeqSpan) -> usize {
-        self.tiles(span) * self.groups(span)
+        self.tiles(span) * self.runs(span)
+    }
+
+    /// Tasks of each tile of a span.
+    fn runs(&self, span: &SeqSpan) -> usize {
+        self.groups(span).div_ceil(self.run)
     }
 
     /// Parts that the tasks of these spans leave to be joined: one per query and group where there are several.
