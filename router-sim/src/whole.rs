@@ -5,8 +5,8 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
-/// From here on not every integer is a float.
-const EXACT: f64 = 9_007_199_254_740_992.0;
+/// The first float beyond every `i64`.
+const BEYOND: f64 = 9_223_372_036_854_775_808.0;
 
 /// An integer, however it is written; a number with a fraction is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl<'de, T: TryFrom<i64>> Deserialize<'de> for Whole<T> {
             }
 
             fn visit_f64<E: Error>(self, value: f64) -> Result<Whole<T>, E> {
-                if value.fract() == 0.0 && value.abs() < EXACT {
+                if value.fract() == 0.0 && (-BEYOND..BEYOND).contains(&value) {
                     return self.visit_i64(value as i64);
                 }
                 Err(E::invalid_type(Unexpected::Float(value), &self))
@@ -79,12 +79,14 @@ mod tests {
         assert_eq!(read::<u32>("-0.0"), Ok(0));
         assert_eq!(read::<i32>("-1.0"), Ok(-1));
         assert_eq!(read::<i64>("-9223372036854775808"), Ok(i64::MIN));
+        assert_eq!(read::<i64>("-9.223372036854775808e18"), Ok(i64::MIN));
+        assert_eq!(read::<i64>("5e17"), Ok(500_000_000_000_000_000));
         for (text, why) in [
             ("1.5", "floating point `1.5`, expected an integer in range"),
             ("-1", "integer `-1`"),
             ("4294967296.0", "4294967296"),
             ("1e300", "1e+300"),
-            ("9007199254740993.0", "9007199254740992"),
+            ("9223372036854775808.0", "floating point"),
             ("18446744073709551615", "18446744073709551615"),
             ("\"3\"", "string \"3\""),
             ("true", "boolean"),

@@ -315,6 +315,7 @@ pub struct GenerationFields {
     #[schema(minimum = 0, maximum = 1)]
     min_p: Option<f64>,
     /// Same seed, same text, in any batch.
+    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
     seed: Option<i64>,
     /// Above 0; 1 is off.
     #[schema(exclusive_minimum = 0, maximum = 1e30)]
