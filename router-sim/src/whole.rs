@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
-/// The first float beyond every `i64`.
+/// Floats from here on stand for integers beyond `i64` as well.
 const BEYOND: f64 = 9_223_372_036_854_775_808.0;
 
 /// An integer, however it is written; a number with a fraction is none.
@@ -34,7 +34,7 @@ impl<'de, T: TryFrom<i64>> Deserialize<'de> for Whole<T> {
             }
 
             fn visit_f64<E: Error>(self, value: f64) -> Result<Whole<T>, E> {
-                if value.fract() == 0.0 && (-BEYOND..BEYOND).contains(&value) {
+                if value.fract() == 0.0 && value.abs() < BEYOND {
                     return self.visit_i64(value as i64);
                 }
                 Err(E::invalid_type(Unexpected::Float(value), &self))
@@ -79,8 +79,11 @@ mod tests {
         assert_eq!(read::<u32>("-0.0"), Ok(0));
         assert_eq!(read::<i32>("-1.0"), Ok(-1));
         assert_eq!(read::<i64>("-9223372036854775808"), Ok(i64::MIN));
-        assert_eq!(read::<i64>("-9.223372036854775808e18"), Ok(i64::MIN));
         assert_eq!(read::<i64>("5e17"), Ok(500_000_000_000_000_000));
+        assert!(
+            read::<i64>("-9223372036854775809").is_err(),
+            "a reader of JSON makes it the float of the lowest one"
+        );
         for (text, why) in [
             ("1.5", "floating point `1.5`, expected an integer in range"),
             ("-1", "integer `-1`"),
