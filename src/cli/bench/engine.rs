@@ -127,6 +127,9 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let mut raw = arguments.settings.read()?;
     let largest = work.batch.iter().copied().max().unwrap_or(1);
     raw.max_num_seqs.get_or_insert(largest.max(64));
+    // A batch is queued as one.
+    raw.max_queued_requests.get_or_insert(largest.max(1024));
+    raw.max_queued_tokens.get_or_insert(largest.saturating_mul(work.context_len).max(1 << 20));
     let prepared = Prepared::new(
         OpenModel::open_as(arguments.model.as_deref(), raw.load_format)?,
         raw,
@@ -218,12 +221,11 @@ impl Bench<'_> {
     /// Runs random prompts side by side to their ends; the steps that took.
     fn run(&mut self, sequences: usize, prompt: usize, tokens: usize) -> Result<Vec<Step>> {
         self.steps.take();
-        let mut streams = Vec::with_capacity(sequences);
-        for _ in 0..sequences {
-            let prompt = self.random.tokens(prompt, self.vocab_size);
-            streams.push(self.engine.submit(Request::greedy(prompt, tokens))?);
-        }
-        for mut stream in streams {
+        // As one: on a busy machine, the first would be done before the last comes.
+        let requests = (0..sequences)
+            .map(|_| Request::greedy(self.random.tokens(prompt, self.vocab_size), tokens))
+            .collect();
+        for mut stream in self.engine.submit_all(requests)? {
             while let Some(event) = stream.blocking_next() {
                 if let Event::Finished(finished) = event
                     && let FinishReason::Error(why) = finished.reason
