@@ -21,6 +21,7 @@ const FAMILIES: &[&str] = &[
     "rope",
     "moe",
     "plan",
+    "world",
     "device",
 ];
 /// Those that are empty elsewhere.

@@ -225,6 +225,40 @@ typedef struct {
 } MoeyardPlan;
 MOEYARD_API int moeyard_plan(const MoeyardPlan* args, void* stream);
 
+// ---- world.cu
+
+// What a rank computes of the rows of all ranks, `rows` of each, of which rank r has counts[r] that are not padding; at most 2048 choices.
+// Expert e lives in slots replicas[starts[e]..starts[e + 1]], slot s on rank s / slots of those that hold whole experts, and its rows are
+// shared out among them as the trait WorldPlan says. grouped[r] = x[row], r in order of (slot of this rank, row, j), offsets[s] <= r <
+// offsets[s + 1] in slot s. homes[r] is the row among those returned where its result belongs, `index` where the results of this rank's
+// own rows come back.
+typedef struct {
+  MoeyardMatrix ids;         // [ranks * rows, top_k]
+  MoeyardMatrix x, grouped;  // of one type
+  const uint32_t* counts;
+  const uint32_t* starts;  // experts + 1
+  const uint32_t* replicas;
+  int32_t* offsets;  // slots + 1
+  uint32_t* homes;
+  int32_t* index;  // [own rows, top_k, expert_tp]
+  int32_t experts;
+  int32_t slots;  // of each rank
+  int32_t rows, rank;
+  int32_t expert_tp;  // ranks that share each expert
+  int32_t reserved;
+} MoeyardWorld;
+MOEYARD_API int moeyard_world(const MoeyardWorld* args, void* stream);
+
+// returned[homes[r]] = computed[r] for r < offsets[slots].
+typedef struct {
+  MoeyardMatrix computed, returned;  // of one type
+  const int32_t* offsets;
+  const uint32_t* homes;
+  int32_t slots;
+  int32_t reserved;
+} MoeyardReturn;
+MOEYARD_API int moeyard_return(const MoeyardReturn* args, void* stream);
+
 // ---- attention.cu, attention_bf16.cu, attention_sm90.cu, attention_decode.cu, attention_mla.cu
 
 // cache row `slots[i]` of each part = row i

@@ -26,6 +26,8 @@ static_assert(sizeof(MoeyardRoute) == 136);
 static_assert(sizeof(MoeyardBest) == 64);
 static_assert(sizeof(MoeyardCombine) == 112);
 static_assert(sizeof(MoeyardPlan) == 144);
+static_assert(sizeof(MoeyardWorld) == 168);
+static_assert(sizeof(MoeyardReturn) == 88);
 static_assert(sizeof(MoeyardRopeKv) == 168);
 static_assert(sizeof(MoeyardKvWrite) == 136);
 static_assert(sizeof(MoeyardSpan) == 20);

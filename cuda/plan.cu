@@ -1,6 +1,6 @@
 // Where the rows of a rank go that holds every expert once: a stable counting sort of its choices by slot. The warps of a block
 // and the blocks of a grid count consecutive choices, so the order is that of (slot, token, k) however many there are.
-#include "common.cuh"
+#include "copy_row.cuh"
 
 #include <climits>
 
@@ -99,16 +99,6 @@ __device__ void place(const MoeyardPlan& a, const Choices& c, int* cursors, cons
   }
 }
 
-// grouped[row] = x[token], by the whole block; in 16-byte words where both lie well.
-__device__ void copy_row(const MoeyardPlan& a, int64_t row, int64_t token, int words) {
-  int bytes = a.x.type == MOEYARD_BF16 ? 2 : 4;
-  const char* from = static_cast<const char*>(a.x.data) + token * a.x.stride * bytes;
-  char* to = static_cast<char*>(a.grouped.data) + row * a.grouped.stride * bytes;
-  for (int c = threadIdx.x; c < words; c += THREADS) reinterpret_cast<uint4*>(to)[c] = reinterpret_cast<const uint4*>(from)[c];
-  if (words == 0)
-    for (int c = threadIdx.x; c < a.x.cols; c += THREADS) store(a.grouped, row, c, load(a.x, token, c));
-}
-
 // All of it, for as many choices as a warp has lanes: every warp plans for itself, the first block writes the plan down, and each block
 // copies a row.
 __global__ void __launch_bounds__(THREADS) plan_few(MoeyardPlan a, int words) {
@@ -132,7 +122,7 @@ __global__ void __launch_bounds__(THREADS) plan_few(MoeyardPlan a, int words) {
     }
   }
   int choice = blockIdx.x;
-  copy_row(a, __shfl_sync(FULL, row, choice), choice / a.ids.cols, words);
+  copy_row(a.x, choice / a.ids.cols, a.grouped, __shfl_sync(FULL, row, choice), words);
 }
 
 // All of it, for what one block holds: every block plans for itself, the first writes the plan down, and each copies some rows.
@@ -147,12 +137,12 @@ __global__ void __launch_bounds__(THREADS) plan_whole(MoeyardPlan a, int words) 
   scan_slots(a, base, blockIdx.x == 0);
   place(a, c, counts, base, blockIdx.x == 0, rows);
   __syncthreads();
-  for (int choice = blockIdx.x; choice < c.end; choice += gridDim.x) copy_row(a, rows[choice], choice / a.ids.cols, words);
+  for (int choice = blockIdx.x; choice < c.end; choice += gridDim.x) copy_row(a.x, choice / a.ids.cols, a.grouped, rows[choice], words);
 }
 
 __global__ void __launch_bounds__(THREADS) gather(MoeyardPlan a, int words) {
   start_in_turn();
-  copy_row(a, blockIdx.x, a.tokens[blockIdx.x], words);
+  copy_row(a.x, a.tokens[blockIdx.x], a.grouped, blockIdx.x, words);
 }
 
 __global__ void __launch_bounds__(THREADS) plan_count(MoeyardPlan a) {
@@ -198,36 +188,22 @@ __global__ void __launch_bounds__(THREADS) plan_place(MoeyardPlan a) {
   place(a, c, counts, base, true, nullptr);
 }
 
-// 16-byte words of a row, or 0 where it cannot be copied in such.
-int words_of(const MoeyardPlan& a) {
-  int bytes = a.x.type == MOEYARD_BF16 ? 2 : 4;
-  auto fits = [&](const MoeyardMatrix& m) {
-    return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * bytes % 16 == 0;
-  };
-  return fits(a.x) && fits(a.grouped) && a.x.cols * bytes % 16 == 0 ? a.x.cols * bytes / 16 : 0;
-}
-
-template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-}
-
 }  // namespace
 
 extern "C" int moeyard_plan(const MoeyardPlan* a, void* stream) {
   int choices = a->ids.rows * a->ids.cols, blocks = (choices + MOEYARD_PLAN_CHUNK - 1) / MOEYARD_PLAN_CHUNK;
   if (choices == 0) return 0;
-  if (choices <= WARP) return launch_early(plan_few, dim3(choices), THREADS, 0, stream, *a, words_of(*a));
+  if (choices <= WARP) return launch_early(plan_few, dim3(choices), THREADS, 0, stream, *a, words_of(a->x, a->grouped));
   size_t bytes = size_t(WARPS + 1) * a->slots * sizeof(int);
   if (blocks == 1) {
     bytes += MOEYARD_PLAN_CHUNK * sizeof(int);
     if (cudaError_t error = allow(plan_whole, bytes)) return int(error);
-    return launch_early(plan_whole, dim3(choices < 128 ? choices : 128), THREADS, bytes, stream, *a, words_of(*a));
+    return launch_early(plan_whole, dim3(choices < 128 ? choices : 128), THREADS, bytes, stream, *a, words_of(a->x, a->grouped));
   }
   if (cudaError_t error = allow(plan_count, bytes)) return int(error);
   if (cudaError_t error = allow(plan_place, bytes)) return int(error);
   if (int error = launch_early(plan_count, dim3(blocks), THREADS, bytes, stream, *a)) return error;
   if (int error = launch_early(plan_scan, dim3(1), THREADS, a->slots * sizeof(int), stream, *a, blocks)) return error;
   if (int error = launch_early(plan_place, dim3(blocks), THREADS, bytes, stream, *a)) return error;
-  return launch_early(gather, dim3(choices), THREADS, 0, stream, *a, words_of(*a));
+  return launch_early(gather, dim3(choices), THREADS, 0, stream, *a, words_of(a->x, a->grouped));
 }

@@ -69,7 +69,7 @@ judge() { # NAME MODEL DTYPE FLAGS...: verify, then compare with the golden outp
 throttle() { while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done; }
 
 names=()
-divisions=("--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--tensor-parallel-size 2" "--prefill-chunk-size 5 --max-num-seqs 2")
+divisions=("--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--expert-parallel-size 8 --redundant-experts 8 --split even" "--tensor-parallel-size 2" "--prefill-chunk-size 5 --max-num-seqs 2")
 compact() { echo "$*" | tr -d ' '; }
 
 # The trained demo models continue their golden prompts token by token.

@@ -3,8 +3,8 @@
 
 use super::{
     AddNormArgs, AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
-    KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, Precision, RopeArgs, View,
-    ViewMut,
+    KvCache, KvShape, MOST_CHOICES, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PaddedShape, PlannedArgs,
+    Precision, Replicas, ReturnedArgs, RopeArgs, View, ViewMut, WorldArgs,
 };
 use crate::spec::{GroupScore, NormKind, Router, Score};
 
@@ -483,6 +483,66 @@ pub fn planned_experts(args: &PlannedArgs<'_>, out: &ViewMut<'_>) {
         let (own, others) = (w.parts[0].dtype(), first.unwrap_or(w).parts[0].dtype());
         assert!(own == others, "slot {slot}: {own:?} weights among those of {others:?}");
     }
+}
+
+/// [`super::WorldPlan::world_experts`]. The ids themselves are out of reach here.
+pub fn world_experts(args: &WorldArgs<'_>) {
+    let PaddedShape { world, rank, expert_tp, rows, top_k, slots_per_rank } = args.shape;
+    assert!(
+        rank < world && expert_tp > 0 && world.is_multiple_of(expert_tp),
+        "rank {rank} of {world}, {expert_tp} to an expert"
+    );
+    assert!(args.shape.choices() <= MOST_CHOICES, "{:?} has more than {MOST_CHOICES} choices", args.shape);
+    assert!(args.counts.len() == world, "rows of {} ranks, {world} in the world", args.counts.len());
+    below("rows of a rank", args.counts, rows + 1);
+    float("world x", &args.x);
+    let hidden = args.x.cols();
+    shape("world x", &args.x, world * rows, hidden);
+    dtype("world ids", &args.ids, DType::I32);
+    shape("world ids", &args.ids, world * rows, top_k);
+    for work in [&args.grouped, &args.computed, &args.returned] {
+        dtype("world working space", &work.as_view(), args.x.dtype());
+        shape("world working space", &work.as_view(), args.shape.capacity(), hidden);
+    }
+    assert!(args.slots.len() == slots_per_rank, "{} slots, {slots_per_rank} on each rank", args.slots.len());
+    let own = args.counts[rank] as usize;
+    for (name, x, numbers) in [
+        ("world offsets", &args.offsets, slots_per_rank + 1),
+        ("world index", &args.index, own * top_k * expert_tp),
+    ] {
+        dtype(name, &x.as_view(), DType::I32);
+        shape(name, &x.as_view(), numbers, 1);
+        assert!(x.as_view().is_contiguous(), "{name}: numbers {} apart", x.stride());
+    }
+    let Replicas { starts, slots } = args.replicas;
+    let (first, last) = (starts.first().copied(), starts.last().copied());
+    assert!(
+        first == Some(0) && last == Some(slots.len() as u32) && starts.is_sorted_by(|a, b| a < b),
+        "slots of {} experts: from {first:?} to {last:?} of {}",
+        starts.len().saturating_sub(1),
+        slots.len()
+    );
+    below("slot of an expert", slots, world / expert_tp * slots_per_rank);
+    let mine = slots_per_rank * args.shape.expert_rank()..slots_per_rank * (args.shape.expert_rank() + 1);
+    let first = args.slots.iter().flatten().next();
+    for &slot in slots.iter().filter(|&&slot| mine.contains(&(slot as usize))) {
+        let local = slot as usize - mine.start;
+        let w = args.slots[local].as_ref();
+        let w = w.unwrap_or_else(|| panic!("an expert lives in slot {local} of rank {rank}, which is empty"));
+        mlp_rows(&args.x, w, &args.computed);
+        let (own, others) = (w.parts[0].dtype(), first.unwrap_or(w).parts[0].dtype());
+        assert!(own == others, "slot {local}: {own:?} weights among those of {others:?}");
+    }
+}
+
+/// [`super::WorldPlan::combine_returned`]. The index itself is out of reach here.
+pub fn combine_returned(args: &ReturnedArgs<'_>, out: &ViewMut<'_>) {
+    float("returned rows", &args.rows);
+    dtype("returned weights", &args.weights, DType::F32);
+    dtype("returned out", &out.as_view(), DType::F32);
+    shape("returned out", &out.as_view(), args.weights.rows(), args.rows.cols());
+    dtype("returned index", &args.index, DType::I32);
+    shape("returned index", &args.index, args.weights.rows() * args.weights.cols() * args.parts, 1);
 }
 
 /// [`super::Backend::combine`].

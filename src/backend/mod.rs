@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod cuda;
 mod event;
 pub mod int8;
+mod padded;
 mod planned;
 mod precision;
 pub mod reference;
@@ -23,6 +24,7 @@ pub use args::{
     AddNormArgs, AttentionBatch, CombineArgs, ExpertsArgs, GqaArgs, MlaArgs, NormArgs, RopeArgs, SeqSpan,
 };
 pub use event::{Event, RawStream};
+pub use padded::{MOST_CHOICES, PaddedShape, Replicas, ReturnedArgs, WorldArgs, WorldPlan};
 pub use planned::{DevicePlan, PlannedArgs};
 pub use precision::Precision;
 pub use step::StepCounts;
@@ -171,6 +173,17 @@ pub trait Backend: Send + Sync {
     /// What is given to this backend from now on runs after what `event` marks, which another backend of the same kind recorded.
     fn wait(&self, event: &Event) -> Result<()> {
         let _ = event;
+        Ok(())
+    }
+
+    /// A second stream of this backend, for a library that moves rows: what is put there from now on runs after all work given to this
+    /// backend so far, and beside what it is given next, up to [`Backend::join`]. The device is the calling thread's from now on.
+    fn fork(&self) -> Result<RawStream> {
+        Ok(RawStream(0))
+    }
+
+    /// What is given to this backend from now on runs after what was put into the stream of [`Backend::fork`].
+    fn join(&self) -> Result<()> {
         Ok(())
     }
 
@@ -398,6 +411,11 @@ pub trait Backend: Send + Sync {
 
     /// Experts of rows that this backend groups by itself, where it can.
     fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        None
+    }
+
+    /// The part of a rank in a layer of several ranks, worked out by this backend itself, where it can.
+    fn world_plan(&self) -> Option<&dyn WorldPlan> {
         None
     }
 

@@ -222,6 +222,15 @@ impl<'a> ViewMut<'a> {
         ViewMut { view: self.view.rows_range(range), borrow: PhantomData }
     }
 
+    /// The rows before `at`, and those from there on.
+    ///
+    /// # Panics
+    /// When the matrix has fewer rows.
+    pub fn split_rows(self, at: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+        let (before, after) = (self.view.rows_range(0..at), self.view.rows_range(at..self.view.rows));
+        (ViewMut { view: before, borrow: PhantomData }, ViewMut { view: after, borrow: PhantomData })
+    }
+
     /// Some consecutive columns of every row.
     pub fn cols_range(self, range: Range<usize>) -> ViewMut<'a> {
         ViewMut { view: self.view.cols_range(range), borrow: PhantomData }

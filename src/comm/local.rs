@@ -145,10 +145,18 @@ impl Local {
     /// Meets the other ranks; after it, everything offered in this collective may be read. On devices that work
     /// asynchronously the meeting is one of streams too: work given from now on runs after what all ranks gave before.
     fn meet(&mut self) -> Result<()> {
-        {
-            let mut mailbox = self.own().write().unwrap_or_else(PoisonError::into_inner);
-            self.backend.record(&mut mailbox.offered)?;
-        }
+        self.announce()?;
+        self.meet_others()
+    }
+
+    /// The first half of [`Local::meet`]: what was offered is what this rank has been given to do up to here.
+    fn announce(&self) -> Result<()> {
+        let mut mailbox = self.own().write().unwrap_or_else(PoisonError::into_inner);
+        self.backend.record(&mut mailbox.offered)
+    }
+
+    /// The second half.
+    fn meet_others(&mut self) -> Result<()> {
         let arrived = Instant::now();
         let met = self.group.meeting.wait(self.rank);
         self.waited += arrived.elapsed();
@@ -240,6 +248,30 @@ impl Communicator for Local {
                 self.backend.copy_rows(rows, target)
             })?;
             start += count;
+        }
+        self.done()
+    }
+
+    fn all_gather_equal(
+        &mut self,
+        parts: &mut [(View<'_>, ViewMut<'_>)],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        check_parts(self.size(), parts);
+        for (own, _) in &*parts {
+            self.offer_rows(*own)?;
+        }
+        self.announce()?;
+        meanwhile()?;
+        self.meet_others()?;
+        for (own, out) in parts {
+            let rows = own.rows();
+            for r in 0..self.size() {
+                let target = out.reborrow().rows_range(r * rows..(r + 1) * rows);
+                self.take_rows(r, 0..rows, (own.dtype(), own.cols()), |offered| {
+                    self.backend.copy_rows(offered, target)
+                })?;
+            }
         }
         self.done()
     }
@@ -354,6 +386,19 @@ impl Group {
 pub(super) fn check_counts(size: usize, counts: &[usize], rows: usize, what: &str) {
     assert_eq!(counts.len(), size, "counts for {what}");
     assert_eq!(counts.iter().sum::<usize>(), rows, "{what}");
+}
+
+/// What [`Communicator::all_gather_equal`] takes.
+pub(super) fn check_parts(size: usize, parts: &[(View<'_>, ViewMut<'_>)]) {
+    for (i, (own, out)) in parts.iter().enumerate() {
+        let (rows, cols) = (own.rows(), own.cols());
+        let (found, expected) = ((out.rows(), out.cols()), (rows * size, cols));
+        assert_eq!(found, expected, "part {i}: rows of {size} ranks, each [{rows}, {cols}]");
+        let gaps = !(own.is_contiguous() && out.as_view().is_contiguous());
+        assert!(!gaps, "part {i} has gaps");
+        let twin = parts[..i].iter().position(|(other, _)| other.dtype() == own.dtype());
+        assert_eq!(twin, None, "part {i} has the type of another one, {:?}", own.dtype());
+    }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -34,6 +34,14 @@ pub trait Communicator: Send {
     /// Concatenates every rank's rows in rank order into `out` `[sum(counts), cols]`; bits are copied.
     fn all_gather_rows(&mut self, own: View<'_>, counts: &[usize], out: ViewMut<'_>) -> Result<()>;
 
+    /// [`Communicator::all_gather_rows`] of several parts at once, each of its own type and without gaps, of which every rank has equally
+    /// many rows. What `meanwhile` gives the device may run while the rows travel; it has nothing to do with them.
+    fn all_gather_equal(
+        &mut self,
+        parts: &mut [(View<'_>, ViewMut<'_>)],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()>;
+
     /// Concatenates every rank's numbers in rank order; `out.len() == own.len() * size`.
     fn all_gather_counts(&mut self, own: &[u32], out: &mut [u32]) -> Result<()>;
 

@@ -39,6 +39,17 @@ impl Communicator for Solo {
         self.backend.copy_rows(own, out)
     }
 
+    fn all_gather_equal(
+        &mut self,
+        parts: &mut [(View<'_>, ViewMut<'_>)],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        for (own, out) in parts {
+            self.backend.copy_rows(*own, out.reborrow())?;
+        }
+        meanwhile()
+    }
+
     fn all_gather_counts(&mut self, own: &[u32], out: &mut [u32]) -> Result<()> {
         out.copy_from_slice(own);
         Ok(())

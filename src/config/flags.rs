@@ -245,7 +245,7 @@ pub enum PolicyChoice {
 pub enum SplitChoice {
     /// The busiest rank gets as few rows as any split can give it; rows stay home where that costs nothing.
     Exact,
-    /// Every replica gets the same number of rows.
+    /// Every replica gets the same number of rows: what GPUs share out by themselves in a decode step.
     Even,
     /// Replicas are poured full so that the least busy ranks rise together.
     Waterfill,

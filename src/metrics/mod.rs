@@ -171,7 +171,7 @@ families! {
     PHASE_SECONDS_TOTAL: Kind::Counter, "moeyard_phase_seconds_total", ["rank", "phase"],
         "Time a rank spent inside steps, by what it did; wait is time spent waiting for other ranks.";
     GRAPH_STEPS_TOTAL: Kind::Counter, "moeyard_graph_steps_total", ["rank", "how"],
-        "Pieces of decode steps of a GPU that has all experts: run launch by launch, captured into a CUDA graph, replayed from one.";
+        "Pieces of decode steps in which a GPU groups rows by itself: run launch by launch, captured into a CUDA graph, replayed from one.";
     COMM_BYTES_TOTAL: Kind::Counter, "moeyard_comm_bytes_total", ["rank", "op", "dir"],
         "Bytes of rows that a rank exchanged with other ranks; what stays on the rank is not counted.";
     STEP_IMBALANCE_RATIO: Kind::Histogram(IMBALANCE), "moeyard_step_imbalance_ratio", [],

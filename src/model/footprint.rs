@@ -1,7 +1,7 @@
 //! What one rank will hold, computed before anything is read: the counterpart of [`super::load`], allocation by
 //! allocation.
 
-use crate::backend::{Backend, DType, KvShape, Precision};
+use crate::backend::{Backend, DType, KvShape, MOST_CHOICES, Precision};
 use crate::layers::rope::RopeTable;
 use crate::model::load::{Sizes, kv_shape};
 use crate::model::world::Degrees;
@@ -142,10 +142,13 @@ impl Share<'_> {
         // sent, arrived, grouped, computed, returned; logits of the router; ids and weights of every layer
         let moe = &spec.moe;
         let choices = spec.moe_layers().len() * moe.top_k * 8;
-        let routed = owned * (moe.top_k * 5 * hidden * wire + 4 * moe.experts + choices);
+        // Devices that work out their parts of a world by themselves have room for all it may choose in a step.
+        let padded = self.degrees.world() > 1 && self.backend.world_plan().is_some();
+        let travelling = (owned * moe.top_k).max(if padded { MOST_CHOICES } else { 0 });
+        let routed = travelling * 5 * hidden * wire + owned * (4 * moe.experts + choices);
         // What a backend keeps inside: routed rows in the form its kernels want, and between an expert's two matrices.
         let slice = shard::even(moe.intermediate, 0, self.degrees.expert_tp).len();
-        let inside = owned * moe.top_k * (hidden + slice) * 4;
+        let inside = travelling * (hidden + slice) * 4;
         let logits = self.sizes.max_logit_rows * (spec.vocab_size + hidden) * 4;
         stream + routed + inside + logits + rows * self.attention_row(spec)
     }

@@ -10,7 +10,9 @@ use std::thread;
 use router_sim::placement::{EMPTY, Placement};
 use router_sim::split::Split;
 
-use crate::backend::{Backend, DType, HostData, HostMatrix, KvCache, KvShape, Matrix, Mlp, Tensor};
+use crate::backend::{
+    Backend, DType, HostData, HostMatrix, KvCache, KvShape, Matrix, Mlp, PaddedShape, Tensor,
+};
 use crate::error::Result;
 use crate::layers::attention::{Attention, AttentionScratch};
 use crate::layers::attention_gqa::{FullWidthNorm, GqaAttention, GqaScratch, QkNorm};
@@ -454,7 +456,7 @@ impl Loader<'_> {
         Ok(Scratch {
             residual: exact(owned)?,
             normed: exact(owned)?,
-            rounded: rounded(owned)?,
+            rounded: rounded(owned + PaddedShape::PADDING)?,
             gathered: rounded(gathered)?,
             partial: exact(rows)?,
             output: exact(owned)?,

@@ -127,11 +127,13 @@ impl Model for Transformer {
         let owned = owned_range(&self.scratch.host.counts, self.rank.tp.rank());
         self.rope.rows_of(batch.attention.spans, &mut self.scratch.host.rope_rows);
         phases_of(batch.attention.spans, owned.clone(), &mut self.scratch.host.phases);
-        self.scratch.moe.start(owned.len());
+        let decodes = rows == batch.attention.spans.len();
+        self.scratch.moe.start(&mut self.rank, owned.len(), decodes)?;
         self.scratch.addend = None;
 
-        // Decode steps of one rank are much alike, and nobody waits for a part of one.
-        if rows > 0 && rows == batch.attention.spans.len() && self.rank.world.size() == 1 {
+        // Decode steps are much alike, and where devices find out who computes what, no host waits for a part of one.
+        let alone = self.rank.world.size() == 1 && rows > 0 && decodes;
+        if alone || self.is_padded() {
             let backend = self.rank.backend.clone();
             backend.step(&mut || self.compute(batch, owned.clone(), out))?;
             let StepCounts { run, replayed, captured } = backend.step_counts();
@@ -208,18 +210,24 @@ impl Transformer {
         self.logits(batch.logit_rows, owned, out)
     }
 
-    /// Counts the choices of layers whose rows the device grouped by itself: fetched at once, after everything else was given to it.
+    /// Whether all ranks pad their rows in every MoE layer of this step.
+    fn is_padded(&self) -> bool {
+        let Transformer { rank, layers, placement, scratch, .. } = self;
+        let planned = |moe: &MoeLayer| moe.is_planned(rank, placement, &scratch.moe);
+        scratch.moe.padded_rows().is_some() && layers.iter().filter_map(DecoderLayer::moe).all(planned)
+    }
+
+    /// Counts the choices of layers whose rows devices grouped by themselves: fetched at once, after everything else was given to them.
     fn settle(&mut self) -> Result<()> {
         let Transformer { rank, layers, placement, load, scratch, .. } = self;
         let Scratch { moe: moe_scratch, host, .. } = scratch;
-        if !layers.iter().filter_map(DecoderLayer::moe).any(|moe| moe.is_planned(rank, placement)) {
+        let layers = layers.iter().filter_map(DecoderLayer::moe);
+        if !layers.clone().any(|moe| moe.is_planned(rank, placement, moe_scratch)) {
             return Ok(());
         }
         moe_scratch.fetch(rank.backend.as_ref())?;
         rank.lap(Work::Device);
-        let planned =
-            layers.iter().filter_map(DecoderLayer::moe).filter(|moe| moe.is_planned(rank, placement));
-        planned.for_each(|moe| moe.settle(placement, &host.phases, load, moe_scratch));
+        layers.for_each(|moe| moe.settle(rank, placement, &host.phases, load, moe_scratch));
         rank.lap(Work::Router);
         Ok(())
     }
@@ -301,7 +309,8 @@ impl LayerStep<'_> {
         self.norm(norm, true)?;
         let n = self.owned;
         let Scratch { normed, rounded, output, moe: scratch, host, .. } = &mut *self.scratch;
-        let rows = MoeRows { exact: normed.head(n), rounded: rounded.head(n), phases: &host.phases };
+        let padded = rounded.head(scratch.padded_rows().unwrap_or(n));
+        let rows = MoeRows { exact: normed.head(n), rounded: rounded.head(n), padded, phases: &host.phases };
         moe.forward(self.rank, rows, placement, load, scratch, output.head_mut(n))?;
         self.scratch.addend = (n > 0).then_some(Addend::Output);
         self.rank.lap(Work::Combine);

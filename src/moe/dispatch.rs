@@ -59,8 +59,10 @@ impl Dispatch {
         self.place_received(shape, layer, split);
     }
 
-    /// Fills `offsets` alone, for a rank that holds every expert once: expert e in slot `slot_of[e]` of `slots`.
+    /// Fills `offsets` and `destinations` alone, for a rank that holds every expert once: expert e in slot `slot_of[e]` of `slots`.
     pub fn count_alone(&mut self, slot_of: &[u32], slots: usize, ids: &[i32]) {
+        self.destinations.clear();
+        self.destinations.resize(ids.len(), 0);
         self.offsets.clear();
         self.offsets.resize(slots + 1, 0);
         for &expert in ids {

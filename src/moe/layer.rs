@@ -3,7 +3,9 @@
 use router_sim::placement::Placement;
 use router_sim::split::{Split, SplitPlan};
 
-use crate::backend::{Backend, CombineArgs, DType, DevicePlan, ExpertsArgs, Mlp, PlannedArgs, View, ViewMut};
+use crate::backend::{
+    Backend, CombineArgs, DType, DevicePlan, ExpertsArgs, Mlp, PlannedArgs, View, ViewMut, WorldPlan,
+};
 use crate::error::Result;
 use crate::layers::linear::Linear;
 use crate::layers::mlp::GatedMlp;
@@ -11,6 +13,7 @@ use crate::layers::{Rank, RowBuffer};
 use crate::metrics::{CommOp, Work};
 use crate::moe::dispatch::{Dispatch, DispatchShape};
 use crate::moe::load::{LoadCounters, Phase};
+use crate::moe::padded::Padded;
 use crate::moe::router::{Routed, Router};
 use crate::spec::{Activation, Moe};
 
@@ -38,17 +41,23 @@ pub struct Shared {
 
 /// Buffers of one step, shared by all layers.
 pub struct MoeScratch {
-    routed: Routed,
+    pub(super) routed: Routed,
     counts: Vec<u32>,
     world_counts: Vec<u32>,
     split: SplitPlan,
-    dispatch: Dispatch,
-    send: RowBuffer,
-    arrived: RowBuffer,
-    grouped: RowBuffer,
-    computed: RowBuffer,
-    returned: RowBuffer,
-    shared: RowBuffer,
+    pub(super) dispatch: Dispatch,
+    pub(super) send: RowBuffer,
+    pub(super) arrived: RowBuffer,
+    pub(super) grouped: RowBuffer,
+    pub(super) computed: RowBuffer,
+    pub(super) returned: RowBuffer,
+    pub(super) shared: SharedBuffers,
+    pub(super) padded: Padded,
+}
+
+/// Where the shared expert works.
+pub(super) struct SharedBuffers {
+    output: RowBuffer,
     gate: RowBuffer,
 }
 
@@ -75,8 +84,11 @@ impl MoeScratch {
             grouped: wire(rows * moe.top_k)?,
             computed: wire(rows * moe.top_k)?,
             returned: wire(rows * moe.top_k)?,
-            shared: RowBuffer::new(backend, DType::F32, rows, hidden)?,
-            gate: RowBuffer::new(backend, DType::F32, rows, 1)?,
+            shared: SharedBuffers {
+                output: RowBuffer::new(backend, DType::F32, rows, hidden)?,
+                gate: RowBuffer::new(backend, DType::F32, rows, 1)?,
+            },
+            padded: Padded::new(backend, layers, moe.top_k, split)?,
         })
     }
 
@@ -85,14 +97,24 @@ impl MoeScratch {
         &self.routed
     }
 
-    /// Copies the choices of all layers to the host. Waits for the device.
+    /// Copies the choices of all layers to the host, and who computed them. Waits for the device.
     pub fn fetch(&mut self, backend: &dyn Backend) -> Result<()> {
-        self.routed.fetch_all(backend)
+        self.routed.fetch_all(backend)?;
+        self.padded.fetch(backend)
     }
 
-    /// Begins a step of `rows` owned rows.
-    pub fn start(&mut self, rows: usize) {
+    /// Begins a step of `rows` owned rows, each the next one of its sequence where `decodes`. Collective over the world.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`] when another rank is gone.
+    pub fn start(&mut self, rank: &mut Rank, rows: usize, decodes: bool) -> Result<()> {
         self.routed.start(rows);
+        self.padded.agree(rank, rows, decodes)
+    }
+
+    /// Rows to which the ranks agreed to pad those of the step, if so.
+    pub fn padded_rows(&self) -> Option<usize> {
+        self.padded.rows()
     }
 }
 
@@ -103,6 +125,8 @@ pub struct MoeRows<'a> {
     pub exact: View<'a>,
     /// The same rows in the activation type, for the experts.
     pub rounded: View<'a>,
+    /// The same with what follows them, as many rows as the ranks agreed to pad them to.
+    pub padded: View<'a>,
     /// Phase of each row, for the counters.
     pub phases: &'a [Phase],
 }
@@ -121,15 +145,28 @@ impl MoeLayer {
         let backend = rank.backend.clone();
         let backend = backend.as_ref();
         self.router.forward(backend, rows.exact, self.index, &mut scratch.routed)?;
-        if let (Some(slot_of), Some(planner)) = (self.planned(rank, placement), backend.device_plan()) {
-            rank.lap(Work::Router);
-            self.compute_planned(planner, slot_of, rows.rounded, scratch, out.reborrow())?;
-            self.add_shared(backend, rows, scratch, out)?;
-            rank.lap(Work::Expert);
-            return Ok(());
+        match self.grouping(backend, rank.world.size(), placement, &scratch.padded) {
+            Grouping::Alone(planner, slot_of) => {
+                rank.lap(Work::Router);
+                self.compute_planned(planner, slot_of, rows.rounded, scratch, out.reborrow())?;
+                self.compute_shared(backend, rows, &mut scratch.shared)?;
+                self.add_shared(backend, &scratch.shared, out)?;
+                rank.lap(Work::Expert);
+                return Ok(());
+            }
+            Grouping::Padded(planner) => {
+                return self.forward_padded(planner, rank, rows, placement, scratch, out);
+            }
+            Grouping::Hosts => {}
         }
         scratch.routed.fetch(backend, self.index..self.index + 1)?;
         rank.lap(Work::Router);
+        // What works behind its host has something to do while the hosts agree.
+        let behind = backend.world_plan().is_some();
+        if behind {
+            self.compute_shared(backend, rows, &mut scratch.shared)?;
+            rank.lap(Work::Expert);
+        }
         self.plan(rank, placement, scratch)?;
         self.count(rows.phases, load, scratch);
         load.set_computed(self.index, &scratch.dispatch.offsets);
@@ -148,19 +185,34 @@ impl MoeLayer {
             out.reborrow(),
         )?;
         rank.lap(Work::Combine);
-        self.add_shared(backend, rows, scratch, out)?;
+        if !behind {
+            self.compute_shared(backend, rows, &mut scratch.shared)?;
+        }
+        self.add_shared(backend, &scratch.shared, out)?;
         rank.lap(Work::Expert);
         Ok(())
     }
 
-    /// Whether [`MoeLayer::forward`] leaves it to the device to group rows: the host sees the choices after the step only.
-    pub fn is_planned(&self, rank: &Rank, placement: &Placement) -> bool {
-        self.planned(rank, placement).is_some() && rank.backend.device_plan().is_some()
+    /// Whether [`MoeLayer::forward`] leaves it to devices to group rows: the host sees the choices after the step only.
+    pub fn is_planned(&self, rank: &Rank, placement: &Placement, scratch: &MoeScratch) -> bool {
+        let backend = rank.backend.as_ref();
+        !matches!(self.grouping(backend, rank.world.size(), placement, &scratch.padded), Grouping::Hosts)
     }
 
-    /// The slot of each expert, where this rank holds every expert, once.
-    fn planned<'a>(&self, rank: &Rank, placement: &'a Placement) -> Option<&'a [u32]> {
-        if rank.world.size() == 1 { placement.layer(self.index).only_slots() } else { None }
+    /// Who groups the rows of this layer in the step that was agreed on.
+    fn grouping<'a>(
+        &self,
+        backend: &'a dyn Backend,
+        world: usize,
+        placement: &'a Placement,
+        padded: &Padded,
+    ) -> Grouping<'a> {
+        let layer = placement.layer(self.index);
+        match (layer.only_slots(), backend.device_plan(), backend.world_plan()) {
+            (Some(slot_of), Some(planner), _) if world == 1 => Grouping::Alone(planner, slot_of),
+            (_, _, Some(planner)) if padded.serves(layer) => Grouping::Padded(planner),
+            _ => Grouping::Hosts,
+        }
     }
 
     /// The experts' sums for the owned rows, without the host having seen the choices.
@@ -187,24 +239,26 @@ impl MoeLayer {
         planner.planned_experts(args, out)
     }
 
-    /// Counts what [`MoeLayer::forward`] of a planned layer could not, now that the host has the choices of the step.
-    ///
-    /// # Panics
-    /// When some expert has more than one slot.
+    /// Counts what [`MoeLayer::forward`] could not of a layer that devices grouped, now that the host has the choices of the step.
     pub fn settle(
         &self,
+        rank: &Rank,
         placement: &Placement,
         phases: &[Phase],
         load: &LoadCounters,
         scratch: &mut MoeScratch,
     ) {
-        let slot_of = placement.layer(self.index).only_slots().expect("a planned layer has no replicas");
-        let MoeScratch { routed, dispatch, .. } = scratch;
-        for (i, &id) in routed.ids(self.index).iter().enumerate() {
-            load.count(phases[i / routed.top_k()], self.index, id as usize, 0);
+        let backend = rank.backend.as_ref();
+        let MoeScratch { routed, dispatch, padded, .. } = scratch;
+        match self.grouping(backend, rank.world.size(), placement, padded) {
+            Grouping::Hosts => return,
+            Grouping::Alone(_, slot_of) => {
+                dispatch.count_alone(slot_of, self.slots.len(), routed.ids(self.index))
+            }
+            Grouping::Padded(_) => padded.tell(self.padded_shape(rank, padded), self.index, dispatch),
         }
-        dispatch.count_alone(slot_of, self.slots.len(), routed.ids(self.index));
-        load.set_computed(self.index, &dispatch.offsets);
+        self.count(phases, load, scratch);
+        load.set_computed(self.index, &scratch.dispatch.offsets);
     }
 
     /// Agrees with all ranks on who computes what.
@@ -284,21 +338,47 @@ impl MoeLayer {
         backend.experts(ExpertsArgs { rows, offsets, slots, activation: self.activation }, out)
     }
 
-    /// Adds the shared expert's output to `out`.
-    fn add_shared(
+    /// Runs the shared expert.
+    pub(super) fn compute_shared(
         &self,
         backend: &dyn Backend,
         rows: MoeRows<'_>,
-        scratch: &mut MoeScratch,
-        out: ViewMut<'_>,
+        buffers: &mut SharedBuffers,
     ) -> Result<()> {
         let Some(shared) = &self.shared else { return Ok(()) };
         let n = rows.rounded.rows();
-        shared.mlp.forward(backend, rows.rounded, scratch.shared.head_mut(n))?;
-        if let Some(gate) = &shared.gate {
-            gate.forward(backend, rows.exact, scratch.gate.head_mut(n))?;
-            backend.sigmoid_gate(scratch.gate.head(n), scratch.shared.head_mut(n))?;
+        if n == 0 {
+            return Ok(());
         }
-        backend.add_scaled(scratch.shared.head(n), 1.0, out)
+        let SharedBuffers { output, gate } = buffers;
+        shared.mlp.forward(backend, rows.rounded, output.head_mut(n))?;
+        if let Some(linear) = &shared.gate {
+            linear.forward(backend, rows.exact, gate.head_mut(n))?;
+            backend.sigmoid_gate(gate.head(n), output.head_mut(n))?;
+        }
+        Ok(())
     }
+
+    /// Adds what the shared expert made to `out`.
+    pub(super) fn add_shared(
+        &self,
+        backend: &dyn Backend,
+        buffers: &SharedBuffers,
+        out: ViewMut<'_>,
+    ) -> Result<()> {
+        if self.shared.is_none() || out.rows() == 0 {
+            return Ok(());
+        }
+        backend.add_scaled(buffers.output.head(out.rows()), 1.0, out)
+    }
+}
+
+/// Who finds out where the rows of a layer go.
+enum Grouping<'a> {
+    /// The hosts of all ranks, from counts they exchange.
+    Hosts,
+    /// The device: this rank holds every expert, once, in these slots.
+    Alone(&'a dyn DevicePlan, &'a [u32]),
+    /// The devices of all ranks, each for itself.
+    Padded(&'a dyn WorldPlan),
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::backend::{Backend, DType, Tensor, View};
+use crate::backend::{Backend, DType, PaddedShape, Tensor, View};
 use crate::error::Result;
 use crate::layers::RowBuffer;
 use crate::layers::linear::Linear;
@@ -31,7 +31,7 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// Buffers for `rows` rows in each of `layers` layers.
+    /// Buffers for `rows` rows in each of `layers` layers, with room for the padding of the last.
     pub fn new(
         backend: &dyn Backend,
         layers: usize,
@@ -41,7 +41,7 @@ impl Routed {
     ) -> Result<Self> {
         Ok(Routed {
             logits: RowBuffer::new(backend, DType::F32, rows, experts)?,
-            ids: RowBuffer::new(backend, DType::I32, layers * rows, top_k)?,
+            ids: RowBuffer::new(backend, DType::I32, layers * rows + PaddedShape::PADDING, top_k)?,
             weights: RowBuffer::new(backend, DType::F32, layers * rows, top_k)?,
             layers,
             rows: 0,
@@ -99,6 +99,12 @@ impl Routed {
     pub fn device_ids(&self, layer: usize) -> View<'_> {
         let range = self.range(&(layer..layer + 1));
         self.ids.head(range.end).rows_range(range)
+    }
+
+    /// [`Routed::device_ids`] and what follows them, `[rows, top_k]` with more rows than the step has.
+    pub fn padded_ids(&self, layer: usize, rows: usize) -> View<'_> {
+        let start = layer * self.rows;
+        self.ids.head(start + rows).rows_range(start..start + rows)
     }
 
     /// Factors of the expert outputs, `[rows, top_k]` f32.

@@ -12,6 +12,7 @@ mod pair;
 mod products;
 mod ranks;
 mod steps;
+mod world;
 
 use libtest_mimic::{Arguments, Trial};
 use moeyard::backend::cuda;
@@ -30,6 +31,7 @@ fn main() {
         moe::trials(),
         ranks::trials(),
         steps::trials(),
+        world::trials(),
         nccl::trials(),
         faults::trials(),
     ];

@@ -20,6 +20,7 @@ pub const CHECKS: &[Check] = &[
     ("sums_run_in_rank_order_and_agree", sums_run_in_rank_order_and_agree),
     ("reduce_scatter_then_all_gather_is_all_reduce", reduce_scatter_then_all_gather_is_all_reduce),
     ("all_to_all_delivers_in_source_order", all_to_all_delivers_in_source_order),
+    ("parts_are_gathered_together", parts_are_gathered_together),
     ("rows_with_gaps_and_of_any_type_travel", rows_with_gaps_and_of_any_type_travel),
     ("pairs_exchange_rows_while_others_look_on", pairs_exchange_rows_while_others_look_on),
     ("split_makes_groups_that_work_by_themselves", split_makes_groups_that_work_by_themselves),
@@ -145,6 +146,63 @@ fn all_to_all_delivers_in_source_order(connect: Connect<'_>, sizes: &[usize]) {
                 let mut swapped = vec![9; size];
                 rank.exchange_counts(&counts, &mut swapped).unwrap();
                 assert!(swapped.iter().zip(&received).all(|(&a, &b)| a as usize == b));
+            }
+        });
+    }
+}
+
+/// Rounds without a look at what came: each gathers what the device made of the round before, beside other work.
+fn parts_are_gathered_together(connect: Connect<'_>, sizes: &[usize]) {
+    const ROUNDS: usize = 6;
+    for &size in sizes {
+        on_ranks(connect(size), |backend, rank| {
+            let me = rank.rank();
+            for rows in [0, 1, 5] {
+                let ids: Vec<i32> = (0..rows * 3).map(|i| (me * 100 + i) as i32).collect();
+                let mut own_ids = backend.alloc(DType::I32, rows.max(1), 3).unwrap();
+                if rows > 0 {
+                    backend.upload(bytemuck::cast_slice(&ids), own_ids.head_mut(rows)).unwrap();
+                }
+                let mut x = upload(backend, rows, 7, &vec![me as f32; rows * 7]);
+                let mut beside = upload(backend, 1, 4, &[1.0; 4]);
+                let mut all = backend.alloc(DType::F32, (rows * size).max(1), 7).unwrap();
+                let mut all_ids = backend.alloc(DType::I32, (rows * size).max(1), 3).unwrap();
+                for _ in 0..ROUNDS {
+                    let mut times = 0;
+                    let parts = &mut [
+                        (x.head(rows), all.head_mut(rows * size)),
+                        (own_ids.head(rows), all_ids.head_mut(rows * size)),
+                    ];
+                    let meanwhile = &mut || {
+                        times += 1;
+                        backend.scale(2.0, beside.view_mut())
+                    };
+                    rank.all_gather_equal(parts, meanwhile).unwrap();
+                    assert_eq!(times, 1);
+                    // The next rank's rows, and one more.
+                    let next = (me + 1) % size * rows..(me + 1) % size * rows + rows;
+                    backend.copy_rows(all.head(rows * size).rows_range(next), x.head_mut(rows)).unwrap();
+                    let one = upload(backend, rows, 7, &vec![1.0; rows * 7]);
+                    backend.add_scaled(one.head(rows), 1.0, x.head_mut(rows)).unwrap();
+                }
+                assert_eq!(download(backend, beside.view()), [(1 << ROUNDS) as f32; 4]);
+                let found = download(backend, all.head(rows * size));
+                for (at, &value) in found.iter().enumerate() {
+                    let from = (at / 7 / rows + ROUNDS - 1) % size;
+                    assert_eq!(
+                        value,
+                        (from + ROUNDS - 1) as f32,
+                        "rank {me} of {size}, {rows} rows, element {at}"
+                    );
+                }
+                let mut found = vec![0i32; rows * size * 3];
+                if rows > 0 {
+                    backend
+                        .download(all_ids.head(rows * size), bytemuck::cast_slice_mut(&mut found))
+                        .unwrap();
+                }
+                let expected = (0..size).flat_map(|r| (0..rows * 3).map(move |i| (r * 100 + i) as i32));
+                assert!(found.iter().copied().eq(expected), "rank {me} of {size}: {found:?}");
             }
         });
     }

@@ -278,6 +278,11 @@ impl<'a> LayerPlacement<'a> {
         (!self.is_replicated()).then_some(&self.replicas.slots)
     }
 
+    /// The slots of all experts, those of one ascending: expert e has `slots[starts[e]..starts[e + 1]]` of `(starts, slots)`.
+    pub fn by_expert(&self) -> (&'a [u32], &'a [u32]) {
+        (&self.replicas.starts, &self.replicas.slots)
+    }
+
     /// The slots of an expert, ascending; never empty.
     pub fn replicas(&self, expert: usize) -> &'a [u32] {
         &self.replicas.slots[self.replicas.starts[expert] as usize..self.replicas.starts[expert + 1] as usize]
@@ -348,6 +353,7 @@ mod tests {
         let layer = placement.layer(0);
         assert_eq!((layer.experts(), layer.ranks(), layer.slots_per_rank()), (3, 3, 2));
         assert_eq!(layer.replicas(0), [1, 4]);
+        assert_eq!(layer.by_expert(), (&[0, 2, 3, 5][..], &[1, 4, 3, 0, 5][..]));
         assert_eq!(layer.replicas(1), [3]);
         assert_eq!(layer.replicas(2), [0, 5]);
         assert_eq!(layer.slots_of_rank(1), [EMPTY, 1]);

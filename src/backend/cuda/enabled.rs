@@ -10,7 +10,9 @@ mod memory;
 mod mla;
 mod moe;
 mod products;
+mod side;
 mod tiles;
+mod world;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,18 +21,21 @@ use super::ProductKernels;
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs,
     GqaArgs, HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
-    RawStream, RopeArgs, StepCounts, Tensor, View, ViewMut, check,
+    RawStream, RopeArgs, StepCounts, Tensor, View, ViewMut, WorldPlan, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, NormKind, Router};
 use gpu::Gpu;
 pub use gpu::{devices, links};
 use memory::{Buffer, Resident, Staging, Upload};
+use side::Side;
 
 /// One rank's stream on a GPU, and what it keeps there between calls. Locks are taken in the order of the fields.
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
     products: ProductKernels,
+    /// What stands beside the stream.
+    side: Mutex<Side>,
     /// Where the rows of the layer at work go.
     plan: Mutex<Buffer>,
     scratch: Mutex<Scratch>,
@@ -77,6 +82,8 @@ struct Residents {
     expanded: Resident,
     absorbed: Resident,
     rope_rows: Resident,
+    /// Rows of each rank.
+    world_rows: Resident,
 }
 
 /// Locks a mutex whose value is whole whatever its last holder did.
@@ -101,6 +108,7 @@ impl CudaBackend {
         Ok(CudaBackend {
             gpu,
             products: ProductKernels::Best,
+            side: Mutex::default(),
             plan: Mutex::default(),
             scratch: Mutex::default(),
             tensor_maps: Mutex::default(),
@@ -246,6 +254,13 @@ impl Backend for CudaBackend {
 
     fn step_counts(&self) -> StepCounts {
         self.gpu.step_counts()
+    }
+
+    fn fork(&self) -> Result<RawStream> {
+        self.side.lock_now().fork(&self.gpu)
+    }
+    fn join(&self) -> Result<()> {
+        self.side.lock_now().join(&self.gpu)
     }
 
     fn passed(&self, event: &Event) -> Result<bool> {
@@ -438,6 +453,9 @@ impl Backend for CudaBackend {
         self.mlp_of(x, w, activation, out)
     }
     fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        Some(self)
+    }
+    fn world_plan(&self) -> Option<&dyn WorldPlan> {
         Some(self)
     }
     fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {

@@ -11,12 +11,13 @@ mod moe;
 mod route;
 #[cfg(test)]
 mod tests;
+mod world;
 
 use super::cpu::memory;
 use super::{
     AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, ExpertsArgs, GqaArgs, HostMatrix,
     HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs, Tensor,
-    View, ViewMut, check,
+    View, ViewMut, WorldPlan, check,
 };
 use crate::error::Result;
 use crate::spec::{Activation, Router};
@@ -313,6 +314,10 @@ impl Backend for ReferenceBackend {
     }
 
     fn device_plan(&self) -> Option<&dyn DevicePlan> {
+        Some(self)
+    }
+
+    fn world_plan(&self) -> Option<&dyn WorldPlan> {
         Some(self)
     }
 

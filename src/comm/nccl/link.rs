@@ -43,6 +43,15 @@ pub(super) struct Trouble {
     pub own: bool,
 }
 
+/// Where a call stands in line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Line {
+    /// In the backend's stream.
+    Own,
+    /// Beside what it is given next: see [`Backend::fork`].
+    Beside,
+}
+
 /// Who connects to whom.
 pub(super) struct Seat<'a> {
     pub rank: usize,
@@ -70,7 +79,7 @@ impl Link {
         });
         watch.add(&link);
         let mut config = Config::non_blocking();
-        let opened = link.put("connecting", watch.options.connect_timeout, |functions, _, _| {
+        let opened = link.put("connecting", Line::Own, watch.options.connect_timeout, |functions, _, _| {
             // SAFETY: the handle's place lives as long as the link, which is kept should NCCL never end with it; NCCL copies the
             // configuration; `stream` made the device current.
             unsafe {
@@ -90,18 +99,27 @@ impl Link {
     ///
     /// # Errors
     /// As [`Link::open`].
-    pub fn call(&self, what: &str, body: impl FnOnce(&Functions, Handle, Stream) -> Code) -> Result<()> {
-        self.put(what, self.watch.options.timeout, body)
+    pub fn call(
+        &self,
+        what: &str,
+        line: Line,
+        body: impl FnOnce(&Functions, Handle, Stream) -> Code,
+    ) -> Result<()> {
+        self.put(what, line, self.watch.options.timeout, body)
     }
 
     fn put(
         &self,
         what: &str,
+        line: Line,
         limit: Duration,
         body: impl FnOnce(&Functions, Handle, Stream) -> Code,
     ) -> Result<()> {
         self.check()?;
-        let stream = self.backend.stream()?;
+        let stream = match line {
+            Line::Own => self.backend.stream()?,
+            Line::Beside => self.backend.fork()?,
+        };
         let code = {
             let closed = lock(&self.closed);
             if *closed {

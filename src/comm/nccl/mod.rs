@@ -19,14 +19,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::local::{Local, check_counts};
+use super::local::{Local, check_counts, check_parts};
 use super::{Communicator, all_or_cause};
 use crate::backend::reference::ReferenceBackend;
 use crate::backend::{Backend, DType, Tensor, View, ViewMut};
 use crate::error::{Error, Result};
 pub use library::Library;
 use library::{BYTES, SUCCESS, UniqueId};
-use link::{Link, Seat};
+use link::{Line, Link, Seat};
 use watch::Watch;
 
 /// Sums of up to so many bytes are gathered whole by every rank: one exchange instead of two, for more bytes.
@@ -179,17 +179,34 @@ impl Nccl {
 
     /// Sends and receives the pieces noted, in one group, and forgets them.
     fn exchange(&mut self, what: &str) -> Result<()> {
-        let outcome = self.exchange_noted(what);
-        self.outgoing.clear();
-        self.incoming.clear();
+        let outcome = self.enter().and_then(|()| self.put(what, Line::Own)).and_then(|()| self.leave());
+        self.forget();
         outcome
     }
 
-    fn exchange_noted(&mut self, what: &str) -> Result<()> {
-        self.enter()?;
+    /// [`Nccl::exchange`], while the device does what `meanwhile` gives it.
+    fn exchange_beside(&mut self, what: &str, meanwhile: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let outcome = if self.watch.options.shared_gpu {
+            // Nothing stands beside an exchange then, as what is put there may allocate.
+            meanwhile().and_then(|()| self.exchange(what))
+        } else {
+            let put = self.put(what, Line::Beside).and_then(|()| meanwhile());
+            put.and_then(|()| self.backend.join()).and_then(|()| self.leave())
+        };
+        self.forget();
+        outcome
+    }
+
+    fn forget(&mut self) {
+        self.outgoing.clear();
+        self.incoming.clear();
+    }
+
+    /// Puts the pieces noted into a stream.
+    fn put(&self, what: &str, line: Line) -> Result<()> {
         if !(self.outgoing.is_empty() && self.incoming.is_empty()) {
             let (outgoing, incoming) = (&self.outgoing, &self.incoming);
-            self.link.call(what, |functions, handle, stream| {
+            self.link.call(what, line, |functions, handle, stream| {
                 // SAFETY: groups are the calling thread's own.
                 let started = unsafe { (functions.group_start)() };
                 let sends = outgoing.iter().map(|piece| {
@@ -209,7 +226,7 @@ impl Nccl {
                 failed.unwrap_or(ended)
             })?;
         }
-        self.leave()
+        Ok(())
     }
 
     /// Before an exchange: nothing is allocated or freed from here to [`Nccl::leave`].
@@ -301,7 +318,7 @@ impl Nccl {
             return Ok(());
         }
         self.enter()?;
-        self.link.call("a sum over ranks", |functions, handle, stream| {
+        self.link.call("a sum over ranks", Line::Own, |functions, handle, stream| {
             let from = own.address as *const c_void;
             // SAFETY: device memory of `bytes` and `bytes * size`, kept until the stream has passed.
             unsafe { (functions.all_gather)(from, into, own.bytes, BYTES, handle, stream) }
@@ -377,6 +394,25 @@ impl Communicator for Nccl {
         self.receive_parts(into, counts.iter().copied());
         self.exchange("gathering rows")?;
         if direct { Ok(()) } else { self.unpack(out, start..start + own.rows()) }
+    }
+
+    fn all_gather_equal(
+        &mut self,
+        parts: &mut [(View<'_>, ViewMut<'_>)],
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let (rank, size) = (self.rank(), self.size());
+        check_parts(size, parts);
+        for (own, out) in parts {
+            let rows = own.rows();
+            self.keep(*own, out.reborrow().rows_range(rank * rows..(rank + 1) * rows))?;
+            let (from, into) = (Rows::of(*own), Rows::of(out.as_view()));
+            for r in 0..size {
+                self.send(from.piece(r, 0..rows));
+            }
+            self.receive_parts(into, std::iter::repeat_n(rows, size));
+        }
+        self.exchange_beside("gathering rows", meanwhile)
     }
 
     fn all_gather_counts(&mut self, own: &[u32], out: &mut [u32]) -> Result<()> {

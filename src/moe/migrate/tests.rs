@@ -126,6 +126,13 @@ impl Communicator for Flipping {
     fn all_gather_rows(&mut self, _: View<'_>, _: &[usize], _: ViewMut<'_>) -> Result<()> {
         unreachable!("not part of a transfer")
     }
+    fn all_gather_equal(
+        &mut self,
+        _: &mut [(View<'_>, ViewMut<'_>)],
+        _: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        unreachable!("not part of a transfer")
+    }
     fn all_gather_counts(&mut self, _: &[u32], _: &mut [u32]) -> Result<()> {
         unreachable!("not part of a transfer")
     }

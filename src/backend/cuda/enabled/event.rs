@@ -38,12 +38,16 @@ impl Drop for StreamEvent {
 
 /// See [`crate::backend::Backend::record`].
 pub fn record(gpu: &Arc<Gpu>, event: &mut Event) -> Result<()> {
+    record_in(gpu, gpu.stream()?, event)
+}
+
+/// Moves `event` to the end of a stream of this GPU.
+pub fn record_in(gpu: &Arc<Gpu>, stream: sys::CUstream, event: &mut Event) -> Result<()> {
     if event.get::<StreamEvent>().is_none() {
         event.set(StreamEvent::new(gpu)?);
     }
     let mark = event.get::<StreamEvent>().expect("set above");
     gpu.enter()?;
-    let stream = gpu.stream()?;
     // SAFETY: both live; an event that was recorded before is moved to the new point.
     let done = unsafe { result::event::record(mark.event, stream) };
     gpu.driver("recording an event", done)
@@ -51,10 +55,17 @@ pub fn record(gpu: &Arc<Gpu>, event: &mut Event) -> Result<()> {
 
 /// See [`crate::backend::Backend::wait`].
 pub fn wait(gpu: &Gpu, event: &Event) -> Result<()> {
+    if event.get::<StreamEvent>().is_none() {
+        return Ok(());
+    }
+    wait_in(gpu, gpu.stream()?, event)
+}
+
+/// What is given to a stream of this GPU from now on runs after what `event` marks.
+pub fn wait_in(gpu: &Gpu, stream: sys::CUstream, event: &Event) -> Result<()> {
     let Some(mark) = event.get::<StreamEvent>() else { return Ok(()) };
     gpu.enter()?;
     let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-    let stream = gpu.stream()?;
     // SAFETY: both live.
     let done = unsafe { result::stream::wait_event(stream, mark.event, flags) };
     gpu.driver("waiting for an event", done)

@@ -304,6 +304,39 @@ pub struct Plan {
     pub reserved: i32,
 }
 
+/// `MoeyardWorld`
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+pub struct World {
+    pub ids: Matrix,
+    pub x: Matrix,
+    pub grouped: Matrix,
+    pub counts: usize,
+    pub starts: usize,
+    pub replicas: usize,
+    pub offsets: usize,
+    pub homes: usize,
+    pub index: usize,
+    pub experts: i32,
+    pub slots: i32,
+    pub rows: i32,
+    pub rank: i32,
+    pub expert_tp: i32,
+    pub reserved: i32,
+}
+
+/// `MoeyardReturn`
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+pub struct Return {
+    pub computed: Matrix,
+    pub returned: Matrix,
+    pub offsets: usize,
+    pub homes: usize,
+    pub slots: i32,
+    pub reserved: i32,
+}
+
 /// `MoeyardKvWrite`
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
@@ -423,6 +456,8 @@ unsafe extern "C" {
     pub fn moeyard_best(args: *const Best, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
     pub fn moeyard_plan(args: *const Plan, stream: *mut c_void) -> c_int;
+    pub fn moeyard_world(args: *const World, stream: *mut c_void) -> c_int;
+    pub fn moeyard_return(args: *const Return, stream: *mut c_void) -> c_int;
     pub fn moeyard_kv_write(args: *const KvWrite, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention(args: *const Attention, stream: *mut c_void) -> c_int;
     pub fn moeyard_attention_bf16(args: *const Attention, stream: *mut c_void) -> c_int;
@@ -450,6 +485,8 @@ const _: () = {
     assert!(size_of::<Best>() == 64);
     assert!(size_of::<Combine>() == 112);
     assert!(size_of::<Plan>() == 144);
+    assert!(size_of::<World>() == 168);
+    assert!(size_of::<Return>() == 88);
     assert!(size_of::<RopeKv>() == 168);
     assert!(size_of::<KvWrite>() == 136);
     assert!(size_of::<Span>() == 20);

@@ -123,8 +123,16 @@ const STEP_HEAD: usize = 32;
 /// Launches that are put off before they are given to the GPU together, which works on them while the host goes on.
 const STEP_SEGMENT: usize = 96;
 
-/// Held while a stream is captured, which is when the driver refuses to wait for the whole GPU.
-static CAPTURE: Mutex<()> = Mutex::new(());
+/// Fewer launches are no quicker as a graph.
+const FEWEST_REPLAYED: usize = 4;
+
+/// By the ordinal of a GPU: held while one of its streams is captured, which is when the driver refuses to wait for the whole GPU.
+/// Whoever waits for one GPU must not keep those of others from work that it waits for.
+static CAPTURES: [Mutex<()>; 64] = [const { Mutex::new(()) }; 64];
+
+fn capture_of(ordinal: u32) -> &'static Mutex<()> {
+    &CAPTURES[ordinal as usize % CAPTURES.len()]
+}
 
 /// A context and a stream of its own. All work of a rank runs in the order in which it was given.
 pub struct Gpu {
@@ -166,7 +174,7 @@ impl Gpu {
         let failed =
             |e| Error::Device { device: format!("cuda:{ordinal}"), why: format!("opening it: {}", name(e)) };
         // Making a stream waits for the GPU.
-        let _alone = CAPTURE.lock_now();
+        let _alone = capture_of(ordinal).lock_now();
         let context = CudaContext::new(ordinal as usize).map_err(failed)?;
         let stream = context.new_stream().map_err(failed)?;
         Ok(Gpu { context, stream, info, poison: OnceLock::new(), step: Mutex::default() })
@@ -181,10 +189,20 @@ impl Gpu {
         has_warpgroups(ARCHS, self.info.capability)
     }
 
-    /// The stream, for anything that is not a launch: what was put off goes there first.
+    /// The stream, for anything that is not a launch: what was put off goes there first, as a piece of the step that may come again.
     pub fn stream(&self) -> Result<sys::CUstream> {
-        self.flush()?;
+        let mut step = self.step.lock_now();
+        if !step.launches.is_empty() {
+            self.close_segment(&mut step)?;
+        }
         Ok(self.stream.cu_stream())
+    }
+
+    /// One more stream.
+    pub fn new_stream(&self) -> Result<Arc<CudaStream>> {
+        // Making a stream waits for the GPU.
+        let _alone = capture_of(self.info.ordinal).lock_now();
+        self.driver("making a stream", self.context.new_stream())
     }
 
     /// The stream, for copies into memory that nothing put off reads.
@@ -281,22 +299,23 @@ impl Gpu {
     }
 
     fn run(&self, launches: &Launches, graphs: &mut Graphs) -> Result<()> {
-        if launches.is_empty() {
-            return Ok(());
+        let run = || launches.run(self.stream.cu_stream()).map_err(|failed| self.launch_failure(failed));
+        if launches.len() < FEWEST_REPLAYED {
+            return run();
         }
         let replay = |graphs: &mut Graphs| self.driver("replaying a step", graphs.replay(launches));
         if replay(graphs)? {
             return Ok(());
         }
         if graphs.comes_again(launches) {
-            let _alone = CAPTURE.lock_now();
+            let _alone = capture_of(self.info.ordinal).lock_now();
             graphs.capture(launches, &self.stream);
             if replay(graphs)? {
                 return Ok(());
             }
         }
         graphs.count_run();
-        launches.run(self.stream.cu_stream()).map_err(|failed| self.launch_failure(failed))
+        run()
     }
 
     /// Forgets what was put off, where a step is still open.
@@ -344,7 +363,7 @@ impl Gpu {
     pub fn come_to_rest(&self) -> Result<()> {
         self.enter()?;
         self.flush()?;
-        let _alone = CAPTURE.lock_now();
+        let _alone = capture_of(self.info.ordinal).lock_now();
         self.driver("waiting for it", result::ctx::synchronize())
     }
 

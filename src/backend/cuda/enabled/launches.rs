@@ -4,9 +4,8 @@
 //! stale. What changes from step to step, such as tokens and block tables, reaches kernels through device memory that stays
 //! where it is ([`super::memory::Resident`]).
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
@@ -14,8 +13,12 @@ use cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
 use super::ffi;
 use crate::backend::StepCounts;
 
-/// Graphs that are kept: those of more batch sizes than a server has that is neither filling up nor running dry.
-const KEPT: usize = 512;
+/// Graphs that are kept: those of more batch sizes than a server has that is neither filling up nor running dry. A step of one rank has
+/// one for some hundred launches, one of several ranks some for each layer.
+const KEPT: usize = 2048;
+/// Sequences after which a graph may make room that was not used since: a step with more graphs than there is room for leaves alone
+/// those it has.
+const STALE: u64 = 2 * KEPT as u64;
 /// Sequences that are remembered to have come once.
 const REMEMBERED: usize = 2048;
 /// Graphs are a matter of speed alone: after as many failures none is tried again.
@@ -82,25 +85,29 @@ impl Launches {
         Ok(())
     }
 
+    /// A number that other sequences hardly share: FxHash over the words.
     fn fingerprint(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        self.words.hash(&mut hasher);
-        hasher.finish()
+        let mix = |hash: u64, &word: &u64| (hash.rotate_left(5) ^ word).wrapping_mul(0x517c_c1b7_2722_0a95);
+        self.words.iter().fold(0, mix)
     }
 }
 
 struct Kept {
     words: Vec<u64>,
     graph: CudaGraph,
+    /// When it was replayed last, in sequences.
+    used: u64,
 }
 
 // SAFETY: the driver's graphs may be used from any thread, by one at a time.
 unsafe impl Send for Kept {}
 
-/// Graphs of sequences that came at least twice, those used last at the end.
+/// Graphs of sequences that came at least twice, by their fingerprints.
 #[derive(Default)]
 pub struct Graphs {
-    kept: Vec<Kept>,
+    kept: HashMap<u64, Kept>,
+    /// Sequences so far.
+    now: u64,
     once: VecDeque<u64>,
     failures: usize,
     counts: StepCounts,
@@ -135,24 +142,26 @@ impl Graphs {
 
     /// Replays the graph of these launches, where there is one.
     pub fn replay(&mut self, launches: &Launches) -> Result<bool, DriverError> {
-        let Some(at) = self.kept.iter().rposition(|kept| kept.words == launches.words) else {
+        self.now += 1;
+        let kept = self.kept.get_mut(&launches.fingerprint());
+        let Some(kept) = kept.filter(|kept| kept.words == launches.words) else {
             return Ok(false);
         };
-        self.kept[at..].rotate_left(1);
-        self.kept[self.kept.len() - 1].graph.launch()?;
+        kept.used = self.now;
+        kept.graph.launch()?;
         self.counts.replayed += 1;
         Ok(true)
     }
 
-    /// Makes a graph of launches without running them. All kernels were loaded when they ran before.
+    /// Makes a graph of launches without running them, where there is room. All kernels were loaded when they ran before.
     pub fn capture(&mut self, launches: &Launches, stream: &Arc<CudaStream>) {
+        if !self.make_room() {
+            return;
+        }
         match graph_of(launches, stream) {
             Ok(graph) => {
-                if self.kept.len() == KEPT {
-                    // One that still runs is destroyed by the driver when it is done.
-                    self.kept.remove(0);
-                }
-                self.kept.push(Kept { words: launches.words.clone(), graph });
+                let kept = Kept { words: launches.words.clone(), graph, used: self.now };
+                self.kept.insert(launches.fingerprint(), kept);
                 self.counts.captured += 1;
                 let kept = self.kept.len();
                 tracing::debug!(
@@ -166,6 +175,21 @@ impl Graphs {
                 tracing::warn!(%why, "a piece of a step could not be made a CUDA graph and runs without");
             }
         }
+    }
+
+    /// Whether there is room for one more graph, now that the one unused for longest may have gone. One that still runs is destroyed by
+    /// the driver when it is done.
+    fn make_room(&mut self) -> bool {
+        if self.kept.len() < KEPT {
+            return true;
+        }
+        let oldest = self.kept.iter().min_by_key(|(_, kept)| kept.used);
+        let (&fingerprint, Kept { used, .. }) = oldest.expect("as many as are kept");
+        let stale = self.now - used > STALE;
+        if stale {
+            self.kept.remove(&fingerprint);
+        }
+        stale
     }
 }
 

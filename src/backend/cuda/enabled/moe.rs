@@ -1,13 +1,14 @@
 //! Router and combine.
 
 use super::ffi;
+use super::tiles::Groups;
 use super::{CudaBackend, Lock as _};
 use crate::backend::{CombineArgs, DType, PlannedArgs, View, ViewMut, check};
 use crate::error::Result;
 use crate::spec::{GroupScore, Renormalize, Router, Score};
 
-/// Most slots that the plan counts in shared memory.
-const MAX_PLANNED_SLOTS: usize = 2048;
+/// Most slots, or experts, that a plan counts in shared memory.
+pub(super) const MAX_PLANNED_SLOTS: usize = 2048;
 
 impl CudaBackend {
     pub(super) fn choose(
@@ -60,7 +61,7 @@ impl CudaBackend {
     }
 
     /// Sums rows by an index on the device.
-    fn combine_by(
+    pub(super) fn combine_by(
         &self,
         rows: View<'_>,
         index: usize,
@@ -89,7 +90,7 @@ impl CudaBackend {
         if choices == 0 {
             return Ok(());
         }
-        let table = self.slot_table(args.slots, args.slot_of)?.expect("every expert has a slot");
+        let table = self.slot_table(args.slots, &[args.slot_of])?;
         // Offsets, tokens, rows, and the counts of blocks where there are several.
         let blocks = choices.div_ceil(ffi::PLAN_CHUNK);
         let parts = [slots + 1, choices, choices, if blocks > 1 { blocks * slots } else { 0 }];
@@ -104,7 +105,7 @@ impl CudaBackend {
             ids: ffi::Matrix::of(&args.ids),
             x: ffi::Matrix::of(&args.x),
             grouped: ffi::Matrix::of(&args.grouped.as_view()),
-            slot_of: table.slot_of(),
+            slot_of: table.numbers(),
             offsets,
             tokens,
             rows,
@@ -114,9 +115,9 @@ impl CudaBackend {
         };
         self.gpu.launch("plan", ffi::moeyard_plan, &plan)?;
         let PlannedArgs { grouped, mut computed, .. } = args;
-        let experts = args.slot_of.len();
+        let groups = Groups::on_device(choices, args.slot_of.len(), slots);
         let output = computed.reborrow();
-        self.experts_on_device(grouped.as_view(), &table, experts, offsets, args.activation, output)?;
+        self.experts_on_device(grouped.as_view(), &table, groups, offsets, args.activation, output)?;
         self.combine_by(computed.as_view(), rows, args.weights, 1, out)
     }
 }

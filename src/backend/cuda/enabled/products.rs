@@ -232,25 +232,27 @@ impl CudaBackend {
 
     pub(super) fn experts_of(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         check::experts(&args, &out);
-        let Some(table) = self.slot_table(args.slots, &[])? else { return Ok(()) };
+        let table = self.slot_table(args.slots, &[])?;
+        let Some(shape) = table.shape else { return Ok(()) };
         let offsets: Vec<i32> = args.offsets.iter().map(|&o| ffi::int(o)).collect();
         let offsets = self.staging.lock_now().push(bytemuck::cast_slice(&offsets))?;
         let groups = Groups::Known { offsets: args.offsets };
-        self.gated(args.rows, table.weights(offsets), table.shape, groups, args.activation, out)
+        self.gated(args.rows, table.weights(offsets, shape), shape, groups, args.activation, out)
     }
 
-    /// The experts of `rows`, which are grouped by slot, by offsets on the device.
+    /// The experts of `rows`, which are grouped by slot, by offsets on the device. Whether there are any experts.
     pub(super) fn experts_on_device(
         &self,
         rows: View<'_>,
         table: &SlotTable,
-        experts: usize,
+        groups: Groups<'_>,
         offsets: usize,
         activation: Activation,
         out: ViewMut<'_>,
-    ) -> Result<()> {
-        let groups = Groups::OnDevice { rows: rows.rows(), experts, slots: table.slots };
-        self.gated(rows, table.weights(offsets), table.shape, groups, activation, out)
+    ) -> Result<bool> {
+        let Some(shape) = table.shape else { return Ok(false) };
+        self.gated(rows, table.weights(offsets, shape), shape, groups, activation, out)?;
+        Ok(true)
     }
 
     pub(super) fn mlp_of(
@@ -304,26 +306,31 @@ impl CudaBackend {
         self.multiply(product.as_view(), down, second, groups, Batches::ONE, none(), out)
     }
 
-    /// What kernels need to know of a layer's slots: the addresses of their parts, an array over slots for each of four, then the
-    /// slot of each expert. It is uploaded again only when an expert has moved. `None` where all slots are empty.
-    pub(super) fn slot_table(&self, slots: &[Option<Mlp>], slot_of: &[u32]) -> Result<Option<SlotTable>> {
-        let Some(first) = slots.iter().flatten().next() else { return Ok(None) };
-        let shape = MlpShape::of(first);
+    /// What kernels need to know of a layer's slots: the addresses of their parts, an array over slots for each of four, then numbers
+    /// that say where experts are. It is uploaded again only when an expert has moved.
+    pub(super) fn slot_table(&self, slots: &[Option<Mlp>], numbers: &[&[u32]]) -> Result<SlotTable> {
+        let shape = slots.iter().flatten().next().map(MlpShape::of);
         let addresses = SlotTable::PARTS * slots.len();
-        let mut words = vec![0usize; addresses + size_of_val(slot_of).div_ceil(size_of::<usize>())];
+        let count: usize = numbers.iter().map(|numbers| numbers.len()).sum();
+        let mut words = vec![0usize; addresses + (count * size_of::<u32>()).div_ceil(size_of::<usize>())];
         for (s, slot) in slots.iter().enumerate() {
             let Some(w) = slot else { continue };
-            assert!(MlpShape::of(w) == shape, "slot {s}: an expert of another shape than {shape:?}");
+            let own = MlpShape::of(w);
+            assert!(Some(own) == shape, "slot {s}: an expert of another shape than {shape:?}: {own:?}");
             for (p, part) in w.parts.iter().enumerate() {
                 words[p * slots.len() + s] = part.view().address();
             }
         }
-        let rest: &mut [u32] = bytemuck::cast_slice_mut(&mut words[addresses..]);
-        rest[..slot_of.len()].copy_from_slice(slot_of);
+        let mut rest: &mut [u32] = bytemuck::cast_slice_mut(&mut words[addresses..]);
+        for numbers in numbers {
+            let (place, others) = rest.split_at_mut(numbers.len());
+            place.copy_from_slice(numbers);
+            rest = others;
+        }
         let mut tables = self.slot_tables.lock_now();
         let table = tables.entry(slots.as_ptr() as usize).or_default();
         let address = table.put(&self.gpu, &mut self.staging.lock_now(), bytemuck::cast_slice(&words))?;
-        Ok(Some(SlotTable { address, slots: slots.len(), shape }))
+        Ok(SlotTable { address, slots: slots.len(), shape })
     }
 }
 
@@ -331,23 +338,24 @@ impl CudaBackend {
 pub struct SlotTable {
     address: usize,
     slots: usize,
-    shape: MlpShape,
+    /// `None` where all slots are empty.
+    shape: Option<MlpShape>,
 }
 
 impl SlotTable {
     const PARTS: usize = 4;
 
-    /// Address of the slot of each expert.
-    pub fn slot_of(&self) -> usize {
+    /// Address of the numbers.
+    pub fn numbers(&self) -> usize {
         self.address + SlotTable::PARTS * self.slots * size_of::<usize>()
     }
 
     /// Both matrices, of rows at `offsets` on the device.
-    fn weights(&self, offsets: usize) -> [Weights; 2] {
+    fn weights(&self, offsets: usize, shape: MlpShape) -> [Weights; 2] {
         let array = |part: usize| self.address + part * self.slots * size_of::<usize>();
         [0, 1].map(|part| Weights::Slots {
             matrices: array(part),
-            biases: if self.shape.bias { array(part + 2) } else { 0 },
+            biases: if shape.bias { array(part + 2) } else { 0 },
             offsets,
         })
     }

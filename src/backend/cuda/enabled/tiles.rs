@@ -8,8 +8,8 @@ use crate::backend::cuda::ProductKernels;
 pub enum Groups<'a> {
     /// As the host planned it: rows `offsets[s]..offsets[s + 1]` are slot s's.
     Known { offsets: &'a [usize] },
-    /// As only the device knows it, of `experts` in `slots`.
-    OnDevice { rows: usize, experts: usize, slots: usize },
+    /// As only the device knows it: at most `rows`, of `experts` in `slots`, and about `mean` of each that has any.
+    OnDevice { rows: usize, experts: usize, slots: usize, mean: usize },
 }
 
 impl Groups<'_> {
@@ -27,8 +27,13 @@ impl Groups<'_> {
                 let busy = offsets.windows(2).filter(|w| w[0] < w[1]).count();
                 offsets[offsets.len() - 1].div_ceil(busy.max(1))
             }
-            Groups::OnDevice { rows, experts, .. } => rows.div_ceil(rows.min(experts).max(1)),
+            Groups::OnDevice { mean, .. } => mean,
         }
+    }
+
+    /// Rows of which each chose one of `experts`, none of them known.
+    pub fn on_device(rows: usize, experts: usize, slots: usize) -> Groups<'static> {
+        Groups::OnDevice { rows, experts, slots, mean: rows.div_ceil(rows.min(experts).max(1)) }
     }
 
     /// Tiles of `size` rows; at least as many as there turn out to be.
@@ -136,11 +141,11 @@ mod tests {
     /// Whatever the router chooses: the tile does not depend on it, and the grid has room for it.
     #[test]
     fn rows_that_only_the_device_knows_have_room() {
-        let mean = |rows, experts, slots| Groups::OnDevice { rows, experts, slots }.mean();
+        let mean = |rows, experts, slots| Groups::on_device(rows, experts, slots).mean();
         assert_eq!((mean(2, 8, 8), mean(128, 8, 10), mean(9, 8, 8)), (1, 16, 2));
         for offsets in [[0, 1, 2, 3], [0, 0, 0, 3], [0, 64, 65, 129], [0, 1, 200, 201], [0, 65, 130, 195]] {
             let known = Groups::Known { offsets: &offsets };
-            let hidden = Groups::OnDevice { rows: offsets[3], experts: 3, slots: 3 };
+            let hidden = Groups::on_device(offsets[3], 3, 3);
             for size in [8, 64, 128] {
                 assert!(known.tiles(size) <= hidden.tiles(size), "{offsets:?} in tiles of {size}");
             }
