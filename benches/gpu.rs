@@ -1,13 +1,16 @@
 //! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
 //! table; does nothing where there is no GPU.
 //!
-//! With the argument `products`, only products, by every kernel there is for them; with `exchanges`, exchanges between ranks.
+//! With the argument `products`, only products, by every kernel there is for them; with `exchanges`, exchanges between ranks; with `worlds`,
+//! layers of several ranks.
 //!
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
 //! together larger than the second-level cache.
 
 #[path = "gpu/exchanges.rs"]
 mod exchanges;
+#[path = "gpu/worlds.rs"]
+mod worlds;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,6 +30,7 @@ fn main() {
     }
     match cuda::devices() {
         Ok(_) if std::env::args().any(|a| a == "exchanges") => exchanges::run(),
+        Ok(_) if std::env::args().any(|a| a == "worlds") => worlds::run(),
         Ok(_) => {
             let open = |kernel| CudaBackend::open(0).unwrap().with_products(kernel).into_dyn();
             let gpu = CudaBackend::open(0).unwrap().into_dyn();

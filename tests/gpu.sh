@@ -251,6 +251,8 @@ PY
 if part bench; then
     timeout 150 bin/gpu_bench 2>&1 | tee "$logs/bench.txt"
     outcome "benchmarks" "${PIPESTATUS[0]}" ""
+    timeout 60 bin/gpu_bench worlds 2>&1 | tee -a "$logs/bench.txt"
+    outcome "benchmarks of layers of several ranks" "${PIPESTATUS[0]}" ""
     timeout 120 bin/gpu_bench products 2>&1 | tee -a "$logs/bench.txt"
     outcome "benchmarks of all kernels of products" "${PIPESTATUS[0]}" ""
     # cuBLAS and a peer on the same card, where torch is at hand: the two products of the Mixtral experts above, without activation.

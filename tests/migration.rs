@@ -22,6 +22,7 @@ use moeyard::model::transformer::Transformer;
 use moeyard::model::{Batch, Model, StepOutput};
 use moeyard::moe::migrate::{Checksums, Slice, Switch};
 use router_sim::placement::Placement;
+use router_sim::split::Split;
 use std::time::Duration;
 use support::launch::{Answer, Launch, TokenBits, greedy, options};
 use support::placements::{Numbers, scattered};
@@ -271,6 +272,61 @@ impl Model for Faulty {
     }
 }
 
+/// An engine over a world of "mixtral", with something around its models.
+fn engine_over(setup: &Setup, around: impl Fn(Transformer) -> Box<dyn Model>) -> EngineHandle {
+    let world = World::load(&model_dir("mixtral"), setup);
+    let options = EngineOptions {
+        vocab_size: world.family.spec.vocab_size,
+        max_model_len: setup.max_model_len,
+        block_size: support::BLOCK,
+        ..scripted::options()
+    };
+    let ranks = setup.degrees.expert_parallel();
+    let experts =
+        Experts { in_force: world.in_force(), ..experts(ranks, setup.redundant, setup.staging_slots) };
+    let hooks = Hooks { experts: Some(experts), ..Hooks::default() };
+    Engine::start(world.into_setups(around), options, hooks).unwrap()
+}
+
+/// Ranks that work out by themselves who computes what, as GPUs do: their answers are those of one, wherever experts are.
+#[test]
+fn answers_keep_their_bits_on_ranks_that_group_by_themselves() {
+    let reference = || Arc::new(ReferenceBackend) as Arc<dyn Backend>;
+    let solo = Setup { backend: Arc::new(reference), ..Setup::solo(DType::Bf16) };
+    let degrees = Setup::expert_parallel(DType::Bf16, 4).degrees;
+    let several = Setup { degrees, redundant: 4, staging_slots: 1, split: Split::Even, ..solo.clone() };
+    let requests = requests(5, 500);
+    let answers = |engine: &EngineHandle| {
+        let streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+        bits(&streams.into_iter().map(Answer::of).collect::<Vec<_>>())
+    };
+    let alone = engine_over(&solo, |model| Box::new(model));
+    let expected = answers(&alone);
+    alone.shutdown(Duration::ZERO);
+
+    let engine = engine_over(&several, |model| Box::new(model));
+    let mut numbers = Numbers(9);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let traffic = scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                assert_eq!(answers(&engine), expected);
+            }
+        });
+        for _ in 0..4 {
+            if !traffic.is_finished() {
+                let target = elsewhere(&mut numbers, &engine.placement().unwrap());
+                arrive(&engine, target.clone());
+                assert_same_map(&engine.placement().unwrap(), &target);
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+        traffic.join().unwrap();
+    });
+    assert_eq!(answers(&engine), expected);
+    engine.shutdown(Duration::ZERO);
+}
+
 #[test]
 fn answers_keep_their_bits_when_migrations_fail() {
     let raw = options(DtypeChoice::F32);
@@ -278,20 +334,10 @@ fn answers_keep_their_bits_when_migrations_fail() {
     let expected = still("mixtral", &raw, &requests);
 
     let setup = Setup { redundant: 4, staging_slots: 1, ..Setup::expert_parallel(DType::F32, 3) };
-    let world = World::load(&model_dir("mixtral"), &setup);
-    let options = EngineOptions {
-        vocab_size: world.family.spec.vocab_size,
-        max_model_len: setup.max_model_len,
-        block_size: support::BLOCK,
-        ..scripted::options()
-    };
-    let experts = Experts { in_force: world.in_force(), ..experts(3, 4, 1) };
     let ordered = Arc::new(AtomicU64::new(0));
-    let ranks = world.into_setups(|model| {
+    let engine = engine_over(&setup, |model| {
         Box::new(Faulty { model, ordered: Arc::clone(&ordered), migration: 0, slices: 0 })
     });
-    let hooks = Hooks { experts: Some(experts), ..Hooks::default() };
-    let engine = Engine::start(ranks, options, hooks).unwrap();
     let mut numbers = Numbers(8);
     let (mut whole, mut failed) = (0, 0);
     let ended = AtomicBool::new(false);
