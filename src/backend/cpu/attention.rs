@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::product::{Operand, Panel, Product, Strided, Sums, strip, tallest};
+use super::product::{Ahead, Operand, Panel, Product, Strided, Sums, strip, tallest};
 use super::simd::{Float, Kernel, MAX_LANES, Simd, exp};
 
 /// Most queries of a tile: each block of keys and values is read once for all.
@@ -222,7 +222,7 @@ impl<C: Context> Attend<'_, C> {
                 let mut before = 0;
                 for (keys, k) in keys.into_iter().zip(self.shape.key_widths).filter(|&(_, k)| k > 0) {
                     let start = keys.wrapping_add(token * group);
-                    let panel = Panel { start, k, pitch: block_size, ahead: AHEAD };
+                    let panel = Panel { start, k, pitch: block_size, ahead: Ahead::by(AHEAD) };
                     // SAFETY: tokens of this block; the scratch was divided for this shape, whose parts a query has one after another.
                     unsafe {
                         let q = self.scratch.q.as_ptr().add(rows.start * width + before);
@@ -270,7 +270,7 @@ impl<C: Context> Attend<'_, C> {
                 }
                 let token = first + seen.start - b * self.shape.block_size;
                 let start = values.wrapping_add(token * width);
-                let panel = Panel { start, k: seen.len(), pitch: width, ahead: AHEAD };
+                let panel = Panel { start, k: seen.len(), pitch: width, ahead: Ahead::by(AHEAD) };
                 // SAFETY: tokens of this block; the scratch was divided for this shape.
                 unsafe {
                     let start = weights.add(rows.start * stride + seen.start);

@@ -18,7 +18,7 @@ use super::elementwise::{FloatRows, FloatRowsMut, convert_row};
 use super::kv::{block_table, padded, padded_latent, scatter_words};
 use super::memory::{Rows, with_local_scratch};
 use super::mla_weights::{COLUMNS, KEY_PANELS, KEY_ROWS, VALUE_PANELS};
-use super::product::{Operand, Panel, Strided, Sums, product};
+use super::product::{Ahead, Operand, Panel, Strided, Sums, product};
 use super::simd::{Float, Kernel, Simd};
 use crate::backend::{AttentionBatch, DType, KvShape, MlaArgs, SeqSpan, ViewMut, check};
 use crate::error::Result;
@@ -285,7 +285,7 @@ unsafe fn by_panels<S: Simd, T: Operand<W>, W: Float>(
     (sums, width): (&mut [f32], usize),
 ) {
     for (panel, column) in panels.chunks_exact(depth * COLUMNS).zip((0..width).step_by(COLUMNS)) {
-        let panel = Panel { start: panel.as_ptr(), k: depth, pitch: COLUMNS, ahead: AHEAD };
+        let panel = Panel { start: panel.as_ptr(), k: depth, pitch: COLUMNS, ahead: Ahead::by(AHEAD) };
         // SAFETY: a panel of this depth; the rest is the caller's promise.
         unsafe {
             let sums = Sums { start: sums.as_mut_ptr().add(column), stride: width, add: false };
@@ -321,7 +321,7 @@ where
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let tokens = self.block_size;
-        let panel = Panel { start: self.columns, k: self.depth, pitch: tokens, ahead: 0 };
+        let panel = Panel { start: self.columns, k: self.depth, pitch: tokens, ahead: Ahead::NONE };
         let sums = Sums { start: self.sums.as_mut_ptr(), stride: tokens, add: false };
         // SAFETY: matrices of the sizes that their makers state.
         unsafe {

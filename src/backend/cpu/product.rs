@@ -201,8 +201,27 @@ pub struct Panel<W> {
     pub k: usize,
     /// Columns from one k to the next.
     pub pitch: usize,
-    /// How far ahead of the weights in use others are fetched, in elements.
-    pub ahead: usize,
+    /// What is fetched meanwhile.
+    pub ahead: Ahead,
+}
+
+/// Weights to be fetched into the cache while others are in use: those of one step, in the columns of the tile, at a time.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// Elements from the first weight in use to the first one to fetch.
+    pub distance: usize,
+    /// Steps along k from one fetch to the next.
+    pub every: usize,
+}
+
+impl Ahead {
+    /// Each step fetches the weights of the step that is so many elements away.
+    pub const fn by(distance: usize) -> Ahead {
+        Ahead { distance, every: 1 }
+    }
+
+    /// Nothing: what is in the cache already, once.
+    pub const NONE: Ahead = Ahead { distance: 0, every: usize::MAX };
 }
 
 impl<W> Clone for Panel<W> {
@@ -350,14 +369,17 @@ unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
                 }
             }
         }
-        let mut at = 0;
+        let (mut at, mut next) = (0, start.wrapping_add(ahead.distance));
         while at < k {
-            let w = start.add(at * pitch);
             for line in 0..V * P::STEP * S::LANES * size_of::<P::W>() / LINE {
-                simd.prefetch(w.wrapping_add(ahead).wrapping_byte_add(line * LINE).cast());
+                simd.prefetch(next.wrapping_byte_add(line * LINE).cast());
             }
-            P::step(simd, &mut acc, a, at, w);
-            at += P::STEP;
+            next = next.wrapping_add(P::STEP * pitch);
+            let end = k.min(at.saturating_add(ahead.every.saturating_mul(P::STEP)));
+            while at < end {
+                P::step(simd, &mut acc, a, at, start.add(at * pitch));
+                at += P::STEP;
+            }
         }
         for (r, acc) in acc.iter().enumerate() {
             for (v, &acc) in acc.iter().enumerate() {

@@ -4,15 +4,13 @@
 use half::bf16;
 
 use super::panel::{PANEL, Panel, Weights};
-use super::product::{self, Pairs, Plain, Product, Strided, Sums, Widening, tallest};
+use super::product::{self, Ahead, Pairs, Plain, Product, Strided, Sums, Widening, tallest};
 use super::simd::{Kernel, MAX_LANES, Simd};
 
-/// Bytes of one block of a panel with few rows: it, the next one and the rows fit into a first-level cache of 32 KiB and more.
-const SHALLOW_BYTES: usize = 12 << 10;
-/// Bytes of one with more than [`FEW_ROWS`]: sums leave and enter the registers half as often, which then counts for more.
-const DEEP_BYTES: usize = 24 << 10;
-const FEW_ROWS: usize = 16;
-/// How far ahead the first strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
+/// Bytes of one block of a panel at most: it, the next one and the rows fit into a first-level cache of 48 KiB, and sums seldom leave the
+/// registers.
+const BLOCK_BYTES: usize = 18 << 10;
+/// How far ahead a single strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
 const AHEAD_BYTES: usize = 8 << 10;
 /// From this many rows on, widening a block of weights to f32 once is cheaper than widening in registers for each strip of rows.
 const WIDEN_ROWS: usize = 13;
@@ -21,12 +19,11 @@ const WIDEN_ROWS: usize = 13;
 const TWO_VECTORS: usize = 2 * MAX_LANES;
 
 /// f32 of scratch in which [`PanelProduct`] widens weights.
-pub const WIDE_LEN: usize = DEEP_BYTES / size_of::<f32>();
+pub const WIDE_LEN: usize = BLOCK_BYTES / size_of::<f32>();
 
-/// k of one block of a panel of [`PANEL`] columns of weights as they are consumed: whole pairs.
-const fn block_k<W>(rows: usize) -> usize {
-    let bytes = if rows <= FEW_ROWS { SHALLOW_BYTES } else { DEEP_BYTES };
-    bytes / (PANEL * size_of::<W>())
+/// k of one block at most, of a panel of [`PANEL`] columns of weights as they are consumed: whole pairs.
+const fn block_k<W>() -> usize {
+    BLOCK_BYTES / (PANEL * size_of::<W>())
 }
 
 /// Rows of activations in the form a kernel wants; rows are `stride` elements apart.
@@ -143,7 +140,10 @@ unsafe fn blocks<S: Simd, P: Product<S>, const C: usize>(
     panel: &[P::W],
     sums: *mut f32,
 ) {
-    let (depth, block) = (panel.len() / C, block_k::<P::W>(rows));
+    let depth = panel.len() / C;
+    // Of like lengths: a short one would be over before all of the next is fetched.
+    let count = depth.div_ceil(const { block_k::<P::W>() }).max(1);
+    let block = depth.div_ceil(count).next_multiple_of(P::STEP);
     let mut k = 0;
     loop {
         let length = block.min(depth - k);
@@ -179,7 +179,7 @@ unsafe fn widened_blocks<S: Simd, const C: usize>(
         // SAFETY: as this function's.
         return unsafe { blocks::<S, Plain, C>(simd, a, rows, &[], sums) };
     }
-    let block = block_k::<f32>(rows);
+    let block = const { block_k::<f32>() };
     for (number, pairs) in panel.chunks(block * C).enumerate() {
         widen::<S, C>(simd, pairs, wide);
         // SAFETY: the block lies in the panel, and so in the activations.
@@ -219,8 +219,9 @@ struct Block<W> {
     next: usize,
 }
 
-/// All rows times one block, strip by strip. The first strip waits for memory and fetches a little ahead; the last one fetches
-/// the next block while it computes.
+/// All rows times one block, strip by strip. A single strip waits for memory anyway and fetches a little ahead. Of several, each fetches its
+/// share of the next block, so that memory is as busy during every one of them: in the last alone, fetches would come faster than memory
+/// answers, and computing would wait for them.
 #[inline(always)]
 unsafe fn strips<S: Simd, P: Product<S>, const C: usize>(
     simd: S,
@@ -229,15 +230,16 @@ unsafe fn strips<S: Simd, P: Product<S>, const C: usize>(
     block: Block<P::W>,
     sums: *mut f32,
 ) {
+    let strips = rows.div_ceil(const { tallest::<S>() });
+    let share = block.k.div_ceil(P::STEP).div_ceil(strips.max(1)) * P::STEP * C;
     let mut row = 0;
-    // Of like heights: a strip of one row waits for its own sums.
-    for left in (1..=rows.div_ceil(const { tallest::<S>() })).rev() {
-        let height = (rows - row).div_ceil(left);
-        let ahead = match (row, row + height) {
-            _ if block.next == 0 => 0,
-            (0, _) => AHEAD_BYTES / size_of::<P::W>(),
-            (_, end) if end == rows => block.next,
-            _ => 0,
+    for strip in 0..strips {
+        // Of like heights: a strip of one row waits for its own sums.
+        let height = (rows - row).div_ceil(strips - strip);
+        let ahead = match block.next {
+            0 => Ahead::NONE,
+            _ if strips == 1 => Ahead::by(AHEAD_BYTES / size_of::<P::W>()),
+            next => Ahead { distance: next + strip * share, every: strips },
         };
         // SAFETY: rows [row, row + height) exist; the rest is the caller's promise.
         unsafe {

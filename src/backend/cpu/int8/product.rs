@@ -11,9 +11,9 @@ use crate::backend::cpu::simd::{Kernel, Simd};
 
 /// Inputs that lie side by side.
 const QUAD: usize = 4;
-/// Quads of one block: 24 KiB, half of an L1 cache.
-const BLOCK_QUADS: usize = 128;
-/// How far ahead the first strip of rows fetches weights.
+/// Quads of one block at most: 18 KiB, as large as those of other types.
+const BLOCK_QUADS: usize = 96;
+/// How far ahead a single strip of rows fetches weights.
 const AHEAD_BYTES: usize = 8 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -48,27 +48,27 @@ impl Kernel for PanelProduct<'_> {
         let PanelProduct { a, stride, row_sums, panel, sums } = self;
         let rows = row_sums.len();
         let Panel { weights, columns } = panel;
-        let block_bytes = BLOCK_QUADS * QUAD * columns;
+        // Of like lengths: a short one would be over before all of the next is fetched.
+        let quads = weights.len() / (QUAD * columns);
+        let block_quads = quads.div_ceil(quads.div_ceil(BLOCK_QUADS).max(1)).max(1);
+        let strips = rows.div_ceil(const { tallest::<S>() });
         for (row, &sum) in row_sums.iter().enumerate() {
             // What the instruction adds to every weight is taken off before. It may wrap, as the sum may, and both cancel.
             let from = sum.wrapping_mul(-S::QUAD_OFFSET);
             sums[row * PANEL..][..columns].fill(from);
         }
-        for (number, block) in weights.chunks(block_bytes).enumerate() {
+        for (number, block) in weights.chunks(block_quads * QUAD * columns).enumerate() {
+            let share = block_quads.div_ceil(strips.max(1)) * QUAD * columns;
             let mut row = 0;
-            // Of like heights: a strip of one row waits for its own sums.
-            for left in (1..=rows.div_ceil(const { tallest::<S>() })).rev() {
-                let height = (rows - row).div_ceil(left);
-                let ahead = match (row, row + height) {
-                    (0, _) => AHEAD_BYTES,
-                    (_, end) if end == rows => block_bytes,
-                    _ => 0,
-                };
+            for strip in 0..strips {
+                // Of like heights: a strip of one row waits for its own sums.
+                let height = (rows - row).div_ceil(strips - strip);
+                let ahead = if strips == 1 { AHEAD_BYTES } else { block.len() + strip * share };
                 // SAFETY: rows [row, row + height) and this block's k of them exist, by the promise to `new`; so do their sums.
                 unsafe {
-                    let a = a.add(row * stride + number * BLOCK_QUADS * QUAD);
-                    let block = Block { weights: block, columns, ahead };
-                    strip::<S>(simd, (a, stride, height), block, sums.as_mut_ptr().add(row * PANEL));
+                    let a = a.add(row * stride + number * block_quads * QUAD);
+                    let block = Block { weights: block, columns, ahead, every: strips };
+                    self::strip::<S>(simd, (a, stride, height), block, sums.as_mut_ptr().add(row * PANEL));
                 }
                 row += height;
             }
@@ -81,8 +81,10 @@ impl Kernel for PanelProduct<'_> {
 struct Block<'a> {
     weights: &'a [i8],
     columns: usize,
-    /// How many bytes ahead of the weights in use others are fetched; 0 where those are in the cache already.
+    /// Bytes from the first weight in use to the first one to fetch.
     ahead: usize,
+    /// Quads from one fetch to the next.
+    every: usize,
 }
 
 /// A strip of [`tallest`] rows at most times one block.
@@ -147,7 +149,8 @@ unsafe fn row_of_tiles<S: Simd, const R: usize, const V: usize>(
     block: Block<'_>,
     sums: *mut i32,
 ) {
-    let Block { weights, columns, ahead } = block;
+    let Block { weights, columns, ahead, every } = block;
+    let quads = weights.len() / (QUAD * columns);
     for column in (0..columns).step_by(V * S::LANES) {
         // SAFETY: the caller vouches for R rows of activations and sums; the columns are in the panel.
         unsafe {
@@ -158,28 +161,47 @@ unsafe fn row_of_tiles<S: Simd, const R: usize, const V: usize>(
                     *acc = simd.load_ints(sums.add(r * PANEL + v * S::LANES));
                 }
             }
-            for quad in 0..weights.len() / (QUAD * columns) {
-                let w = weights.as_ptr().add((quad * columns + column) * QUAD);
-                if ahead > 0 {
-                    for line in 0..V * S::LANES * QUAD / LINE {
-                        simd.prefetch(w.wrapping_add(ahead + line * LINE).cast());
-                    }
+            let (mut quad, mut next) = (0, weights.as_ptr().wrapping_add(ahead + column * QUAD));
+            while quad < quads {
+                for line in 0..V * S::LANES * QUAD / LINE {
+                    simd.prefetch(next.wrapping_add(line * LINE).cast());
                 }
-                let mut quads = [simd.splat_quad(0); V];
-                for (v, quads) in quads.iter_mut().enumerate() {
-                    *quads = simd.load_quads(w.add(v * S::LANES * QUAD));
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let a = simd.splat_quad(a.add(r * stride + quad * QUAD).cast::<u32>().read_unaligned());
-                    for (acc, &w) in acc.iter_mut().zip(&quads) {
-                        *acc = simd.dot_quads(*acc, a, w);
-                    }
+                next = next.wrapping_add(QUAD * columns);
+                let end = quads.min(quad + every);
+                while quad < end {
+                    let w = weights.as_ptr().add((quad * columns + column) * QUAD);
+                    let a = a.add(quad * QUAD);
+                    step::<S, R, V>(simd, &mut acc, (a, stride), w);
+                    quad += 1;
                 }
             }
             for (r, acc) in acc.iter().enumerate() {
                 for (v, &acc) in acc.iter().enumerate() {
                     simd.store_ints(sums.add(r * PANEL + v * S::LANES), acc);
                 }
+            }
+        }
+    }
+}
+
+/// `acc[r][v] += a[r] * w[v]`, for one quad of R rows and of V vectors of columns.
+#[inline(always)]
+unsafe fn step<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    acc: &mut [[S::Ints; V]; R],
+    (a, stride): (*const i8, usize),
+    w: *const i8,
+) {
+    // SAFETY: the caller's promise; a quad is 32 bits.
+    unsafe {
+        let mut quads = [simd.splat_quad(0); V];
+        for (v, quads) in quads.iter_mut().enumerate() {
+            *quads = simd.load_quads(w.add(v * S::LANES * QUAD));
+        }
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let a = simd.splat_quad(a.add(r * stride).cast::<u32>().read_unaligned());
+            for (acc, &w) in acc.iter_mut().zip(&quads) {
+                *acc = simd.dot_quads(*acc, a, w);
             }
         }
     }
