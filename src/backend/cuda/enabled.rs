@@ -5,6 +5,7 @@ mod attention;
 mod event;
 mod ffi;
 mod gpu;
+mod graphs;
 mod launches;
 mod memory;
 mod mla;

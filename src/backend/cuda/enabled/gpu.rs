@@ -7,7 +7,8 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use cudarc::driver::{CudaContext, CudaStream};
 
-use super::launches::{Failed, Graphs, Launches};
+use super::graphs::Graphs;
+use super::launches::{Failed, Graph, Launches};
 use super::{Lock as _, ffi};
 use crate::backend::StepCounts;
 use crate::backend::cuda::{GpuInfo, Link};
@@ -160,7 +161,7 @@ struct Step {
     launches: Launches,
     /// Which sequence of launches is being put together; never the same again.
     sequence: u64,
-    graphs: Graphs,
+    graphs: Graphs<Graph>,
 }
 
 impl Gpu {
@@ -298,20 +299,27 @@ impl Gpu {
         done
     }
 
-    fn run(&self, launches: &Launches, graphs: &mut Graphs) -> Result<()> {
+    fn run(&self, launches: &Launches, graphs: &mut Graphs<Graph>) -> Result<()> {
         let run = || launches.run(self.stream.cu_stream()).map_err(|failed| self.launch_failure(failed));
         if launches.len() < FEWEST_REPLAYED {
             return run();
         }
-        let replay = |graphs: &mut Graphs| self.driver("replaying a step", graphs.replay(launches));
-        if replay(graphs)? {
-            return Ok(());
+        let replay = |graph: &Graph| self.driver("replaying a step", graph.launch());
+        if let Some(graph) = graphs.find(launches.words()) {
+            return replay(graph);
         }
-        if graphs.comes_again(launches) {
+        if graphs.wants(launches.words()) {
             let _alone = capture_of(self.info.ordinal).lock_now();
-            graphs.capture(launches, &self.stream);
-            if replay(graphs)? {
-                return Ok(());
+            match launches.capture(&self.stream) {
+                Ok(graph) => {
+                    let kept = graphs.len() + 1;
+                    tracing::debug!(launches = launches.len(), kept, "a piece of a step became a CUDA graph");
+                    return replay(graphs.keep(launches.words(), graph));
+                }
+                Err(why) => {
+                    graphs.count_failure();
+                    tracing::warn!(%why, "a piece of a step could not be made a CUDA graph and runs without");
+                }
             }
         }
         graphs.count_run();

@@ -43,13 +43,14 @@ impl WorldPlan for CudaBackend {
         };
         self.gpu.launch("plan of a world", ffi::moeyard_world, &args)?;
 
-        // Of evenly loaded ranks, whatever the placement.
-        let expected = shape.choices().div_ceil(shape.world / shape.expert_tp);
+        // Of ranks and experts that are evenly loaded, whatever the placement.
+        let ranks = shape.world / shape.expert_tp;
+        let (expected, busy) = (shape.choices().div_ceil(ranks), experts.div_ceil(ranks));
         let groups = Groups::OnDevice {
             rows: shape.capacity(),
             experts: slots.len(),
             slots: slots.len(),
-            mean: expected.div_ceil(expected.min(slots.len())),
+            mean: expected.div_ceil(expected.min(busy)),
         };
         if !self.experts_on_device(
             grouped.as_view(),
