@@ -108,7 +108,7 @@ impl Bench {
             self.linear(limits, rows, n, k);
         }
         for shape in SHAPES {
-            let slots = self.slots(shape);
+            let slots = self.slots(shape, DType::Bf16);
             for (tokens, spread) in
                 [(4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0), (1, 0.0), (8, 0.0), (64, 0.0)]
             {
@@ -116,6 +116,13 @@ impl Bench {
             }
             for tokens in [1, 64, 4096] {
                 self.planned_experts(limits, shape, &slots, tokens);
+            }
+            drop(slots);
+            for dtype in [DType::F8, DType::I4x2] {
+                let slots = self.slots(shape, dtype);
+                for tokens in [1, 8, 64, 4096] {
+                    self.experts(limits, shape, &slots, tokens, 0.0);
+                }
             }
         }
         for (rows, experts, hidden) in
@@ -152,7 +159,7 @@ impl Bench {
             self.linear(limits, rows, n, k);
         }
         for shape in SHAPES {
-            let slots = self.slots(shape);
+            let slots = self.slots(shape, DType::Bf16);
             for (tokens, spread) in [
                 (64, 0.0),
                 (256, 0.0),
@@ -304,7 +311,7 @@ impl Bench {
         }
     }
 
-    fn slots(&mut self, shape: ExpertShape) -> Vec<Option<Mlp>> {
+    fn slots(&mut self, shape: ExpertShape, dtype: DType) -> Vec<Option<Mlp>> {
         let mut matrix = |n, k| {
             let values = (0..65_537).map(|_| bf16::from_f32(self.numbers.unit() * 0.02)).collect::<Vec<_>>();
             HostMatrix { n, k, data: HostData::Bf16(values.into_iter().cycle().take(n * k).collect()) }
@@ -315,7 +322,7 @@ impl Bench {
             down: matrix(shape.hidden, shape.width),
             bias: None,
         };
-        let first = self.gpu.pack_mlp(&host, DType::Bf16).unwrap();
+        let first = self.gpu.pack_mlp(&host, dtype).unwrap();
         let copy = || Mlp { parts: first.parts.iter().map(|p| self.twin(p)).collect(), ..first };
         let mut slots: Vec<Option<Mlp>> = (1..shape.experts).map(|_| Some(copy())).collect();
         slots.push(Some(first));
@@ -360,13 +367,14 @@ impl Bench {
         let mut out = self.gpu.alloc(DType::Bf16, rows, shape.hidden).unwrap();
         let busy = counts.iter().filter(|&&n| n > 0).count();
         let parameters = 3 * shape.hidden * shape.width;
-        let bytes = 2.0 * (busy * parameters + rows * (2 * shape.hidden + 2 * shape.width)) as f64;
+        let expert: usize = slots.iter().flatten().map(Mlp::bytes).next().expect("every expert has a slot");
+        let bytes = (busy * expert + 4 * rows * (shape.hidden + shape.width)) as f64;
         let loads = match spread {
             ..0.0 => "even",
             0.0 => "uniform",
             _ => "log-normal",
         };
-        let name = format!("experts {}, {tokens} tokens, {loads}", shape.name);
+        let name = format!("experts {}{}, {tokens} tokens, {loads}", shape.name, in_form(slots));
         let kernels = match rows.div_ceil(busy) {
             0..=8 => 0,
             _ => self.others.len(),
@@ -412,8 +420,9 @@ impl Bench {
             gpu.device_plan().unwrap().planned_experts(args, out.view_mut()).unwrap();
         });
         let parameters = 3 * hidden * width;
-        let bytes = 2.0 * (busy * parameters + rows * (5 * hidden + 2 * width)) as f64;
-        let name = format!("planned {}, {tokens} tokens", shape.name);
+        let expert: usize = slots.iter().flatten().map(Mlp::bytes).next().expect("every expert has a slot");
+        let bytes = (busy * expert + 2 * rows * (5 * hidden + 2 * width)) as f64;
+        let name = format!("planned {}{}, {tokens} tokens", shape.name, in_form(slots));
         self.line(&name, seconds, 2.0 * (rows * parameters) as f64, bytes, Some(limits));
     }
 
@@ -563,6 +572,15 @@ impl Bench {
         let attention = rows * rows / 2 * MLA_HEADS * 2 * (NOPE + ROPE + V_DIM);
         let flops = attention + 2 * rows * MLA_HEADS * (NOPE + V_DIM) * LATENT;
         self.line(&format!("MLA, prompt of {rows}"), seconds, flops as f64, 0.0, None);
+    }
+}
+
+/// How the experts are held, where that is not bf16.
+fn in_form(slots: &[Option<Mlp>]) -> &'static str {
+    match slots.iter().flatten().next().map(|expert| expert.parts[0].dtype()) {
+        Some(DType::F8) => " in fp8",
+        Some(DType::I4x2) => " in int4",
+        _ => "",
     }
 }
 

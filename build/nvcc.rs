@@ -8,6 +8,7 @@ use super::toolkit::{Toolkit, architectures, hopper_only, type_check_only};
 
 /// One translation unit per kernel family, the slowest to compile first.
 const FAMILIES: &[&str] = &[
+    "gemm_quantized",
     "gemm_bf16",
     "attention_sm90",
     "attention_mla",

@@ -12,7 +12,14 @@ extern "C" {
 
 #define MOEYARD_API __attribute__((visibility("default")))
 
-typedef enum { MOEYARD_F32 = 0, MOEYARD_BF16 = 1, MOEYARD_I32 = 2 } MoeyardType;
+// Codes are bytes: see moeyard_gemm_quantized.
+typedef enum {
+  MOEYARD_F32 = 0,
+  MOEYARD_BF16 = 1,
+  MOEYARD_I32 = 2,
+  MOEYARD_F8 = 3,
+  MOEYARD_I4X2 = 4
+} MoeyardType;
 
 // Row-major [rows, cols]; `stride` elements from one row to the next.
 typedef struct {
@@ -117,7 +124,7 @@ typedef struct {
 } MoeyardRopeKv;
 MOEYARD_API int moeyard_rope_kv(const MoeyardRopeKv* args, void* stream);
 
-// ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu
+// ---- gemm_f32.cu, gemm_narrow.cu, gemm_bf16.cu, gemm_quantized.cu
 
 // What happens to a gate and an up column before they are stored.
 typedef enum { MOEYARD_NONE = 0, MOEYARD_SILU_MUL = 1, MOEYARD_CLAMPED_SWIGLU = 2 } MoeyardActivation;
@@ -138,7 +145,7 @@ typedef struct {
   int32_t n, k;
   int32_t ldw;     // elements from one row of w to the next
   int32_t w_type;
-  int32_t row_tile;  // rows of x per tile: 64 (f32), 8, 16, 32, 64 or 128 (bf16)
+  int32_t row_tile;  // rows of x per tile: 64 (f32), 8, 16, 32, 64 or 128 (bf16, quantised)
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
@@ -150,6 +157,9 @@ MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 MOEYARD_API int moeyard_gemm_narrow(const MoeyardGemm* args, void* stream);
 // Needs bf16 x and w, k, ldw and strides that are multiples of 8, and 16-byte aligned data.
 MOEYARD_API int moeyard_gemm_bf16(const MoeyardGemm* args, void* stream);
+// What moeyard_gemm_bf16 computes of the weights that codes stand for (w_type F8 or I4X2), each rounded to bf16. `ldw` is the bytes
+// from one row of weight tiles (codes.cuh) to the next. No batches.
+MOEYARD_API int moeyard_gemm_quantized(const MoeyardGemm* args, void* stream);
 
 // ---- cutlass-sys/src/grouped_gemm.cu
 

@@ -1,45 +1,23 @@
-// Products of bf16 on the tensor cores, grouped or not. The weights are the first operand of the instruction (16 outputs by 16
-// k), the rows the second (8 rows): so decode wastes little. k runs in steps of 16 in ascending order in every configuration, so
-// all of them give an element the same bits, whatever the tile, the group or the rows beside it.
-#include "finish.cuh"
-#include "groups.cuh"
-#include "source.cuh"
+// Products of bf16 on the tensor cores, grouped or not. k runs in steps of 16 in ascending order in every configuration, so all of them
+// give an element the same bits, whatever the tile, the group or the rows beside it.
+#include "shape.cuh"
 
 using namespace moeyard;
 
 namespace {
 
-// A block computes WARPS_N * TILES_N * 16 outputs of WARPS_R * TILES_R * 8 rows.
-template <int WARPS_N_, int WARPS_R_, int TILES_N_, int TILES_R_, int STAGES_> struct Shape {
-  static constexpr int WARPS_N = WARPS_N_, WARPS_R = WARPS_R_, TILES_N = TILES_N_, TILES_R = TILES_R_, STAGES = STAGES_;
-  static constexpr int THREADS = WARPS_N * WARPS_R * WARP;
-  static constexpr int N = WARPS_N * TILES_N * 16, R = WARPS_R * TILES_R * 8;
-  static constexpr int STAGE_BYTES = (N + R) * DEPTH * 2;
-  static constexpr int SHARED_BYTES = STAGE_BYTES * STAGES;
-};
+template <class S> constexpr int STAGE_BYTES = (S::N + S::R) * DEPTH * 2;
 
 // Fragments of one step of 16 k.
 template <class S> struct Fragments {
   uint32_t a[S::TILES_N][4], b[S::TILES_R][2];
 
   __device__ void load(uint32_t w, uint32_t x, int step) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int n0 = warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
+    int lane = threadIdx.x % WARP, n0 = first_output<S>();
 #pragma unroll
     for (int i = 0; i < S::TILES_N; ++i)
       load_matrix_x4(a[i], swizzled(w, n0 + i * 16 + lane % 16, step * 2 + lane / 16));
-    if constexpr (S::TILES_R % 2 == 0) {
-#pragma unroll
-      for (int j = 0; j < S::TILES_R; j += 2) {
-        uint32_t r[4];
-        load_matrix_x4(r, swizzled(x, r0 + j * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-        b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < S::TILES_R; ++j)
-        load_matrix_x2(b[j], swizzled(x, r0 + j * 8 + lane % 8, step * 2 + lane / 8 % 2));
-    }
+    load_rows<S>(b, x, step);
   }
 };
 
@@ -61,21 +39,6 @@ __device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t
   }
 }
 
-template <class S>
-__device__ void finish_all(const MoeyardGemm& a, const Tile& tile, int col, const float (&acc)[S::TILES_N][S::TILES_R][4]) {
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int n0 = col + warp % S::WARPS_N * S::TILES_N * 16, r0 = warp / S::WARPS_N * S::TILES_R * 8;
-#pragma unroll
-  for (int i = 0; i < S::TILES_N; ++i) {
-    Outputs outputs = outputs_of(a, tile, n0 + i * 16, lane);
-#pragma unroll
-    for (int j = 0; j < S::TILES_R; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        finish(a, tile, outputs, blockIdx.z * a.out_batch, r0 + j * 8 + lane % 4 * 2 + e, acc[i][j][e], acc[i][j][e + 2]);
-  }
-}
-
 template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Tile tile = find_tile(a, blockIdx.x, S::R);
@@ -89,7 +52,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
   Source<S::R, S::THREADS> rows(x, a.x.stride, tile.rows, a.k);
   auto issue = [&](int step) {
     if (step < steps) {
-      uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
+      uint32_t at = base + step % S::STAGES * STAGE_BYTES<S>;
       weights.copy(at);
       rows.copy(at + S::N * DEPTH * 2);
     }
@@ -101,7 +64,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
     copy_wait<S::STAGES - 2>();
     __syncthreads();
     issue(step + S::STAGES - 1);
-    uint32_t at = base + step % S::STAGES * S::STAGE_BYTES;
+    uint32_t at = base + step % S::STAGES * STAGE_BYTES<S>;
     multiply_stage<S>(acc, at, at + S::N * DEPTH * 2);
   }
   finish_all<S>(a, tile, col, acc);
@@ -109,16 +72,15 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
 
 template <class S> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
-  cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES);
+  int shared = STAGE_BYTES<S> * S::STAGES;
+  cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error) return int(error);
-  gemm<S><<<grid, S::THREADS, S::SHARED_BYTES, stream_of(stream)>>>(a);
+  gemm<S><<<grid, S::THREADS, shared, stream_of(stream)>>>(a);
   return launched();
 }
 
-// With few tiles, narrower ones keep more multiprocessors busy.
 template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
-  int64_t tiles = int64_t(a.row_tiles) * ((a.n + Wide::N - 1) / Wide::N) * a.batches;
-  return tiles < 264 ? launch<Narrow>(a, stream) : launch<Wide>(a, stream);
+  return fills_the_gpu<Wide>(a) ? launch<Wide>(a, stream) : launch<Narrow>(a, stream);
 }
 
 }  // namespace

@@ -28,6 +28,16 @@ __device__ inline void load_matrix_x2(uint32_t (&r)[2], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]), "=r"(r[1]) : "r"(from));
 }
 
+// One word, or 16 bytes, of shared memory.
+__device__ inline uint32_t load_shared(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(from));
+  return word;
+}
+__device__ inline void load_shared_x4(uint32_t (&r)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+}
+
 // d[16, 8] += a[16, 16] b[16, 8]
 __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(

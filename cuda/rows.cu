@@ -7,12 +7,16 @@ namespace {
 
 constexpr int THREADS = 256;
 
+__host__ __device__ int bytes_of(int type) {
+  return type == MOEYARD_BF16 ? 2 : type == MOEYARD_F8 || type == MOEYARD_I4X2 ? 1 : 4;
+}
+
 __device__ int64_t target_row(int64_t i, int half) { return half < 0 ? i : i / 8 * 16 + half * 8 + i % 8; }
 
 __global__ void copy_bits(MoeyardCopy a, int words) {  // rows of 16-byte words
   start_in_turn();
   int64_t from = a.index ? a.index[blockIdx.x] : blockIdx.x, to = target_row(blockIdx.x, a.half);
-  int bytes = a.src.type == MOEYARD_BF16 ? 2 : 4;
+  int bytes = bytes_of(a.src.type);
   const uint4* src = reinterpret_cast<const uint4*>(static_cast<const char*>(a.src.data) + from * a.src.stride * bytes);
   uint4* dst = reinterpret_cast<uint4*>(static_cast<char*>(a.dst.data) + to * a.dst.stride * bytes);
   for (int c = blockIdx.y * THREADS + threadIdx.x; c < words; c += gridDim.y * THREADS) dst[c] = src[c];
@@ -22,7 +26,9 @@ __global__ void copy_elements(MoeyardCopy a) {
   start_in_turn();
   int64_t from = a.index ? a.index[blockIdx.x] : blockIdx.x, to = target_row(blockIdx.x, a.half);
   for (int c = blockIdx.y * THREADS + threadIdx.x; c < a.src.cols; c += gridDim.y * THREADS) {
-    if (a.src.type == MOEYARD_I32)
+    if (bytes_of(a.src.type) == 1)
+      static_cast<char*>(a.dst.data)[to * a.dst.stride + c] = static_cast<const char*>(a.src.data)[from * a.src.stride + c];
+    else if (a.src.type == MOEYARD_I32)
       static_cast<int32_t*>(a.dst.data)[to * a.dst.stride + c] =
           static_cast<const int32_t*>(a.src.data)[from * a.src.stride + c];
     else
@@ -59,8 +65,6 @@ __global__ void map(MoeyardMap a) {
     store(a.y, blockIdx.x, c, y);
   }
 }
-
-int bytes_of(int type) { return type == MOEYARD_BF16 ? 2 : 4; }
 
 // Few long rows are spread over several blocks each.
 dim3 grid_of(int rows, int cols) {

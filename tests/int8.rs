@@ -8,48 +8,20 @@ use std::sync::Arc;
 use moeyard::backend::DType;
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::cpu::simd::Isa;
-use moeyard::cli::model::OpenModel;
 use moeyard::config::RawOptions;
 use moeyard::config::flags::{DtypeChoice, QuantizeChoice};
 use support::launch::{Answer, Launch, greedy, options};
 use support::placements::{Numbers, scattered};
+use support::reading::read;
 use support::{Setup, World, model_dir};
 
 const DEMOS: [&str; 2] = ["demo-mixtral", "demo-deepseek"];
 
-/// Passages from the ends of books, which training left out (all in the public domain): King James Bible, Alice's Adventures in
-/// Wonderland, Pride and Prejudice, Great Expectations, Moby Dick, Treasure Island.
-const HELD_OUT: &str = include_str!("held_out.txt");
-
-/// Of a model that reads the passages: the mean log-probability of the next token, in nats, and the most likely token at each place.
-struct Reading {
-    mean: f64,
-    best: Vec<usize>,
-}
-
-fn read(model: &str, setup: &Setup) -> Reading {
-    let tokenizer = OpenModel::open(Some(&model_dir(model))).unwrap().tokenizer;
-    let mut world = World::load(&model_dir(model), setup);
-    let (mut sum, mut best) = (0.0, Vec::new());
-    for passage in HELD_OUT.split("\n\n") {
-        let tokens = tokenizer.encode(passage.trim(), true).unwrap();
-        let mut sequence = world.sequence(&tokens);
-        let logits = world.step(0, &mut [(&mut sequence, tokens.len())]).logits;
-        for (logits, &next) in logits.iter().zip(&tokens[1..]) {
-            let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let total: f64 = logits.iter().map(|&x| f64::from(x - greatest).exp()).sum();
-            sum += f64::from(logits[next as usize] - greatest) - total.ln();
-            best.push(logits.iter().position(|&x| x == greatest).unwrap());
-        }
-    }
-    Reading { mean: sum / best.len() as f64, best }
-}
-
 #[test]
 fn the_demo_models_read_unseen_text_almost_as_well() {
     for model in DEMOS {
-        let plain = read(model, &Setup::solo(DType::Bf16));
-        let int8 = read(model, &Setup { int8_experts: true, ..Setup::solo(DType::Bf16) });
+        let plain = read(&model_dir(model), &Setup::solo(DType::Bf16));
+        let int8 = read(&model_dir(model), &Setup { experts: Some(DType::I8), ..Setup::solo(DType::Bf16) });
         let tokens = plain.best.len();
         let alike = plain.best.iter().zip(&int8.best).filter(|(a, b)| a == b).count();
         println!(
@@ -70,7 +42,7 @@ fn the_demo_models_read_unseen_text_almost_as_well() {
 
 #[test]
 fn a_row_has_the_same_bits_on_every_rank_and_in_every_chunk() {
-    let int8 = |setup| Setup { int8_experts: true, ..setup };
+    let int8 = |setup| Setup { experts: Some(DType::I8), ..setup };
     for (model, dtype) in [("demo-mixtral", DType::F32), ("demo-deepseek", DType::Bf16)] {
         let prompt = Numbers(5).tokens(70, 4096);
         let (expected, _) = World::load(&model_dir(model), &int8(Setup::solo(dtype))).generate(&prompt, 6);
@@ -97,7 +69,7 @@ fn every_instruction_set_serves_them() {
         .into_iter()
         .map(|isa| {
             let backend = Arc::new(move || Arc::new(CpuBackend::new(1, isa).unwrap()) as _);
-            let setup = Setup { int8_experts: true, backend, ..Setup::solo(DType::F32) };
+            let setup = Setup { experts: Some(DType::I8), backend, ..Setup::solo(DType::F32) };
             World::load(&model_dir("demo-mixtral"), &setup).generate(&prompt, 0).0
         })
         .collect();

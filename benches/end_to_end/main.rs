@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::cpu::limits;
-use moeyard::backend::{Backend, Precision};
+use moeyard::backend::{Backend, DType, Precision};
 
 use peers::{Peer, Room};
 use samples::{Samples, median};
@@ -75,7 +75,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tokens = most(&arguments.contexts) + STEPS;
     let prompt = most(&arguments.prompts);
     let precision = match arguments.int8_experts {
-        true => Precision::BF16.with_int8_experts(),
+        true => Precision::BF16.with_experts(DType::I8),
         false => Precision::BF16,
     };
     let mut workload = Workload::load(checkpoint, precision, threads, sequences, tokens, prompt)?;

@@ -87,6 +87,10 @@ pub fn host_matrix(name: &str, m: &HostMatrix) {
     let len = match &m.data {
         HostData::F32(data) => data.len(),
         HostData::Bf16(data) => data.len(),
+        HostData::Quantized(data) => {
+            assert!(data.shape() == (m.n, m.k), "{name}: {:?} codes for [{}, {}]", data.shape(), m.n, m.k);
+            m.n * m.k
+        }
     };
     assert!(m.n.checked_mul(m.k) == Some(len), "{name}: {len} elements for [{}, {}]", m.n, m.k);
 }
@@ -418,6 +422,7 @@ fn mlp_rows(rows: &View<'_>, w: &Mlp, out: &ViewMut<'_>) {
     );
     match w.parts[0].dtype() {
         DType::I8 => float("mlp rows", rows),
+        DType::F8 | DType::I4x2 => dtype("mlp rows", rows, DType::Bf16),
         weights => multiplied("mlp rows", rows.dtype(), weights),
     }
 }

@@ -14,9 +14,12 @@ pub mod int8;
 mod padded;
 mod planned;
 mod precision;
+pub mod quantized;
 pub mod reference;
 mod step;
 mod tensor;
+
+use std::borrow::Cow;
 
 use crate::error::Result;
 use crate::spec::{Activation, Router};
@@ -27,10 +30,11 @@ pub use event::{Event, RawStream};
 pub use padded::{MOST_CHOICES, PaddedShape, Replicas, ReturnedArgs, WorldArgs, WorldPlan};
 pub use planned::{DevicePlan, PlannedArgs};
 pub use precision::Precision;
+use quantized::Quantized;
 pub use step::StepCounts;
 pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
-/// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, already dequantised, before a backend packs it.
+/// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, before a backend packs it.
 #[derive(Debug, Clone)]
 pub struct HostMatrix {
     /// Outputs.
@@ -48,6 +52,26 @@ pub enum HostData {
     F32(Vec<f32>),
     /// bfloat16.
     Bf16(Vec<half::bf16>),
+    /// Codes and scales; in matrices of experts alone.
+    Quantized(Quantized),
+}
+
+impl HostMatrix {
+    /// The matrix in 8 or 4 bits: as it is, or quantised now.
+    ///
+    /// # Panics
+    /// When it is quantised to another type already, or `dtype` is none of [`quantized`].
+    pub fn quantized(&self, dtype: DType) -> Cow<'_, Quantized> {
+        let of = |values: &[f32]| Cow::Owned(Quantized::of(values, self.n, self.k, dtype));
+        match &self.data {
+            HostData::F32(values) => of(values),
+            HostData::Bf16(values) => of(&values.iter().map(|x| x.to_f32()).collect::<Vec<_>>()),
+            HostData::Quantized(quantized) => {
+                assert!(quantized.dtype() == dtype, "{:?} weights packed as {dtype:?}", quantized.dtype());
+                Cow::Borrowed(quantized)
+            }
+        }
+    }
 }
 
 /// A weight matrix `[n, k]` in the backend's own layout.
@@ -242,7 +266,7 @@ pub trait Backend: Send + Sync {
     fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix>;
 
     /// Packs a gated MLP into this backend's layout as `dtype`; biases stay f32. [`DType::I8`] quantises the matrices as [`int8`] says,
-    /// on a backend that has it ([`Backend::has_int8`]).
+    /// [`DType::F8`] and [`DType::I4x2`] as [`quantized`] does, on a backend that has them ([`Backend::has_experts_in`]).
     fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp>;
 
     /// Packs `kv_b_proj` `[heads * (nope_dim + v_dim), latent]` for both MLA forms.
@@ -255,9 +279,9 @@ pub trait Backend: Send + Sync {
         dtype: DType,
     ) -> Result<MlaWeights>;
 
-    /// Whether MLPs may be packed as [`DType::I8`].
-    fn has_int8(&self) -> bool {
-        false
+    /// Whether MLPs may be packed as `dtype`: any backend takes F32 and Bf16.
+    fn has_experts_in(&self, dtype: DType) -> bool {
+        check::is_float(dtype)
     }
 
     /// Bytes that [`Backend::pack_matrix`] will allocate for `[n, k]`: padding included.
@@ -403,7 +427,8 @@ pub trait Backend: Send + Sync {
 
     /// Every row through the MLP of its slot, as one operation: `out = down(act(gate x, up x))` with biases. The
     /// product of the activation is rounded to the activation type, that of `rows`, before `down`. All slots have weights of
-    /// one type. Those of type [`DType::I8`] are multiplied as [`int8`] says.
+    /// one type. Those of type [`DType::I8`] are multiplied as [`int8`] says; those of [`DType::F8`] and [`DType::I4x2`] are what
+    /// [`quantized`] says of their codes, numbers in bf16: the result has the bits that a packing of these as Bf16 would give.
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()>;
 
     /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.

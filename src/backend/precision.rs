@@ -10,7 +10,7 @@ pub struct Precision {
     pub weights: DType,
     /// Type of activations, of the KV cache and of rows that travel.
     pub activations: DType,
-    /// Type of the matrices of routed and shared experts: that of the others, or I8.
+    /// Type of the matrices of routed and shared experts: that of the others, or I8, F8 or I4x2.
     pub experts: DType,
 }
 
@@ -21,7 +21,7 @@ impl Precision {
     pub const BF16: Precision = Precision::plain(DType::Bf16, DType::Bf16);
     /// Weights in bf16, activations in f32.
     pub const MIXED: Precision = Precision::plain(DType::Bf16, DType::F32);
-    /// What every backend multiplies; some can have experts in I8 besides.
+    /// What every backend multiplies; some can have quantised experts besides.
     pub const ALL: [Precision; 3] = [Precision::F32, Precision::BF16, Precision::MIXED];
 
     /// All weights of one type.
@@ -29,9 +29,9 @@ impl Precision {
         Precision { weights, activations, experts: weights }
     }
 
-    /// The same with the weights of experts in 8 bits.
-    pub const fn with_int8_experts(self) -> Precision {
-        Precision { experts: DType::I8, ..self }
+    /// The same with the weights of experts in another type.
+    pub const fn with_experts(self, experts: DType) -> Precision {
+        Precision { experts, ..self }
     }
 
     /// What `--dtype dtype` means for a model with this router.
@@ -48,7 +48,7 @@ impl Precision {
             (DType::F32, _) => Precision::F32,
             (DType::Bf16, Score::SparseMixer { .. }) => Precision::MIXED,
             (DType::Bf16, Score::Softmax | Score::Sigmoid | Score::SoftmaxOverChosen) => Precision::BF16,
-            (DType::I32 | DType::I8, _) => panic!("models compute in F32 or Bf16"),
+            (DType::I32 | DType::I8 | DType::F8 | DType::I4x2, _) => panic!("models compute in F32 or Bf16"),
         }
     }
 }

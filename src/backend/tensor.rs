@@ -15,6 +15,10 @@ pub enum DType {
     I32,
     /// Signed 8-bit integers (quantised weights of experts, see [`super::int8`]).
     I8,
+    /// float8_e4m3fn (quantised weights of experts, see [`super::quantized`]).
+    F8,
+    /// Pairs of 4-bit codes (quantised weights of experts, see [`super::quantized`]): an element is two of them.
+    I4x2,
 }
 
 impl DType {
@@ -23,7 +27,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::Bf16 => 2,
-            DType::I8 => 1,
+            DType::I8 | DType::F8 | DType::I4x2 => 1,
         }
     }
 }

@@ -142,8 +142,8 @@ impl ClusterPlan {
             DeviceKind::Gpu => DeviceChoice::Cuda,
             DeviceKind::Cpu => DeviceChoice::Cpu,
         };
-        if raw.quantize.is_some() && wanted == DeviceChoice::Cuda {
-            found.push("int8 experts are computed on a CPU only".to_owned());
+        if let Some(quantize) = raw.quantize.filter(|quantize| quantize.device() != wanted) {
+            found.push(quantize.where_computed());
         }
         if raw.device.is_some_and(|given| given != DeviceChoice::Auto && given != wanted) {
             found.push(format!("the configuration is for another kind of device than {}", self.device));

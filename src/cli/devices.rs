@@ -9,7 +9,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{self, CudaBackend, GpuInfo};
 use crate::comm::Transport;
 use crate::comm::nccl::{self, Library};
-use crate::config::flags::{CommChoice, DeviceChoice, QuantizeChoice};
+use crate::config::flags::{CommChoice, DeviceChoice};
 use crate::config::host_memory;
 use crate::config::resolve::ModelOptions;
 use crate::config::size::ByteSize;
@@ -37,7 +37,7 @@ pub struct Devices {
 /// Opens a device for each of `ranks`. `auto` is GPUs where there are any, and says why there are none otherwise.
 ///
 /// # Errors
-/// [`Error::Config`] when `cuda` or `nccl` is asked for and cannot be had, with the reason; [`Error::Memory`] when the system
+/// [`Error::Config`] when `cuda`, `nccl` or experts in fp8 or int4 are asked for and cannot be had, with the reason; [`Error::Memory`] when the system
 /// refuses threads or memory.
 pub fn open(asked: &ModelOptions, ranks: usize) -> Result<Devices> {
     match (asked.device, cuda::devices()) {
@@ -45,6 +45,11 @@ pub fn open(asked: &ModelOptions, ranks: usize) -> Result<Devices> {
         (DeviceChoice::Auto | DeviceChoice::Cuda, Ok(gpus)) => on_gpus(asked, ranks, gpus.len()),
         (DeviceChoice::Cuda, Err(why)) => Err(Error::config("device", format!("cuda: {why}"))),
         (DeviceChoice::Auto, Err(why)) => {
+            if let Some(quantize) = asked.quantize.filter(|quantize| quantize.device() == DeviceChoice::Cuda)
+            {
+                let why = format!("{}, and there are none: {why}", quantize.where_computed());
+                return Err(Error::config("quantize", why));
+            }
             tracing::info!("computing on the CPU: {why}");
             on_cpu(asked, ranks)
         }
@@ -89,8 +94,8 @@ fn on_cpu(asked: &ModelOptions, ranks: usize) -> Result<Devices> {
 }
 
 fn on_gpus(asked: &ModelOptions, ranks: usize, gpus: usize) -> Result<Devices> {
-    if asked.quantize == Some(QuantizeChoice::Int8) {
-        let why = "int8 experts are computed on a CPU only, and this machine has GPUs: add --device cpu";
+    if let Some(quantize) = asked.quantize.filter(|quantize| quantize.device() == DeviceChoice::Cpu) {
+        let why = format!("{}, and this machine has GPUs: add --device cpu", quantize.where_computed());
         return Err(Error::config("quantize", why));
     }
     let seats = seats(asked.comm, ranks, gpus, find_nccl, nccl_shares())?;

@@ -11,7 +11,7 @@ use super::Settings;
 use super::cluster::ClusterPlan;
 use super::devices;
 use super::model::OpenModel;
-use crate::backend::{DType, Precision};
+use crate::backend::{DType, Precision, quantized};
 use crate::config::size::ByteSize;
 use crate::config::{Options, Parallel};
 use crate::error::{Error, Problems, Result};
@@ -117,12 +117,12 @@ pub fn report(spec: &ModelSpec, run: &RunShape) -> String {
     line("ranks", format!("{world} (TP {tp}, DP {dp}, EP {ep}, tensor split inside an expert {expert_tp})"));
     line("slots per rank", format!("{} per MoE layer", run.slots_per_rank));
     let rank = spec.rank_parameters(run.parallel.split(run.slots_per_rank));
-    let of_type = |numbers: u64, dtype: DType| numbers.saturating_mul(dtype.bytes() as u64);
+    let of_type = quantized::bytes_of;
     let bytes = |numbers: u64, dtype: DType| ByteSize(of_type(numbers, dtype)).to_string();
     let Precision { weights, activations, experts } = run.precision;
     let kv_token = spec.kv_numbers_per_token(tp);
-    let quantized = rank.experts + rank.shared;
-    let total = of_type(rank.total() - quantized, weights).saturating_add(of_type(quantized, experts));
+    let of_experts = rank.experts + rank.shared;
+    let total = of_type(rank.total() - of_experts, weights).saturating_add(of_type(of_experts, experts));
     line("bytes per rank", ByteSize(total).to_string());
     for (label, numbers, dtype) in [
         ("  attention", rank.attention, weights),

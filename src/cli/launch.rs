@@ -14,7 +14,6 @@ use super::serve::dtype_name;
 use super::{log, progress};
 use crate::backend::{Backend, Precision};
 use crate::comm::Transport;
-use crate::config::flags::QuantizeChoice;
 use crate::config::memory::{self, Demand, MemoryPlan};
 use crate::config::{Options, RawOptions};
 use crate::engine::rebalance::Mode;
@@ -148,7 +147,7 @@ impl Prepared {
     pub fn types(&self) -> String {
         let dtype = dtype_name(self.options.model.dtype);
         match self.options.model.quantize {
-            Some(QuantizeChoice::Int8) => format!("{dtype} with int8 experts"),
+            Some(quantize) => format!("{dtype} with {} experts", quantize.name()),
             None => dtype.to_owned(),
         }
     }

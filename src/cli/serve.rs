@@ -107,6 +107,8 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
         DType::Bf16 => "bf16",
         DType::I32 => "i32",
         DType::I8 => "int8",
+        DType::F8 => "fp8",
+        DType::I4x2 => "int4",
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::secret::{self, Secret};
 use super::size::ByteSize;
+use crate::backend::DType;
 
 /// Options as written, on the command line or in the file of `--config`.
 #[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
@@ -44,7 +45,8 @@ pub struct RawOptions {
     /// Type of weights and activations [default: auto, which is bf16]
     #[arg(long, value_enum, help_heading = "Device")]
     pub dtype: Option<DtypeChoice>,
-    /// Hold the weights of routed and shared experts in 8 bits, on a CPU [default: in the type of the other weights]
+    /// Hold the weights of routed and shared experts in 8 bits (int8 on a CPU, fp8 on a GPU) or 4 (int4 on a GPU) [default: in the type of
+    /// the other weights]
     #[arg(long, value_enum, help_heading = "Device")]
     pub quantize: Option<QuantizeChoice>,
     /// Compute threads per rank [default: cores / ranks]
@@ -195,12 +197,50 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// `--quantize`.
+/// `--quantize`: what [`crate::backend::int8`] and [`crate::backend::quantized`] make of experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantizeChoice {
-    /// Experts in 8 bits, with a scale per output: see [`crate::backend::int8`].
+    /// 8 bits, with a scale per output; on a CPU
     Int8,
+    /// float8_e4m3fn, with a scale per block of 128 by 128; on a GPU
+    Fp8,
+    /// 4 bits, with scale and zero per output and 128 inputs; on a GPU
+    Int4,
+}
+
+impl QuantizeChoice {
+    /// As the flag spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            QuantizeChoice::Int8 => "int8",
+            QuantizeChoice::Fp8 => "fp8",
+            QuantizeChoice::Int4 => "int4",
+        }
+    }
+
+    /// Type of the experts' weights.
+    pub fn dtype(self) -> DType {
+        match self {
+            QuantizeChoice::Int8 => DType::I8,
+            QuantizeChoice::Fp8 => DType::F8,
+            QuantizeChoice::Int4 => DType::I4x2,
+        }
+    }
+
+    /// What computes them: the CPU or a GPU.
+    pub fn device(self) -> DeviceChoice {
+        match self {
+            QuantizeChoice::Int8 => DeviceChoice::Cpu,
+            QuantizeChoice::Fp8 | QuantizeChoice::Int4 => DeviceChoice::Cuda,
+        }
+    }
+
+    /// "int8 experts are computed on a CPU only"
+    pub fn where_computed(self) -> String {
+        let device = if self.device() == DeviceChoice::Cpu { "a CPU" } else { "GPUs" };
+        format!("{} experts are computed on {device} only", self.name())
+    }
 }
 
 /// `--load-format`.

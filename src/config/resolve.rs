@@ -94,7 +94,7 @@ impl ModelOptions {
     pub fn precision(&self, router: &Router) -> Precision {
         let precision = Precision::of(self.dtype, router);
         match self.quantize {
-            Some(QuantizeChoice::Int8) => precision.with_int8_experts(),
+            Some(quantize) => precision.with_experts(quantize.dtype()),
             None => precision,
         }
     }
@@ -224,6 +224,9 @@ fn api_keys(keys: Vec<Secret>) -> Result<Vec<Secret>> {
     }
 }
 
+/// Rows of activations that GPUs multiply with quantised experts come in steps of 16 bytes.
+const HIDDEN_STEP: usize = 8;
+
 fn metrics(raw: &RawMetrics) -> SeriesOptions {
     let detail = raw.expert_detail.map(|choice| match choice {
         ExpertDetailChoice::Off => ExpertDetail::Off,
@@ -261,20 +264,45 @@ fn model(raw: &RawOptions, spec: &ModelSpec, parallel: &Parallel, cores: usize) 
     })
 }
 
-/// Sums of products in 8 bits must not overflow.
+/// What the experts of `--quantize` ask of device, types and model.
 fn check_quantize(raw: &RawOptions, spec: &ModelSpec) -> Result<()> {
-    let Some(QuantizeChoice::Int8) = raw.quantize else { return Ok(()) };
-    if raw.device == Some(DeviceChoice::Cuda) {
-        let why = "int8 experts are computed on a CPU only, found device cuda";
-        return Err(Error::config("quantize", why));
+    let Some(quantize) = raw.quantize else { return Ok(()) };
+    let refused = |why: String| Err(Error::config("quantize", why));
+    if let Some(given @ (DeviceChoice::Cpu | DeviceChoice::Cuda)) = raw.device
+        && given != quantize.device()
+    {
+        let found = if given == DeviceChoice::Cpu { "cpu" } else { "cuda" };
+        return refused(format!("{}, found device {found}", quantize.where_computed()));
     }
-    let shared = spec.moe.shared.map_or(0, |shared| shared.intermediate);
-    let widest = spec.hidden_size.max(spec.moe.intermediate).max(shared);
-    if widest > int8::MAX_INPUTS {
-        let most = int8::MAX_INPUTS;
-        let why =
-            format!("int8 adds up {most} products at most, and an expert of this model is {widest} wide");
-        return Err(Error::config("quantize", why));
+    match quantize {
+        QuantizeChoice::Int8 => {
+            // Sums of products in 8 bits must not overflow.
+            let shared = spec.moe.shared.map_or(0, |shared| shared.intermediate);
+            let widest = spec.hidden_size.max(spec.moe.intermediate).max(shared);
+            if widest > int8::MAX_INPUTS {
+                let most = int8::MAX_INPUTS;
+                return refused(format!(
+                    "int8 adds up {most} products at most, and an expert of this model is {widest} wide"
+                ));
+            }
+        }
+        QuantizeChoice::Fp8 | QuantizeChoice::Int4 => {
+            let name = quantize.name();
+            if raw.dtype == Some(DtypeChoice::F32) {
+                return refused(format!("{name} experts are multiplied in bf16, found dtype f32"));
+            }
+            if Precision::of(DType::Bf16, &spec.moe.router).activations != DType::Bf16 {
+                return refused(format!(
+                    "{name} experts are multiplied in bf16, and this model's router needs activations in f32"
+                ));
+            }
+            if !spec.hidden_size.is_multiple_of(HIDDEN_STEP) {
+                let hidden = spec.hidden_size;
+                return refused(format!(
+                    "{name} experts need a hidden size that is a multiple of {HIDDEN_STEP}, found {hidden}"
+                ));
+            }
+        }
     }
     Ok(())
 }

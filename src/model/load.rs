@@ -72,6 +72,13 @@ pub fn load(
     experts: Experts,
     sizes: Sizes,
 ) -> Result<(Transformer, StepOutput)> {
+    let experts_in = rank.precision.experts;
+    assert!(
+        rank.backend.has_experts_in(experts_in),
+        "{} has no {experts_in:?} experts",
+        rank.backend.describe()
+    );
+    let reader = reader.with_experts(experts_in);
     let loader = Loader { reader, spec, rank: &rank, backend: rank.backend.as_ref() };
     let mut layers = Vec::with_capacity(spec.layers.len());
     let mut moe_index = 0;
@@ -354,6 +361,7 @@ impl Loader<'_> {
         let bytes: &[u8] = match &host.data {
             HostData::F32(values) => bytemuck::cast_slice(values),
             HostData::Bf16(values) => bytemuck::cast_slice(values),
+            HostData::Quantized(_) => unreachable!("only experts are quantised"),
         };
         self.backend.upload(bytes, table.view_mut())?;
         Ok(Embedding { table, scale: self.spec.embedding_scale })

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use router_sim::placement::{EMPTY, LayerPlacement, Placement};
 
+use crate::backend::quantized::Quantized;
 use crate::backend::{Backend, DType, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Tensor, View};
 use crate::error::{Error, Result};
 use crate::layers::Rank;
@@ -263,6 +264,7 @@ impl ExpertShape {
             k,
             data: match dtype {
                 DType::F32 => HostData::F32(vec![0.0; n * k]),
+                DType::F8 | DType::I4x2 => HostData::Quantized(Quantized::zeros(n, k, dtype)),
                 _ => HostData::Bf16(vec![half::bf16::ZERO; n * k]),
             },
         };

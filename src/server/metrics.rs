@@ -29,7 +29,7 @@ pub struct Info {
     pub model: String,
     /// Computation type, "bf16".
     pub dtype: String,
-    /// Type of the experts' weights: `int8`, or that of the others.
+    /// Type of the experts' weights: `int8`, `fp8`, `int4`, or that of the others.
     pub expert_dtype: String,
     /// Decoder layers.
     pub layers: usize,

@@ -26,6 +26,7 @@ pub struct WeightReader<'a> {
     spec: &'a ModelSpec,
     names: &'a TensorNames,
     dtype: DType,
+    experts: DType,
     progress: Option<&'a Progress<'a>>,
 }
 
@@ -52,7 +53,7 @@ impl<'a> WeightReader<'a> {
         dtype: DType,
     ) -> WeightReader<'a> {
         assert!(matches!(dtype, DType::F32 | DType::Bf16), "weights are read as F32 or Bf16");
-        WeightReader { checkpoint, spec, names, dtype, progress: None }
+        WeightReader { checkpoint, spec, names, dtype, experts: dtype, progress: None }
     }
 
     /// The same reader, reporting to `progress`.
@@ -60,10 +61,17 @@ impl<'a> WeightReader<'a> {
         WeightReader { progress: Some(progress), ..self }
     }
 
-    /// The same reader with another type for matrices.
+    /// The same reader with another type for matrices, those of experts included.
     pub fn with_dtype(self, dtype: DType) -> Self {
         assert!(matches!(dtype, DType::F32 | DType::Bf16), "weights are read as F32 or Bf16");
-        WeightReader { dtype, ..self }
+        WeightReader { dtype, experts: dtype, ..self }
+    }
+
+    /// The same reader for a run that holds routed and shared experts as `dtype`: in F8 or I4x2 they are handed out with codes and scales,
+    /// those of the file where it has them.
+    pub fn with_experts(self, dtype: DType) -> Self {
+        let experts = if matches!(dtype, DType::F8 | DType::I4x2) { dtype } else { self.dtype };
+        WeightReader { experts, ..self }
     }
 
     /// Shape of a role, `None` where the model does not have it.
@@ -87,7 +95,7 @@ impl<'a> WeightReader<'a> {
         let (n, k, _) = self.matrix_shape(role);
         let module = fill(self.names.template(role), layer, 0);
         let stored = self.find(|finder| finder.module(&module, n, k))?;
-        self.host(&stored, rows, cols)
+        self.host(&stored, rows, cols, self.dtype)
     }
 
     /// The whole matrix of a role.
@@ -157,11 +165,15 @@ impl<'a> WeightReader<'a> {
     /// See [`WeightReader`].
     pub fn mlp(&self, kind: MlpKind, layer: usize, intermediate: Range<usize>) -> Result<HostMlp> {
         let hidden = self.spec.hidden_size;
+        let dtype = match kind {
+            MlpKind::Dense => self.dtype,
+            MlpKind::Shared | MlpKind::Expert(_) => self.experts,
+        };
         let read = |which: MlpMatrix| {
             let stored = self.find(|finder| self.mlp_matrix(finder, kind, layer, which))?;
             match which {
-                MlpMatrix::Gate | MlpMatrix::Up => self.host(&stored, intermediate.clone(), 0..hidden),
-                MlpMatrix::Down => self.host(&stored, 0..hidden, intermediate.clone()),
+                MlpMatrix::Gate | MlpMatrix::Up => self.host(&stored, intermediate.clone(), 0..hidden, dtype),
+                MlpMatrix::Down => self.host(&stored, 0..hidden, intermediate.clone(), dtype),
             }
         };
         let (gate, up, down) = (read(MlpMatrix::Gate)?, read(MlpMatrix::Up)?, read(MlpMatrix::Down)?);
@@ -244,14 +256,24 @@ impl<'a> WeightReader<'a> {
         Error::Checkpoint(Problems { checkpoint: self.checkpoint.name().to_owned(), list })
     }
 
-    fn host(&self, stored: &StoredMatrix<'_>, rows: Range<usize>, cols: Range<usize>) -> Result<HostMatrix> {
+    fn host(
+        &self,
+        stored: &StoredMatrix<'_>,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        dtype: DType,
+    ) -> Result<HostMatrix> {
         let (n, k) = (rows.len(), cols.len());
-        let data = if self.dtype == DType::Bf16 {
-            let mut out = vec![bf16::ZERO; n * k];
-            stored.block_bf16(rows, cols, &mut out).map(|()| HostData::Bf16(out))
-        } else {
-            let mut out = vec![0.0f32; n * k];
-            stored.block(rows, cols, &mut out).map(|()| HostData::F32(out))
+        let data = match dtype {
+            DType::F8 | DType::I4x2 => stored.block_quantized(rows, cols, dtype).map(HostData::Quantized),
+            DType::Bf16 => {
+                let mut out = vec![bf16::ZERO; n * k];
+                stored.block_bf16(rows, cols, &mut out).map(|()| HostData::Bf16(out))
+            }
+            _ => {
+                let mut out = vec![0.0f32; n * k];
+                stored.block(rows, cols, &mut out).map(|()| HostData::F32(out))
+            }
         };
         let data = data.map_err(|problem| self.refuse(vec![problem]))?;
         self.report(stored.bytes_of(n, k));

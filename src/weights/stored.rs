@@ -6,6 +6,8 @@ use super::checkpoint::{Checkpoint, TensorRef};
 use super::dummy::{self, Dummy};
 use super::names::{ExpertNames, fill};
 use super::quant::{Awq, BadGroup, Float, Fp8, Gptq, MXFP4_BLOCK, Mxfp4, NIBBLES, Plain};
+use crate::backend::DType;
+use crate::backend::quantized::Quantized;
 use crate::error::Problem;
 use crate::spec::Quantization;
 use half::bf16;
@@ -100,6 +102,35 @@ impl StoredMatrix<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A block with codes and scales: as it is stored where that is in this form, else quantised from the exact numbers.
+    ///
+    /// # Errors
+    /// As [`StoredMatrix::block`].
+    ///
+    /// # Panics
+    /// When `dtype` is none of [`crate::backend::quantized`].
+    pub fn block_quantized(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        dtype: DType,
+    ) -> Result<Quantized, Problem> {
+        let (n, k) = (rows.len(), cols.len());
+        self.check(&rows, &cols, n * k);
+        let stored = match &self.form {
+            Form::Fp8(form) if dtype == DType::F8 => form.quantized(rows.clone(), cols.clone()),
+            Form::Awq(form) if dtype == DType::I4x2 => form.quantized(rows.clone(), cols.clone()),
+            Form::Gptq(form) if dtype == DType::I4x2 => form.quantized(rows.clone(), cols.clone()),
+            _ => None,
+        };
+        if let Some(stored) = stored {
+            return Ok(stored);
+        }
+        let mut exact = vec![0.0; n * k];
+        self.block(rows, cols, &mut exact)?;
+        Ok(Quantized::of(&exact, n, k, dtype))
     }
 
     /// Bytes of the file that a block of this shape takes, for progress; companions are shared out evenly.

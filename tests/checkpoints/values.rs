@@ -46,6 +46,7 @@ fn f32s(matrix: HostMatrix) -> Vec<f32> {
     match matrix.data {
         HostData::F32(data) => data,
         HostData::Bf16(data) => data.into_iter().map(bf16::to_f32).collect(),
+        HostData::Quantized(data) => data.weights().into_iter().map(bf16::to_f32).collect(),
     }
 }
 

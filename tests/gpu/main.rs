@@ -10,8 +10,11 @@ mod moe;
 mod nccl;
 mod pair;
 mod products;
+mod quantized;
 mod ranks;
 mod steps;
+#[path = "../support/mod.rs"]
+mod support;
 mod world;
 
 use libtest_mimic::{Arguments, Trial};
@@ -27,6 +30,7 @@ fn main() {
     let groups = [
         dense::trials(),
         products::trials(),
+        quantized::trials(),
         attention::trials(),
         moe::trials(),
         ranks::trials(),

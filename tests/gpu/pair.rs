@@ -38,7 +38,7 @@ fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
         DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DType::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         DType::I32 => values.iter().flat_map(|&x| (x as i32).to_le_bytes()).collect(),
-        DType::I8 => panic!("a GPU holds no 8-bit integers"),
+        other => panic!("no numbers go to a GPU as {other:?}"),
     }
 }
 
@@ -62,7 +62,7 @@ pub fn values(device: Device<'_>, view: View<'_>) -> Vec<f32> {
         DType::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
         DType::Bf16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
         DType::I32 => bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b) as f32).collect(),
-        DType::I8 => panic!("a GPU holds no 8-bit integers"),
+        other => panic!("no numbers come from a GPU as {other:?}"),
     }
 }
 

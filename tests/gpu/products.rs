@@ -8,7 +8,7 @@ use moeyard::spec::Activation;
 use crate::pair::{Device, Numbers, ROUNDED, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
 use crate::trial;
 
-const SWIGLU: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.7 };
+pub const SWIGLU: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.7 };
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -126,7 +126,7 @@ fn mlp() {
     }
 }
 
-fn run_experts(
+pub fn run_experts(
     device: Device<'_>,
     x: &Tensor,
     counts: &[usize],
@@ -277,7 +277,7 @@ fn all_kernels() -> Vec<(ProductKernels, std::sync::Arc<dyn moeyard::backend::Ba
 }
 
 #[track_caller]
-fn same_bits(what: &str, found: &[f32], expected: &[f32]) {
+pub fn same_bits(what: &str, found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{what}: elements");
     let off = found.iter().zip(expected).filter(|(f, e)| f.to_bits() != e.to_bits()).count();
     if let Some(i) = found.iter().zip(expected).position(|(f, e)| f.to_bits() != e.to_bits()) {

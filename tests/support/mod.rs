@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod launch;
+pub mod reading;
+pub mod rounded;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -43,7 +45,8 @@ pub struct Setup {
     pub max_model_len: usize,
     pub split: Split,
     pub staging_slots: usize,
-    pub int8_experts: bool,
+    /// Type of the experts' weights, where it is not that of the others.
+    pub experts: Option<DType>,
 }
 
 impl Setup {
@@ -58,7 +61,7 @@ impl Setup {
             max_model_len: 256,
             split: Split::Exact,
             staging_slots: 0,
-            int8_experts: false,
+            experts: None,
         }
     }
 
@@ -116,8 +119,8 @@ impl World {
         let counters: Vec<_> =
             (0..setup.degrees.world()).map(|_| Arc::new(LoadCounters::new(&placement))).collect();
         let mut precision = Precision::of(setup.dtype, &family.spec.moe.router);
-        if setup.int8_experts {
-            precision = precision.with_int8_experts();
+        if let Some(experts) = setup.experts {
+            precision = precision.with_experts(experts);
         }
         let options = WorldOptions {
             counters: counters.clone(),

@@ -253,6 +253,24 @@ impl Element for i8 {
     const DTYPE: DType = DType::I8;
 }
 
+/// A code of float8_e4m3fn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct F8(pub u8);
+
+impl Element for F8 {
+    const DTYPE: DType = DType::F8;
+}
+
+/// Two codes of 4 bits, the first in the lower ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct I4x2(pub u8);
+
+impl Element for I4x2 {
+    const DTYPE: DType = DType::I4x2;
+}
+
 /// A [`View`] of host memory as typed rows, to read from any thread.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, T> {

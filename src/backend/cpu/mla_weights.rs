@@ -60,6 +60,7 @@ pub fn pack_mla(
                 match &kv_b.data {
                     HostData::F32(data) => T::from_f32(data[at]),
                     HostData::Bf16(data) => T::from_f32(bf16::to_f32(data[at])),
+                    HostData::Quantized(_) => panic!("only experts are quantised"),
                 }
             };
             // SAFETY: rows of these tensors belong to one head, and a head is one task.

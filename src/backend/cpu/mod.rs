@@ -129,8 +129,8 @@ impl Backend for CpuBackend {
     ) -> Result<MlaWeights> {
         mla_weights::pack_mla(self, kv_b, heads, nope_dim, v_dim, dtype)
     }
-    fn has_int8(&self) -> bool {
-        true
+    fn has_experts_in(&self, dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::Bf16 | DType::I8)
     }
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
         gemm::matrix_bytes(self, n, k, dtype)

@@ -93,7 +93,7 @@ impl<'a> Activations<'a> {
             }
             (DType::F32, form) => Self::copied::<f32>(backend, x, form),
             (DType::Bf16, form) => Self::copied::<bf16>(backend, x, form),
-            (DType::I32 | DType::I8, _) => panic!("activations are F32 or Bf16"),
+            (DType::I32 | DType::I8 | DType::F8 | DType::I4x2, _) => panic!("activations are F32 or Bf16"),
         }
     }
 
@@ -183,7 +183,7 @@ impl<'a> Output<'a> {
         match view.dtype() {
             DType::F32 => Output::F32(RowsMut::new(view)),
             DType::Bf16 => Output::Bf16(RowsMut::new(view)),
-            DType::I32 | DType::I8 => panic!("products are F32 or Bf16"),
+            DType::I32 | DType::I8 | DType::F8 | DType::I4x2 => panic!("products are F32 or Bf16"),
         }
     }
 

@@ -37,7 +37,7 @@ pub fn padded_k(k: usize, dtype: DType) -> usize {
     match dtype {
         DType::Bf16 => k.next_multiple_of(2),
         DType::I8 => k.next_multiple_of(4),
-        DType::F32 | DType::I32 => k,
+        DType::F32 | DType::I32 | DType::F8 | DType::I4x2 => k,
     }
 }
 
@@ -91,7 +91,7 @@ impl<'a> Panels<'a> {
         let weights = match dtype {
             DType::F32 => Weights::F32(Rows::new(packed).all()),
             DType::Bf16 => Weights::Bf16(Rows::new(packed).all()),
-            DType::I32 | DType::I8 => panic!("weights are F32 or Bf16"),
+            DType::I32 | DType::I8 | DType::F8 | DType::I4x2 => panic!("weights are F32 or Bf16"),
         };
         Panels { weights, n, depth, matrices }
     }
@@ -131,7 +131,7 @@ pub fn pack(pool: &Pool, matrices: &[&HostMatrix], dtype: DType) -> Result<Tenso
     match dtype {
         DType::F32 => pack_as::<f32>(pool, &mut tensor, matrices),
         DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, matrices),
-        DType::I32 | DType::I8 => panic!("weights are F32 or Bf16"),
+        DType::I32 | DType::I8 | DType::F8 | DType::I4x2 => panic!("weights are F32 or Bf16"),
     }
     Ok(tensor)
 }
@@ -148,6 +148,7 @@ fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix]
         match &matrices[matrix].data {
             HostData::F32(data) => scatter(&data[range], k, (to, columns(n, panel)), T::from_f32),
             HostData::Bf16(data) => T::scatter_bf16(&data[range], k, (to, columns(n, panel))),
+            HostData::Quantized(data) => panic!("a CPU packs no weights in {:?}", data.dtype()),
         }
     });
 }

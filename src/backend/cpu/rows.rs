@@ -30,9 +30,7 @@ macro_rules! with_float {
                 type $T = half::bf16;
                 $body
             }
-            $crate::backend::DType::I32 | $crate::backend::DType::I8 => {
-                panic!("integers where floating point numbers belong")
-            }
+            other => panic!("{other:?} where floating point numbers belong"),
         }
     };
 }

@@ -315,6 +315,9 @@ impl Backend for CudaBackend {
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
         n * products::padded(k) * dtype.bytes()
     }
+    fn has_experts_in(&self, dtype: DType) -> bool {
+        check::is_float(dtype) || matches!(dtype, DType::F8 | DType::I4x2)
+    }
     fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
         CudaBackend::mlp_bytes_of(hidden, intermediate, bias, dtype)
     }

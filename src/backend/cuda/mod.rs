@@ -4,6 +4,8 @@
 //! order, that of ascending k, positions or choices, whatever the tile or the rows beside it. The kernels are compiled with the
 //! feature `cuda`; without it [`devices`] says so. Either way the program starts without a driver.
 
+pub mod packing;
+
 #[cfg(feature = "cuda")]
 mod enabled;
 #[cfg(feature = "cuda")]

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::backend::cpu::memory::{Element, Rows, RowsMut};
+use crate::backend::cpu::memory::{Element, F8, I4x2, Rows, RowsMut};
 use crate::backend::{DType, HostData, HostMatrix, View, ViewMut};
 
 /// A contiguous row-major matrix.
@@ -29,6 +29,7 @@ impl Host {
         let data = match &host.data {
             HostData::F32(data) => data.clone(),
             HostData::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),
+            HostData::Quantized(data) => data.weights().into_iter().map(bf16::to_f32).collect(),
         };
         Host { rows: host.n, cols: host.k, data }
     }
@@ -38,7 +39,7 @@ impl Host {
         let data = match view.dtype() {
             DType::F32 => elements::<f32>(view).collect(),
             DType::Bf16 => elements::<bf16>(view).map(bf16::to_f32).collect(),
-            DType::I32 | DType::I8 => panic!("integers read as activations"),
+            other => panic!("{other:?} read as activations"),
         };
         Host { rows: view.rows(), cols: view.cols(), data }
     }
@@ -49,7 +50,7 @@ impl Host {
         match view.dtype() {
             DType::F32 => fill(view, self.data.iter().copied()),
             DType::Bf16 => fill(view, self.data.iter().map(|&x| bf16::from_f32(x))),
-            DType::I32 | DType::I8 => panic!("activations written as integers"),
+            other => panic!("activations written as {other:?}"),
         }
     }
 
@@ -119,6 +120,8 @@ pub(super) fn upload(src: &[u8], dst: ViewMut<'_>) {
         DType::I32 => fill(dst, quads().map(i32::from_le_bytes)),
         DType::Bf16 => fill(dst, src.as_chunks::<2>().0.iter().copied().map(bf16::from_le_bytes)),
         DType::I8 => fill(dst, src.iter().map(|&byte| byte as i8)),
+        DType::F8 => fill(dst, src.iter().copied().map(F8)),
+        DType::I4x2 => fill(dst, src.iter().copied().map(I4x2)),
     }
 }
 
@@ -133,6 +136,8 @@ pub(super) fn download(src: View<'_>, dst: &mut [u8]) {
         DType::F32 => quads(dst, &mut elements::<f32>(src).map(f32::to_le_bytes)),
         DType::I32 => quads(dst, &mut elements::<i32>(src).map(i32::to_le_bytes)),
         DType::I8 => dst.iter_mut().zip(elements::<i8>(src)).for_each(|(byte, value)| *byte = value as u8),
+        DType::F8 => dst.iter_mut().zip(elements::<F8>(src)).for_each(|(byte, F8(code))| *byte = code),
+        DType::I4x2 => dst.iter_mut().zip(elements::<I4x2>(src)).for_each(|(byte, I4x2(pair))| *byte = pair),
         DType::Bf16 => {
             for (bytes, value) in dst.as_chunks_mut::<2>().0.iter_mut().zip(elements::<bf16>(src)) {
                 *bytes = value.to_le_bytes();

@@ -8,6 +8,7 @@ mod attention;
 mod dense;
 mod host;
 mod moe;
+mod quantized;
 mod route;
 #[cfg(test)]
 mod tests;
@@ -66,6 +67,8 @@ impl Backend for ReferenceBackend {
         match src.dtype() {
             DType::I32 => host::copy_ints::<i32>(src, dst),
             DType::I8 => host::copy_ints::<i8>(src, dst),
+            DType::F8 => host::copy_ints::<memory::F8>(src, dst),
+            DType::I4x2 => host::copy_ints::<memory::I4x2>(src, dst),
             DType::F32 | DType::Bf16 => Host::read(src).write(dst),
         }
         Ok(())
@@ -91,15 +94,21 @@ impl Backend for ReferenceBackend {
         let mut parts = Vec::new();
         let mut scales = Vec::new();
         for matrix in [&host.gate, &host.up, &host.down] {
-            let matrix = Host::of_weights(matrix);
-            if dtype == DType::I8 {
-                let (values, factors) = moe::quantized(&matrix);
-                let mut part = self.alloc(dtype, matrix.rows, matrix.cols)?;
-                host::write_ints(&values, part.view_mut());
-                parts.push(part);
-                scales.push(self.store(&Host::of_vector(&factors), DType::F32)?);
-            } else {
-                parts.push(self.store(&matrix, dtype)?);
+            match dtype {
+                DType::I8 => {
+                    let matrix = Host::of_weights(matrix);
+                    let (values, factors) = moe::quantized(&matrix);
+                    let mut part = self.alloc(dtype, matrix.rows, matrix.cols)?;
+                    host::write_ints(&values, part.view_mut());
+                    parts.push(part);
+                    scales.push(self.store(&Host::of_vector(&factors), DType::F32)?);
+                }
+                DType::F8 | DType::I4x2 => {
+                    let [codes, factors] = quantized::store(&matrix.quantized(dtype))?;
+                    parts.push(codes);
+                    scales.push(factors);
+                }
+                _ => parts.push(self.store(&Host::of_weights(matrix), dtype)?),
             }
         }
         parts.append(&mut scales);
@@ -124,8 +133,8 @@ impl Backend for ReferenceBackend {
         Ok(MlaWeights { parts, heads, latent: kv_b.k, nope_dim, v_dim })
     }
 
-    fn has_int8(&self) -> bool {
-        true
+    fn has_experts_in(&self, dtype: DType) -> bool {
+        dtype != DType::I32
     }
 
     fn matrix_bytes(&self, n: usize, k: usize, dtype: DType) -> usize {
@@ -135,7 +144,12 @@ impl Backend for ReferenceBackend {
     fn mlp_bytes(&self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
         let outputs = 2 * intermediate + hidden;
         let vectors = usize::from(bias) + usize::from(dtype == DType::I8);
-        3 * self.matrix_bytes(hidden, intermediate, dtype) + vectors * outputs * DType::F32.bytes()
+        let matrix = |n, k| match dtype {
+            DType::F8 | DType::I4x2 => quantized::bytes(n, k, dtype),
+            _ => self.matrix_bytes(n, k, dtype),
+        };
+        let matrices = 2 * matrix(intermediate, hidden) + matrix(hidden, intermediate);
+        matrices + vectors * outputs * DType::F32.bytes()
     }
 
     fn mla_bytes(&self, heads: usize, nope_dim: usize, v_dim: usize, latent: usize, dtype: DType) -> usize {

@@ -2,6 +2,7 @@
 
 use super::dense::{linear, sigmoid};
 use super::host::{Host, read_ints, rounded};
+use super::quantized;
 use crate::backend::{CombineArgs, DType, Mlp, View, int8};
 use crate::spec::Activation;
 
@@ -16,7 +17,7 @@ fn activate(gate: f32, up: f32, activation: Activation) -> f32 {
     }
 }
 
-/// See [`crate::backend::Backend::mlp`]. Parts: gate, up, down, then their scales where they are integers, then their biases where
+/// See [`crate::backend::Backend::mlp`]. Parts: gate, up, down, then their scales where they are quantised, then their biases where
 /// there are any.
 pub(super) fn mlp(x: View<'_>, w: &Mlp, activation: Activation) -> Host {
     let x_host = Host::read(x);
@@ -30,8 +31,13 @@ pub(super) fn mlp(x: View<'_>, w: &Mlp, activation: Activation) -> Host {
 fn product(x: &Host, w: &Mlp, matrix: usize) -> Host {
     let part = |i: usize| w.parts.get(i).map(|t| Host::read(t.view()));
     let weights = &w.parts[matrix];
-    if weights.dtype() != DType::I8 {
-        return linear(x, &Host::read(weights.view()), part(3 + matrix).as_ref());
+    match weights.dtype() {
+        DType::I8 => {}
+        DType::F8 | DType::I4x2 => {
+            let weights = quantized::read(weights, &w.parts[3 + matrix], x.cols);
+            return linear(x, &weights, part(6 + matrix).as_ref());
+        }
+        _ => return linear(x, &Host::read(weights.view()), part(3 + matrix).as_ref()),
     }
     let scales = part(3 + matrix).expect("integers have scales");
     let bias = part(6 + matrix);

@@ -1,5 +1,6 @@
 use super::*;
 use crate::model::families;
+use crate::spec::Score;
 
 /// 8 experts, 32768 positions.
 fn spec() -> ModelSpec {
@@ -91,11 +92,37 @@ fn values_given_are_taken() {
     };
     assert_eq!(options.model, expected);
     let plain = Precision::of(DType::F32, &spec().moe.router);
-    assert_eq!(options.model.precision(&spec().moe.router), plain.with_int8_experts());
+    assert_eq!(options.model.precision(&spec().moe.router), plain.with_experts(DType::I8));
     assert_eq!(options.experts.slots_per_rank, 4);
     assert_eq!(options.scheduler.prefill_chunk_size, 100);
     assert!(!options.cache.prefix_caching);
     assert_eq!(options.server.generation_config, GenerationConfig::None);
+}
+
+#[test]
+fn fp8_and_int4_experts_need_a_gpu_and_bf16() {
+    for (choice, name) in [(QuantizeChoice::Fp8, "fp8"), (QuantizeChoice::Int4, "int4")] {
+        let raw = RawOptions { quantize: Some(choice), ..RawOptions::default() };
+        let on_cpu = refusal(RawOptions { device: Some(DeviceChoice::Cpu), ..raw.clone() });
+        assert!(
+            on_cpu.contains(&format!("{name} experts are computed on GPUs only, found device cpu")),
+            "{on_cpu}"
+        );
+        let in_f32 = refusal(RawOptions { dtype: Some(DtypeChoice::F32), ..raw.clone() });
+        assert!(in_f32.contains(name) && in_f32.contains("found dtype f32"), "{in_f32}");
+        let mut jumps = spec();
+        jumps.moe.router.score = Score::SparseMixer { epsilon: 0.01 };
+        let refused = Options::resolve(raw.clone(), &jumps, 1).unwrap_err().to_string();
+        assert!(refused.contains("activations in f32"), "{refused}");
+        let mut odd = spec();
+        odd.hidden_size += 4;
+        let refused = Options::resolve(raw.clone(), &odd, 1).unwrap_err().to_string();
+        assert!(refused.contains("a multiple of 8, found"), "{refused}");
+        for device in [None, Some(DeviceChoice::Auto), Some(DeviceChoice::Cuda)] {
+            let options = Options::resolve(RawOptions { device, ..raw.clone() }, &spec(), 1).unwrap();
+            assert_eq!(options.model.precision(&spec().moe.router).experts, choice.dtype());
+        }
+    }
 }
 
 #[test]

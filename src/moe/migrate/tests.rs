@@ -22,21 +22,24 @@ fn rank(world: Box<dyn Communicator>, expert_tp: usize) -> Rank {
 }
 
 /// Weights that are this expert's and nobody else's.
-fn expert(backend: &dyn Backend, number: usize) -> Mlp {
-    let mut mlp = SHAPE.alloc(backend).unwrap();
+fn expert(backend: &dyn Backend, shape: ExpertShape, number: usize) -> Mlp {
+    let mut mlp = shape.alloc(backend).unwrap();
     for (i, part) in mlp.parts.iter_mut().enumerate() {
-        let numbers: Vec<f32> =
-            (0..part.rows() * part.cols()).map(|j| (number * 1_000_000 + i * 100_000 + j) as f32).collect();
-        backend.upload(bytemuck::cast_slice(&numbers), part.view_mut()).unwrap();
+        let element = |j: usize| match part.dtype().bytes() {
+            1 => vec![(number * 83 + i * 29 + j * 7) as u8],
+            _ => ((number * 1_000_000 + i * 100_000 + j) as f32).to_le_bytes().to_vec(),
+        };
+        let bytes: Vec<u8> = (0..part.rows() * part.cols()).flat_map(element).collect();
+        backend.upload(&bytes, part.view_mut()).unwrap();
     }
     mlp
 }
 
-fn numbers(backend: &dyn Backend, mlp: &Mlp) -> Vec<f32> {
+fn bytes_of(backend: &dyn Backend, mlp: &Mlp) -> Vec<u8> {
     let mut all = Vec::new();
     for part in &mlp.parts {
-        let mut bytes = vec![0f32; part.rows() * part.cols()];
-        backend.download(part.view(), bytemuck::cast_slice_mut(&mut bytes)).unwrap();
+        let mut bytes = vec![0; part.rows() * part.cols() * part.dtype().bytes()];
+        backend.download(part.view(), &mut bytes).unwrap();
         all.extend(bytes);
     }
     all
@@ -55,7 +58,10 @@ fn weights_arrive_whole_and_slots_follow_the_placement() {
     let legs: Arc<[Leg]> = [leg(1, 0, 1, 1), leg(2, 1, 0, 0)].into();
     let landed =
         [Landed { layer: 0, rank: 0, place: 0, slot: 0 }, Landed { layer: 0, rank: 1, place: 0, slot: 0 }];
-    for (expert_tp, world) in [1, 2].into_iter().flat_map(|x| worlds(2 * x).map(|world| (x, world))) {
+    let dtypes = [DType::F32, DType::F8, DType::I4x2];
+    let cases = dtypes.into_iter().flat_map(|dtype| [(dtype, 1), (dtype, 2)]);
+    for ((dtype, expert_tp), world) in cases.flat_map(|case| worlds(2 * case.1).map(move |w| (case, w))) {
+        let shape = ExpertShape { dtype, ..SHAPE };
         std::thread::scope(|scope| {
             for (_, end) in world {
                 let (legs, old, new) = (legs.clone(), &old, &new);
@@ -65,8 +71,8 @@ fn weights_arrive_whole_and_slots_follow_the_placement() {
                     let backend = rank.backend.clone();
                     let held = old.layer(0).slots_of_rank(me).iter();
                     let mut slots: Vec<Option<Mlp>> =
-                        held.map(|&e| Some(expert(backend.as_ref(), e.max(0) as usize))).collect();
-                    let mut staging = Staging::new(backend.as_ref(), 1, SHAPE, 3).unwrap();
+                        held.map(|&e| Some(expert(backend.as_ref(), shape, e.max(0) as usize))).collect();
+                    let mut staging = Staging::new(backend.as_ref(), 1, shape, 3).unwrap();
                     staging.reserve_wire(&mut rank).unwrap();
                     for span in [0..1, 1..20_000, 20_000..20_001, 20_001..WHOLE] {
                         let slice = Slice { legs: legs.clone(), span };
@@ -77,11 +83,11 @@ fn weights_arrive_whole_and_slots_follow_the_placement() {
                     staging.switch(&mut slots, (me, old.layer(0), new.layer(0)), landed);
                     for (slot, &wanted) in slots.iter().zip(new.layer(0).slots_of_rank(me)) {
                         if wanted != EMPTY {
-                            let expected = expert(backend.as_ref(), wanted as usize);
-                            let found = numbers(backend.as_ref(), slot.as_ref().unwrap());
+                            let expected = expert(backend.as_ref(), shape, wanted as usize);
+                            let found = bytes_of(backend.as_ref(), slot.as_ref().unwrap());
                             assert!(
-                                found == numbers(backend.as_ref(), &expected),
-                                "rank {me}: expert {wanted}"
+                                found == bytes_of(backend.as_ref(), &expected),
+                                "{dtype:?}, rank {me}: expert {wanted}"
                             );
                         }
                     }
@@ -156,7 +162,7 @@ fn a_flipped_bit_shows_in_the_checksum() {
     // Far beyond the row: no bit flips. Its last places are in the largest part only.
     for (at, flips) in [(usize::MAX, false), (0, true), (SHAPE.intermediate * SHAPE.hidden - 1, true)] {
         let mut rank = rank(Box::new(Flipping(solo(), at)), 1);
-        let slots = [Some(expert(&ReferenceBackend, 3)), None];
+        let slots = [Some(expert(&ReferenceBackend, SHAPE, 3)), None];
         let mut staging = Staging::new(&ReferenceBackend, 1, SHAPE, 3).unwrap();
         let legs = [Leg { layer: 0, expert: 3, from: 0, slot: 0, to: 0, place: 0 }].into();
         let sums = staging.transfer(&mut rank, |_| &slots, &Slice { legs, span: 0..WHOLE }).unwrap();

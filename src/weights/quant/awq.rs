@@ -1,7 +1,8 @@
 //! AutoAWQ's "gemm" layout, 4 bits: `w[o, i] = (q - z) * s` with zero and scale of i's group. Words hold 8 outputs
 //! of one input in a shuffled order.
 
-use super::{Float, NIBBLES, word};
+use super::{Float, NIBBLES, groups_of_blocks, word};
+use crate::backend::quantized::{Group, Quantized, Scales};
 use std::ops::Range;
 
 /// Output, within its word, of each nibble from the low bits up.
@@ -67,5 +68,33 @@ impl<'a> Awq<'a> {
             }
             col = end;
         }
+    }
+    /// The block as it is stored, unless 128 inputs of it have several groups or a scale has too many bits.
+    pub fn quantized(&self, rows: Range<usize>, cols: Range<usize>) -> Option<Quantized> {
+        let words_per_input = self.n / NIBBLES;
+        let blocks = groups_of_blocks(cols.len(), |input| (cols.start + input) / self.group)?;
+        let nibble =
+            |row: usize| ORDER.iter().position(|&lane| lane == row % NIBBLES).expect("a permutation");
+        let group = |(row, group): (usize, usize)| {
+            let zeros = word(self.qzeros, group * words_per_input + row / NIBBLES);
+            let scale = self.scale_type.get(self.scales, group * self.n + row);
+            Group::new(scale, (zeros >> (4 * nibble(row))) & 15)
+        };
+        let all = rows.clone().flat_map(|row| blocks.iter().map(move |&group| (row, group)));
+        let groups = all.map(group).collect::<Option<Vec<_>>>()?;
+        let mut codes = vec![0; rows.len() * cols.len()];
+        let mut words = Vec::with_capacity(cols.len());
+        for column in rows.start / NIBBLES..rows.end.div_ceil(NIBBLES) {
+            words.clear();
+            words.extend(cols.clone().map(|input| word(self.qweight, input * words_per_input + column)));
+            for row in (column * NIBBLES..(column + 1) * NIBBLES).filter(|row| rows.contains(row)) {
+                let shift = 4 * nibble(row);
+                let codes = &mut codes[(row - rows.start) * cols.len()..][..cols.len()];
+                for (code, word) in codes.iter_mut().zip(&words) {
+                    *code = ((word >> shift) & 15) as u8;
+                }
+            }
+        }
+        Some(Quantized::new(rows.len(), cols.len(), codes, Scales::I4(groups)))
     }
 }

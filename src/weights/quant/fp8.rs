@@ -2,31 +2,8 @@
 //! Blocks at the lower and right edge may be short.
 
 use super::Float;
+use crate::backend::quantized::{BLOCK, E4M3, Quantized, Scales};
 use std::ops::Range;
-
-/// Values of all 256 codes: sign, 4 exponent bits (bias 7), 3 mantissa bits, no infinities; 0x7f and 0xff are NaN
-/// (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433).
-pub(super) const E4M3: [f32; 256] = {
-    let mut table = [0.0; 256];
-    let mut code = 0;
-    while code < 256 {
-        table[code] = decode(code as u8);
-        code += 1;
-    }
-    table
-};
-
-const fn decode(code: u8) -> f32 {
-    let exponent = (code >> 3) & 15;
-    let mantissa = code & 7;
-    if exponent == 15 && mantissa == 7 {
-        return f32::NAN;
-    }
-    // Subnormals are mantissa * 2^-9; the others (8 + mantissa) * 2^(exponent - 10).
-    let (units, shift) = if exponent == 0 { (mantissa, -9) } else { (8 + mantissa, exponent as i32 - 10) };
-    let magnitude = units as f32 * f32::from_bits(((127 + shift) as u32) << 23);
-    if code >= 128 { -magnitude } else { magnitude }
-}
 
 /// See the module.
 #[derive(Debug, Clone, Copy)]
@@ -74,5 +51,22 @@ impl<'a> Fp8<'a> {
                 col = end;
             }
         }
+    }
+    /// The block as it is stored, unless its scales are for blocks of another size or it cuts through one.
+    pub fn quantized(&self, rows: Range<usize>, cols: Range<usize>) -> Option<Quantized> {
+        let starts = [rows.start, cols.start];
+        if self.block != [BLOCK; 2] || starts.iter().any(|start| !start.is_multiple_of(BLOCK)) {
+            return None;
+        }
+        let codes = rows.clone().flat_map(|row| &self.codes[row * self.k..][cols.clone()]).copied().collect();
+        let per_row = self.k.div_ceil(BLOCK);
+        let scale =
+            |row: usize, col: usize| self.scale_type.get(self.scales, row / BLOCK * per_row + col / BLOCK);
+        let scales = rows
+            .clone()
+            .step_by(BLOCK)
+            .flat_map(|row| cols.clone().step_by(BLOCK).map(move |col| (row, col)));
+        let scales = scales.map(|(row, col)| scale(row, col)).collect();
+        Some(Quantized::new(rows.len(), cols.len(), codes, Scales::F8(scales)))
     }
 }

@@ -1,7 +1,8 @@
 //! AutoGPTQ's v1 layout, 4 bits: `w[o, i] = (q - z) * s` with zero and scale of group `g_idx[i]`. Words hold 8 inputs
 //! of one output; zeros are stored as z - 1 (so z may be 16). With `desc_act` groups are not runs of inputs.
 
-use super::{Float, NIBBLES, word};
+use super::{Float, NIBBLES, groups_of_blocks, word};
+use crate::backend::quantized::{Group, Quantized, Scales};
 use std::ops::Range;
 
 /// Outputs handled together, so that zeros and scales of all groups are unpacked once for each.
@@ -105,5 +106,29 @@ impl<'a> Gptq<'a> {
             }
         }
         Ok(())
+    }
+    /// The block as it is stored, unless 128 inputs of it have several groups, as with `desc_act`, or a scale has too many bits.
+    pub fn quantized(&self, rows: Range<usize>, cols: Range<usize>) -> Option<Quantized> {
+        let n = self.shape[0];
+        let group_of = self.groups_of(cols.clone()).ok()?;
+        let blocks = groups_of_blocks(cols.len(), |input| group_of[input])?;
+        let group = |(row, group): (usize, usize)| {
+            let zeros = word(self.qzeros, group * n.div_ceil(NIBBLES) + row / NIBBLES);
+            let scale = self.scale_type.get(self.scales, group * n + row);
+            Group::new(scale, ((zeros >> (4 * (row % NIBBLES))) & 15) + 1)
+        };
+        let all = rows.clone().flat_map(|row| blocks.iter().map(move |&group| (row, group)));
+        let groups = all.map(group).collect::<Option<Vec<_>>>()?;
+        let mut codes = vec![0; rows.len() * cols.len()];
+        for tile in rows.clone().step_by(ROW_TILE) {
+            for input in cols.clone() {
+                let words = input / NIBBLES * n;
+                for row in tile..(tile + ROW_TILE).min(rows.end) {
+                    let code = (word(self.qweight, words + row) >> (4 * (input % NIBBLES))) & 15;
+                    codes[(row - rows.start) * cols.len() + input - cols.start] = code as u8;
+                }
+            }
+        }
+        Some(Quantized::new(rows.len(), cols.len(), codes, Scales::I4(groups)))
     }
 }

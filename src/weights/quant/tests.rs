@@ -1,6 +1,7 @@
 //! Every format against its formula, element by element, on random bytes; blocks against the whole.
 
 use super::*;
+use crate::backend::quantized::{E4M3, Quantized};
 use half::{bf16, f16};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
@@ -118,7 +119,7 @@ fn bf16_is_copied_only_where_it_lies_in_rows() {
 
 #[test]
 fn e4m3_codes() {
-    let value = |code: u8| fp8::E4M3[code as usize];
+    let value = |code: u8| E4M3[code as usize];
     for (code, expected) in [
         (0x00, 0.0),
         (0x01, 1.0 / 512.0),
@@ -149,7 +150,7 @@ fn fp8_with_blocks_of_any_size_and_short_edges() {
                 let scales = random.floats(kind, n.div_ceil(block[0]) * per_row);
                 let fp8 = Fp8::new(&codes, &scales, kind, [n, k], block);
                 let element = |r: usize, c: usize| {
-                    fp8::E4M3[codes[r * k + c] as usize]
+                    E4M3[codes[r * k + c] as usize]
                         * float(kind, &scales, r / block[0] * per_row + c / block[1])
                 };
                 check(&mut random, [n, k], element, |r, c, out| fp8.block(r, c, out));
@@ -236,4 +237,72 @@ fn mxfp4_with_short_blocks_and_alternating_rows() {
     }
     assert!(mxfp4::power_of_two(255).is_nan());
     assert_eq!(mxfp4::power_of_two(0), 2f32.powi(-127));
+}
+
+/// What is handed out as it is stored stands for the numbers that are read otherwise; blocks that cut through a scale's are refused.
+fn keeps(
+    [n, k]: [usize; 2],
+    quantized: impl Fn(Range<usize>, Range<usize>) -> Option<Quantized>,
+    block: impl Fn(Range<usize>, Range<usize>, &mut [f32]),
+) {
+    for (rows, cols) in [(0..n, 0..k), (0..n.min(128), 128.min(k)..k), (128.min(n)..n, 0..1.min(k))] {
+        let found =
+            quantized(rows.clone(), cols.clone()).unwrap_or_else(|| panic!("[{n}, {k}] {rows:?} x {cols:?}"));
+        let mut expected = vec![f32::NAN; rows.len() * cols.len()];
+        block(rows.clone(), cols.clone(), &mut expected);
+        assert_eq!(found.shape(), (rows.len(), cols.len()));
+        let bits = found.weights().iter().map(|w| w.to_bits()).collect::<Vec<_>>();
+        let expected = expected.into_iter().map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>();
+        assert!(bits == expected, "[{n}, {k}] {rows:?} x {cols:?}");
+    }
+}
+
+#[test]
+fn fp8_in_blocks_of_128_is_handed_out_as_it_is() {
+    let mut random = Random::new(6);
+    for kind in FLOATS {
+        let [n, k] = [200, 300];
+        let mut codes = random.bytes(n * k);
+        codes.iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code = 0x38);
+        let scales = random.floats(kind, 2 * 3);
+        let fp8 = Fp8::new(&codes, &scales, kind, [n, k], [128, 128]);
+        keeps([n, k], |r, c| fp8.quantized(r, c), |r, c, out| fp8.block(r, c, out));
+        assert_eq!(fp8.quantized(0..n, 0..k).unwrap().codes(), codes);
+        assert!(fp8.quantized(64..128, 0..k).is_none() && fp8.quantized(0..n, 1..k).is_none());
+        let scales = random.floats(kind, 4 * 3);
+        assert!(Fp8::new(&codes, &scales, kind, [n, k], [64, 128]).quantized(0..n, 0..k).is_none());
+    }
+}
+
+#[test]
+fn four_bits_in_groups_of_128_are_handed_out_as_they_are() {
+    let mut random = Random::new(7);
+    let [n, k] = [136usize, 400usize];
+    for group in [128, 256, k] {
+        let groups = k.div_ceil(group);
+        for kind in [Float::F16, Float::Bf16] {
+            let (qweight, qzeros) = (random.bytes(k * n / 2), random.bytes(groups * n / 2));
+            let scales = random.floats(kind, groups * n);
+            let awq = Awq::new(&qweight, &qzeros, &scales, kind, [n, k], group);
+            keeps([n, k], |r, c| awq.quantized(r, c), |r, c, out| awq.block(r, c, out));
+            assert_eq!(awq.quantized(3..9, 100..200).is_none(), group == 128, "128 inputs of two groups");
+            let gptq = Gptq::new([&qweight, &qzeros, &scales], None, kind, [n, k], group);
+            keeps([n, k], |r, c| gptq.quantized(r, c), |r, c, out| gptq.block(r, c, out).unwrap());
+        }
+    }
+    // Scales with more bits than fit, groups of fewer inputs, inputs in another order.
+    let (qweight, qzeros) = (random.bytes(k * n / 2), random.bytes(k.div_ceil(32) * n / 2));
+    let scales = random.floats(Float::F32, k.div_ceil(32) * n);
+    let inverse = |i: usize| i.to_le_bytes()[..4].to_vec();
+    let order: Vec<u8> = (0..k).flat_map(|input| inverse((k - 1 - input) / 128)).collect();
+    let part = |groups: usize| [&qweight[..], &qzeros[..groups * n / 2], &scales[..groups * n * 4]];
+    let [weights, zeros, exact] = part(4);
+    let odd: Vec<u8> = exact.chunks(4).flat_map(|b| (float(Float::F32, b, 0) * 1.1).to_le_bytes()).collect();
+    assert!(Awq::new(weights, zeros, &odd, Float::F32, [n, k], 128).quantized(0..n, 0..k).is_none());
+    assert!(Gptq::new([weights, zeros, &odd], None, Float::F32, [n, k], 128).quantized(0..n, 0..k).is_none());
+    let [weights, zeros, exact] = part(13);
+    assert!(Awq::new(weights, zeros, exact, Float::F32, [n, k], 32).quantized(0..n, 0..k).is_none());
+    let [weights, zeros, exact] = part(4);
+    let shuffled = Gptq::new([weights, zeros, exact], Some(&order), Float::F32, [n, k], 128);
+    assert!(shuffled.quantized(0..n, 0..k).is_none());
 }

@@ -75,6 +75,7 @@ pub fn pack(backend: &CpuBackend, matrices: &[&HostMatrix]) -> Result<(Tensor, T
                 *scale = match &matrices[matrix].data {
                     HostData::F32(data) => backend.dispatch(Quantize { from: &data[range], to: column }).0,
                     HostData::Bf16(data) => backend.dispatch(Quantize { from: &data[range], to: column }).0,
+                    HostData::Quantized(data) => panic!("{:?} weights packed as I8", data.dtype()),
                 };
                 // Left over from earlier columns.
                 column[k..].fill(0);

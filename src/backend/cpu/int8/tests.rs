@@ -73,6 +73,7 @@ fn element(m: &HostMatrix, at: usize) -> f32 {
     match &m.data {
         HostData::F32(data) => data[at],
         HostData::Bf16(data) => data[at].to_f32(),
+        HostData::Quantized(_) => unreachable!("integers are made when experts are packed"),
     }
 }
 

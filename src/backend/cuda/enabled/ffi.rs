@@ -58,6 +58,8 @@ pub fn type_code(dtype: DType) -> i32 {
         DType::F32 => 0,
         DType::Bf16 => 1,
         DType::I32 => 2,
+        DType::F8 => 3,
+        DType::I4x2 => 4,
         DType::I8 => panic!("kernels take no 8-bit integers"),
     }
 }
@@ -451,6 +453,7 @@ unsafe extern "C" {
     pub fn moeyard_gemm_f32(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_narrow(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gemm_bf16(args: *const Gemm, stream: *mut c_void) -> c_int;
+    pub fn moeyard_gemm_quantized(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
     pub fn moeyard_best(args: *const Best, stream: *mut c_void) -> c_int;

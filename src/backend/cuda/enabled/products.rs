@@ -1,13 +1,14 @@
 //! Products: linear layers, experts, and what packs their weights.
 //!
 //! Matrices are row-major `[n, k]` with rows padded by zeros to a multiple of eight elements. Gate and up of an MLP are one
-//! matrix whose rows alternate, eight gates, eight ups, so that the kernel holds both halves of a gated activation in one lane.
+//! matrix whose rows alternate, eight gates, eight ups, so that the kernel holds both halves of a gated activation in one lane. Experts in
+//! 8 or 4 bits are dealt alike, in the tiles of [`packing`].
 
 use super::ffi;
 use super::memory::{Upload, tensor, upload};
 use super::tiles::{Groups, Meets, Tile};
 use super::{CudaBackend, Lock as _};
-use crate::backend::cuda::ProductKernels;
+use crate::backend::cuda::{ProductKernels, packing};
 use crate::backend::{
     DType, ExpertsArgs, HostData, HostMatrix, HostMlp, Matrix, Mlp, Tensor, View, ViewMut, check,
 };
@@ -25,11 +26,12 @@ pub fn padded(k: usize) -> usize {
     k.next_multiple_of(8)
 }
 
-/// The type and bytes of a host matrix.
+/// The type and bytes of a host matrix of floating point numbers.
 fn host_bytes(host: &HostMatrix) -> (DType, &[u8]) {
     match &host.data {
         HostData::F32(values) => (DType::F32, bytemuck::cast_slice(values)),
         HostData::Bf16(values) => (DType::Bf16, bytemuck::cast_slice(values)),
+        HostData::Quantized(codes) => panic!("{:?} weights of no expert", codes.dtype()),
     }
 }
 
@@ -59,6 +61,23 @@ struct Shape {
     n: usize,
     k: usize,
     dtype: DType,
+}
+
+impl Shape {
+    /// Whether the weights are codes.
+    fn quantized(self) -> bool {
+        is_quantized(self.dtype)
+    }
+
+    /// What the kernels step by from one row of weights to the next: elements, or bytes of tiles.
+    fn ldw(self) -> usize {
+        if self.quantized() { packing::row_bytes(self.k, self.dtype) } else { padded(self.k) }
+    }
+}
+
+/// Whether weights of this type are codes with scales, in tiles.
+fn is_quantized(dtype: DType) -> bool {
+    matches!(dtype, DType::F8 | DType::I4x2)
 }
 
 /// `batches` equal products side by side: elements from one to the next.
@@ -102,10 +121,19 @@ impl CudaBackend {
     pub(super) fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
         check::pack_mlp(host);
         let (hidden, intermediate) = (host.gate.k, host.gate.n);
-        let mut gate_up = tensor(&self.gpu, dtype, 2 * intermediate.next_multiple_of(DEAL), padded(hidden))?;
-        self.place(&host.gate, gate_up.view_mut().cols_range(0..hidden), Some(0))?;
-        self.place(&host.up, gate_up.view_mut().cols_range(0..hidden), Some(1))?;
-        let mut parts = vec![gate_up, self.pack_rows(&host.down, dtype)?];
+        let mut parts = if is_quantized(dtype) {
+            let [gate, up, down] = [&host.gate, &host.up, &host.down].map(|matrix| matrix.quantized(dtype));
+            vec![
+                self.tiles(&packing::pack_dealt(&gate, &up), dtype)?,
+                self.tiles(&packing::pack(&down), dtype)?,
+            ]
+        } else {
+            let rows = 2 * intermediate.next_multiple_of(DEAL);
+            let mut gate_up = tensor(&self.gpu, dtype, rows, padded(hidden))?;
+            self.place(&host.gate, gate_up.view_mut().cols_range(0..hidden), Some(0))?;
+            self.place(&host.up, gate_up.view_mut().cols_range(0..hidden), Some(1))?;
+            vec![gate_up, self.pack_rows(&host.down, dtype)?]
+        };
         if let Some(bias) = &host.bias {
             let mut dealt = vec![0f32; 2 * intermediate.next_multiple_of(DEAL)];
             for (i, (&gate, &up)) in bias.gate.iter().zip(&bias.up).enumerate() {
@@ -119,6 +147,13 @@ impl CudaBackend {
         Ok(Mlp { parts, hidden, intermediate })
     }
 
+    /// A matrix in tiles: bytes in one row.
+    fn tiles(&self, bytes: &[u8], dtype: DType) -> Result<Tensor> {
+        let mut data = tensor(&self.gpu, dtype, 1, bytes.len())?;
+        self.upload_bytes(bytes, data.view_mut())?;
+        Ok(data)
+    }
+
     fn vector(&self, values: &[f32]) -> Result<Tensor> {
         let mut data = tensor(&self.gpu, DType::F32, 1, values.len())?;
         self.upload_bytes(bytemuck::cast_slice(values), data.view_mut())?;
@@ -127,8 +162,12 @@ impl CudaBackend {
 
     pub(super) fn mlp_bytes_of(hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> usize {
         let rows = 2 * intermediate.next_multiple_of(DEAL);
-        let matrices = rows * padded(hidden) + hidden * padded(intermediate);
-        matrices * dtype.bytes() + if bias { (rows + hidden) * DType::F32.bytes() } else { 0 }
+        let matrices = if is_quantized(dtype) {
+            packing::bytes(rows, hidden, dtype) + packing::bytes(hidden, intermediate, dtype)
+        } else {
+            (rows * padded(hidden) + hidden * padded(intermediate)) * dtype.bytes()
+        };
+        matrices + if bias { (rows + hidden) * DType::F32.bytes() } else { 0 }
     }
 
     pub(super) fn linear_of(
@@ -157,7 +196,7 @@ impl CudaBackend {
 
     #[expect(
         clippy::too_many_arguments,
-        reason = "the one funnel to both kernels; every argument is a named struct"
+        reason = "the one funnel to all kernels; every argument is a named struct"
     )]
     fn multiply(
         &self,
@@ -170,17 +209,28 @@ impl CudaBackend {
         out: ViewMut<'_>,
     ) -> Result<()> {
         let fast = in_steps(&x)
-            && shape.dtype == DType::Bf16
+            && shape.dtype != DType::F32
             && shape.k.is_multiple_of(8)
             && batches.x.is_multiple_of(8);
         assert!(fast || gate.activation == 0, "only the bf16 kernels have a gated activation");
+        assert!(
+            fast && batches.count == 1 || !shape.quantized(),
+            "{:?} weights meet {} columns of {:?}, {} apart, in {} products",
+            shape.dtype,
+            shape.k,
+            x.dtype(),
+            x.stride(),
+            batches.count
+        );
         let all_f32 = x.dtype() == DType::F32 && shape.dtype == DType::F32;
         let meets = match weights {
             Weights::Slots { .. } => Meets::Slots,
             Weights::One { .. } if batches.count > 1 => Meets::Heads,
             Weights::One { .. } => Meets::One { k: shape.k },
         };
-        let tile = if fast {
+        let tile = if shape.quantized() {
+            Tile::of_quantized(groups)
+        } else if fast {
             let kernels = if self.warpgroups() { self.products } else { ProductKernels::Portable };
             Tile::of_bf16(groups, batches.count, meets, kernels)
         } else if all_f32 && matches!(meets, Meets::One { .. }) && shape.n <= NARROW {
@@ -208,7 +258,7 @@ impl CudaBackend {
             batches: ffi::int(batches.count),
             n: ffi::int(shape.n),
             k: ffi::int(shape.k),
-            ldw: ffi::int(padded(shape.k)),
+            ldw: ffi::int(shape.ldw()),
             w_type: ffi::type_code(shape.dtype),
             row_tile: ffi::int(tile.rows()),
             row_tiles: ffi::int(groups.tiles(tile.rows().max(1))),
@@ -219,6 +269,7 @@ impl CudaBackend {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
             Tile::Narrow => self.gpu.launch("narrow product", ffi::moeyard_gemm_narrow, &args),
             Tile::Bf16(_) => self.gpu.launch("bf16 product", ffi::moeyard_gemm_bf16, &args),
+            Tile::Quantized(_) => self.gpu.launch("quantised product", ffi::moeyard_gemm_quantized, &args),
             Tile::Clusters(form, _) => {
                 let groups = args.slots.max(args.batches) as usize;
                 let mut maps = self.tensor_maps.lock_now();
@@ -290,7 +341,7 @@ impl CudaBackend {
         let mut scratch = self.scratch.lock_now();
         let scratch = &mut *scratch;
         let mut product = scratch.product.take(&self.gpu, x.dtype(), rows, width)?;
-        if in_steps(&x) && shape.dtype == DType::Bf16 && shape.hidden.is_multiple_of(8) {
+        if in_steps(&x) && shape.dtype != DType::F32 && shape.hidden.is_multiple_of(8) {
             self.multiply(x, gate_up, first, groups, Batches::ONE, gate(activation), product.reborrow())?;
         } else {
             let mut between = scratch.gate_up.take(&self.gpu, DType::F32, rows, 2 * width)?;

@@ -66,6 +66,8 @@ pub enum Tile {
     /// Few outputs in f32: routers and gates.
     Narrow,
     Bf16(usize),
+    /// Codes that become bf16 on the way.
+    Quantized(usize),
     /// With 0, the device chooses.
     Clusters(ffi::ClusterForm, usize),
 }
@@ -90,14 +92,24 @@ impl Tile {
         }
     }
 
+    /// For weights in 8 or 4 bits.
+    pub fn of_quantized(groups: Groups<'_>) -> Tile {
+        Tile::Quantized(Tile::portable_rows(groups.mean()))
+    }
+
     fn bf16(mean: usize) -> Tile {
-        Tile::Bf16(mean.next_power_of_two().clamp(8, 128))
+        Tile::Bf16(Tile::portable_rows(mean))
+    }
+
+    /// Rows of a tile of the kernels that run on every GPU.
+    fn portable_rows(mean: usize) -> usize {
+        mean.next_power_of_two().clamp(8, 128)
     }
 
     pub fn rows(self) -> usize {
         match self {
             Tile::F32 | Tile::Narrow => 64,
-            Tile::Bf16(rows) => rows,
+            Tile::Bf16(rows) | Tile::Quantized(rows) => rows,
             Tile::Clusters(_, rows) => rows,
         }
     }
@@ -135,6 +147,15 @@ mod tests {
         ] {
             let found = Tile::of_bf16(Groups::Known { offsets }, batches, meets, kernels);
             assert_eq!(found, expected, "{offsets:?} {batches} {meets:?} {kernels:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_of_codes_follow_the_mean_load_too() {
+        for (offsets, rows) in
+            [(&[0usize, 0] as &[usize], 8), (&[0, 9, 9, 18], 16), (&[0, 65], 128), (&[0, 5000], 128)]
+        {
+            assert_eq!(Tile::of_quantized(Groups::Known { offsets }), Tile::Quantized(rows), "{offsets:?}");
         }
     }
 
