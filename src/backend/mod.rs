@@ -248,6 +248,12 @@ pub trait Backend: Send + Sync {
     /// [`crate::Error::Memory`] when the device is full.
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
 
+    /// How far apart rows of `cols` elements best lie that are multiplied with matrices, in elements.
+    fn row_pitch(&self, dtype: DType, cols: usize) -> usize {
+        let _ = dtype;
+        cols
+    }
+
     /// Copies host bytes (row-major, contiguous, little endian) into `dst`.
     fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()>;
 

@@ -82,7 +82,7 @@ impl GqaScratch {
     ) -> Result<Self> {
         Ok(GqaScratch {
             qkv: RowBuffer::new(backend, DType::F32, rows, (heads + 2 * kv_heads) * head_dim)?,
-            attended: RowBuffer::new(backend, dtype, rows, heads * head_dim)?,
+            attended: RowBuffer::operand(backend, dtype, rows, heads * head_dim)?,
             squares: RowBuffer::new(backend, DType::F32, rows, 1)?,
         })
     }

@@ -72,9 +72,9 @@ impl MlaScratch {
         let down = shape.q_down() + shape.latent + shape.rope_dim;
         Ok(MlaScratch {
             down: RowBuffer::new(backend, DType::F32, rows, down)?,
-            q_normed: RowBuffer::new(backend, dtype, rows, shape.q_down())?,
+            q_normed: RowBuffer::operand(backend, dtype, rows, shape.q_down())?,
             q: RowBuffer::new(backend, DType::F32, rows, shape.q_width())?,
-            attended: RowBuffer::new(backend, dtype, rows, shape.heads * shape.v_dim)?,
+            attended: RowBuffer::operand(backend, dtype, rows, shape.heads * shape.v_dim)?,
         })
     }
 }

@@ -74,13 +74,21 @@ pub fn owned_range(counts: &[usize], rank: usize) -> Range<usize> {
 
 /// A buffer for rows of one width that is made for an expected number of rows and grows when a step brings more.
 pub struct RowBuffer {
+    /// Rows may be further apart than their width.
     tensor: Tensor,
+    cols: usize,
 }
 
 impl RowBuffer {
     /// Room for `rows` rows of `cols` elements.
     pub fn new(backend: &dyn Backend, dtype: DType, rows: usize, cols: usize) -> Result<Self> {
-        Ok(RowBuffer { tensor: backend.alloc(dtype, rows.max(1), cols)? })
+        Ok(RowBuffer { tensor: backend.alloc(dtype, rows.max(1), cols)?, cols })
+    }
+
+    /// [`RowBuffer::new`] for rows that are multiplied with matrices: as far apart as the backend wants them for that.
+    pub fn operand(backend: &dyn Backend, dtype: DType, rows: usize, cols: usize) -> Result<Self> {
+        let pitch = backend.row_pitch(dtype, cols);
+        Ok(RowBuffer { tensor: backend.alloc(dtype, rows.max(1), pitch)?, cols })
     }
 
     /// Makes room for `rows` rows; what was in the buffer is lost if it has to grow.
@@ -93,12 +101,12 @@ impl RowBuffer {
 
     /// The first `rows` rows, to read.
     pub fn head(&self, rows: usize) -> View<'_> {
-        self.tensor.head(rows)
+        self.tensor.head(rows).cols_range(0..self.cols)
     }
 
     /// The first `rows` rows, to write.
     pub fn head_mut(&mut self, rows: usize) -> ViewMut<'_> {
-        self.tensor.head_mut(rows)
+        self.tensor.head_mut(rows).cols_range(0..self.cols)
     }
 }
 

@@ -458,7 +458,7 @@ impl Loader<'_> {
             }
         };
         let exact = |rows| RowBuffer::new(self.backend, DType::F32, rows, hidden);
-        let rounded = |rows| RowBuffer::new(self.backend, dtype, rows, hidden);
+        let rounded = |rows| RowBuffer::operand(self.backend, dtype, rows, hidden);
         // A group of one reads and writes owned rows directly.
         let gathered = if tp == 1 { 1 } else { rows };
         Ok(Scratch {

@@ -81,7 +81,7 @@ impl MoeScratch {
             dispatch: Dispatch::default(),
             send: wire(rows * moe.top_k)?,
             arrived: wire(rows * moe.top_k)?,
-            grouped: wire(rows * moe.top_k)?,
+            grouped: RowBuffer::operand(backend, dtype, rows * moe.top_k, hidden)?,
             computed: wire(rows * moe.top_k)?,
             returned: wire(rows * moe.top_k)?,
             shared: SharedBuffers {

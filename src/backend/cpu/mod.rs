@@ -100,6 +100,9 @@ impl Backend for CpuBackend {
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
         memory::tensor(dtype, rows, cols)
     }
+    fn row_pitch(&self, dtype: DType, cols: usize) -> usize {
+        operand::row_pitch(self, dtype, cols)
+    }
     fn upload(&self, src: &[u8], dst: ViewMut<'_>) -> Result<()> {
         elementwise::upload(self, src, dst)
     }

@@ -15,7 +15,9 @@ use crate::error::Result;
 
 /// Elements converted by one task; a smaller conversion stays on the calling thread.
 const TASK_ELEMENTS: usize = 1 << 16;
-/// Up to so many rows, or panels that they are multiplied with, a copy is not worth its time.
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Up to so many rows, or panels that they are multiplied with, a copy is not worth its time, however far apart the rows are.
 const FEW_ROWS: usize = 8;
 const FEW_PANELS: usize = 4;
 
@@ -57,8 +59,16 @@ impl Kernel for NativeDot {
 /// Elements from one row to the next in buffers of ours: an odd number of cache lines, so whole pairs of either form. Rows a power of two apart, as wide as models
 /// are, would all compete for the same few places of the L1 cache.
 pub fn row_stride(k: usize, form: Form) -> usize {
-    let line = 64 / form.bytes();
+    let line = LINE / form.bytes();
     (k.div_ceil(line) | 1) * line
+}
+
+/// See [`crate::backend::Backend::row_pitch`]: rows that need no conversion can be multiplied where they are.
+pub(super) fn row_pitch(backend: &CpuBackend, dtype: DType, cols: usize) -> usize {
+    match (dtype, Form::of(backend, dtype)) {
+        (DType::F32, form) | (DType::Bf16, form @ Form::Pairs) => row_stride(cols, form),
+        _ => cols,
+    }
 }
 
 /// Activations ready for [`tile::PanelProduct`], in place where they can be used as they are.
@@ -81,7 +91,9 @@ impl<'a> Activations<'a> {
         weights: DType,
     ) -> Result<Activations<'a>> {
         let few = tallest <= FEW_ROWS || panels <= FEW_PANELS;
-        let in_place = few && x.cols() == padded_k(x.cols(), weights);
+        let pitch = x.stride() * x.dtype().bytes();
+        let spread = pitch.is_multiple_of(LINE) && pitch / LINE % 2 == 1;
+        let in_place = (few || spread) && x.cols() == padded_k(x.cols(), weights);
         match (x.dtype(), Form::of(backend, x.dtype())) {
             (DType::F32, _) if in_place => {
                 let rows = tile::Rows::F32 { start: Rows::<f32>::new(x).as_ptr(), stride: x.stride() };
