@@ -24,9 +24,9 @@ const ACTIVE_MASK: u64 = (1 << 32) - 2;
 const RUN: u64 = 1 << 32;
 
 /// Looks at the state between two yields of the core.
-const SPINS_PER_YIELD: u32 = 64;
+const SPINS_PER_YIELD: u32 = 512;
 /// Longest and shortest wait before parking, in yields. A yield lets another rank's thread have the core.
-const MAX_YIELDS: u32 = 32;
+const MAX_YIELDS: u32 = 16;
 const MIN_YIELDS: u32 = 1;
 
 /// A task body with its lifetime erased: it lives until its run is closed and left by all.
@@ -168,11 +168,15 @@ impl Shared {
     /// Ends a run: lets nobody in any more and waits until nobody is inside.
     fn close(&self) {
         let mut inside = self.run.0.state.fetch_and(!OPEN, Ordering::Acquire) & ACTIVE_MASK;
-        for _ in 0..SPINS_PER_YIELD * 4 {
+        for spins in 1..=SPINS_PER_YIELD * MAX_YIELDS {
             if inside == 0 {
                 return;
             }
-            std::hint::spin_loop();
+            if spins.is_multiple_of(SPINS_PER_YIELD) {
+                thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
             inside = self.run.0.state.load(Ordering::Acquire) & ACTIVE_MASK;
         }
         let (mutex, left) = &self.left;
