@@ -87,7 +87,7 @@ struct Int4 {
   __device__ void weights(uint32_t (&a)[4], const uint32_t (&codes)[4], int step) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      uint32_t code = codes[step] >> 4 * r & 0x000f000fu | 0x43004300u;  // 128 + code
+      uint32_t code = and_or(codes[step] >> 4 * r, 0x000f000fu, 0x43004300u);  // 128 + code
       __nv_bfloat162 difference = __hsub2(as_pair(code), zero[r % 2]);
       a[r] = as_bits(__hfma2(difference, high[r % 2], __hmul2(difference, low[r % 2])));
     }

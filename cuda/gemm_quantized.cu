@@ -16,32 +16,26 @@ template <class S> constexpr int ROW_BYTES = S::R * TILE_DEPTH * 2;
 template <class S> constexpr int TILES = S::N / TILE_OUTPUTS;
 template <class S, class C> constexpr int STAGE_BYTES = ROW_BYTES<S> + TILES<S> * C::BYTES;
 
-// A warp's share of a stage's copies of weight tiles: whole ones.
+// A warp's share of a stage's copies of weight tiles: one tile, or none.
 template <class S, class C> struct TileSource {
-  static constexpr int WARPS = S::THREADS / WARP, EACH = (TILES<S> + WARPS - 1) / WARPS, CHUNKS = C::BYTES / 16;
-  const unsigned char* first;
+  static constexpr int CHUNKS = C::BYTES / 16;
+  static_assert(TILES<S> * WARP <= S::THREADS, "a tile for a warp");
   const unsigned char* at;
-  int64_t apart;  // bytes
-  int exist;
+  int tile;
 
-  // `exist` rows of tiles are in the matrix, `stride` bytes apart.
-  __device__ TileSource(const unsigned char* from, int64_t stride, int exist)
-      : first(from), at(from + threadIdx.x / WARP * stride + threadIdx.x % WARP * 16), apart(stride * WARPS), exist(exist) {}
+  // `exist` rows of tiles are in the matrix, `stride` bytes apart. Beyond, the last is copied again: nobody stores what comes of it.
+  __device__ TileSource(const unsigned char* from, int64_t stride, int exist) : tile(threadIdx.x / WARP) {
+    at = from + min(tile, exist - 1) * stride + threadIdx.x % WARP * 16;
+  }
 
-  // The next 128 k; what lies outside the matrix becomes 0.
+  // The next 128 k.
   __device__ void copy(uint32_t stage) {
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (TILES<S> * WARP < S::THREADS && tile >= TILES<S>) return;
+    int lane = threadIdx.x % WARP;
+    uint32_t to = stage + tile * C::BYTES + lane * 16;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      int tile = warp + i * WARPS;
-      if (TILES<S> % WARPS != 0 && tile >= TILES<S>) break;
-      bool valid = tile < exist;
-      const unsigned char* from = valid ? at + i * apart : first;
-#pragma unroll
-      for (int chunk = 0; chunk < CHUNKS; chunk += WARP)
-        if (chunk + WARP <= CHUNKS || chunk + lane < CHUNKS)
-          copy_async(stage + tile * C::BYTES + (chunk + lane) * 16, valid ? from + chunk * 16 : from, valid);
-    }
+    for (int chunk = 0; chunk < CHUNKS; chunk += WARP)
+      if (chunk + WARP <= CHUNKS || chunk + lane < CHUNKS) copy_async(to + chunk * 16, at + chunk * 16, true);
     at += C::BYTES;
   }
 };
@@ -87,12 +81,18 @@ template <class S, class C> __global__ void __launch_bounds__(S::THREADS, 1) gem
   int steps = (a.k + TILE_DEPTH - 1) / TILE_DEPTH;
   TileSource<S, C> weights(w, a.ldw, (a.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS - first);
   Source<S::R, S::THREADS> rows(x, a.x.stride, tile.rows, a.k);
+  // Stages are filled and emptied in turn.
+  uint32_t end = base + S::STAGES * STAGE_BYTES<S, C>, full = base, empty = base;
+  auto follow = [&](uint32_t& stage) {
+    stage += STAGE_BYTES<S, C>;
+    if (stage == end) stage = base;
+  };
   auto issue = [&](int step) {
     if (step < steps) {
-      uint32_t at = base + step % S::STAGES * STAGE_BYTES<S, C>;
-      rows.copy(at);
-      rows.copy(at + ROW_BYTES<S> / 2);
-      weights.copy(at + ROW_BYTES<S>);
+      rows.copy(empty);
+      rows.copy(empty + ROW_BYTES<S> / 2);
+      weights.copy(empty + ROW_BYTES<S>);
+      follow(empty);
     }
     copy_commit();  // an empty group keeps the count of groups even
   };
@@ -102,8 +102,8 @@ template <class S, class C> __global__ void __launch_bounds__(S::THREADS, 1) gem
     copy_wait<S::STAGES - 2>();
     __syncthreads();
     issue(step + S::STAGES - 1);
-    uint32_t at = base + step % S::STAGES * STAGE_BYTES<S, C>;
-    multiply_stage<S, C>(acc, at, at + ROW_BYTES<S>);
+    multiply_stage<S, C>(acc, full, full + ROW_BYTES<S>);
+    follow(full);
   }
   finish_all<S>(a, tile, col, acc);
 }

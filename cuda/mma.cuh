@@ -38,6 +38,13 @@ __device__ inline void load_shared_x4(uint32_t (&r)[4], uint32_t from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
 }
 
+// word & mask | bits, in one instruction: the compiler takes two where both are constants.
+__device__ inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // d[16, 8] += a[16, 16] b[16, 8]
 __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
