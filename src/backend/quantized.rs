@@ -164,17 +164,23 @@ fn blocks(k: usize) -> impl Iterator<Item = Range<usize>> {
     (0..k).step_by(BLOCK).map(move |start| start..k.min(start + BLOCK))
 }
 
+/// Bits of the greatest magnitude, or of one that is not finite where there is any: without their signs, floats are in order of their bits.
+fn greatest_bits(values: &[f32]) -> u32 {
+    values.iter().fold(0, |greatest, x| greatest.max(x.abs().to_bits()))
+}
+
 fn quantize_f8(values: &[f32], k: usize, codes: &mut [u8]) -> Vec<f32> {
     let mut scales = Vec::new();
     let rows = BLOCK * k.max(1);
     for (values, codes) in values.chunks(rows).zip(codes.chunks_mut(rows)) {
         for columns in blocks(k) {
-            let part = || values.chunks_exact(k).flat_map(|row| &row[columns.clone()]);
-            if !part().all(|x| x.is_finite()) {
+            let greatest = f32::from_bits(
+                values.chunks_exact(k).map(|row| greatest_bits(&row[columns.clone()])).max().unwrap_or(0),
+            );
+            if !greatest.is_finite() {
                 scales.push(f32::NAN);
                 continue;
             }
-            let greatest = part().fold(0.0f32, |greatest, x| greatest.max(x.abs()));
             if greatest < SMALLEST {
                 scales.push(0.0);
                 continue;

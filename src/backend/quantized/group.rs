@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::SMALLEST;
+use super::{SMALLEST, greatest_bits};
 
 /// What the codes of a group stand for: a scale of 11 significant bits, so that those of f16 and bf16 fit, and a zero of 0 to 16, so that
 /// those of AWQ and GPTQ do. Kept as it lies in memory: the scale as f32, with the zero in its lowest five bits, which are free.
@@ -56,7 +56,7 @@ impl Group {
     /// Quantises a group: its least and greatest number, or 0, become 0 and 15.
     pub(super) fn quantize(values: &[f32], codes: &mut [u8]) -> Group {
         codes.fill(0);
-        if !values.iter().all(|x| x.is_finite()) {
+        if !f32::from_bits(greatest_bits(values)).is_finite() {
             return Group(f32::NAN.to_bits());
         }
         let least = values.iter().fold(0.0f32, |least, &x| least.min(x));
