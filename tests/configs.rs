@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use moeyard::cli::cluster::ClusterPlan;
+use moeyard::config::flags::QuantizeChoice;
 use moeyard::config::{RawOptions, file};
 use moeyard::metrics::{FAMILIES, Kind};
 use moeyard::model::families;
@@ -112,6 +113,33 @@ fn a_plan_says_what_is_missing_and_why() {
     assert!(reasons(small, "mixtral-8x7b", "h100-8").contains("fewer than one sequence of 32768"));
     let raw = file::read(&path("configs/mixtral-8x7b-cpu.toml")).unwrap();
     assert!(reasons(raw, "mixtral-8x7b", "h100-8").contains("another kind of device"));
+}
+
+/// Where the experts of each form run, and what they leave of a device.
+#[test]
+fn a_plan_knows_quantised_experts() {
+    let plan = |quantize: Option<QuantizeChoice>, cluster: &str| {
+        let cluster = Cluster::read(&path(&format!("configs/clusters/{cluster}.toml"))).unwrap();
+        let raw = RawOptions { quantize, max_model_len: Some(4096), ..RawOptions::default() };
+        ClusterPlan::new(&model("mixtral-8x7b"), &raw, &cluster).unwrap()
+    };
+    assert!(plan(None, "h100-8").to_string().contains("exceed the 79.6 GiB of a device"));
+    for (choice, name, gigabytes) in
+        [(QuantizeChoice::Fp8, "fp8", 48.3), (QuantizeChoice::Int4, "int4", 27.2)]
+    {
+        let one = plan(Some(choice), "h100-8");
+        assert!(one.runs_today(), "{one}");
+        let found = one.footprint.weights as f64 / 1e9;
+        assert!((found - gigabytes).abs() < 0.1, "{name}: {found} GB");
+        assert!(
+            one.to_string().contains(&format!("{name} experts, which this version has run on no GPU")),
+            "{one}"
+        );
+        let on_cpus = plan(Some(choice), "cpu-2-sockets").to_string();
+        assert!(on_cpus.contains(&format!("{name} experts are computed on GPUs only")), "{on_cpus}");
+    }
+    let int8 = plan(Some(QuantizeChoice::Int8), "h100-8").to_string();
+    assert!(int8.contains("int8 experts are computed on a CPU only"), "{int8}");
 }
 
 /// Names of metrics in a PromQL expression, and of recorded ratios.

@@ -106,7 +106,7 @@ impl ClusterPlan {
         };
         plan.impossible = plan.obstacles(raw, cluster, left);
         plan.unsupported = plan.missing();
-        plan.untried = plan.unseen(cluster);
+        plan.untried = plan.unseen(raw, cluster);
         Ok(plan)
     }
 
@@ -165,12 +165,21 @@ impl ClusterPlan {
     }
 
     /// What this version does, and what nobody has seen it do.
-    fn unseen(&self, cluster: &Cluster) -> Option<String> {
-        let between_gpus = cluster.device.kind == DeviceKind::Gpu && self.ranks > 1;
-        between_gpus.then(|| {
+    fn unseen(&self, raw: &RawOptions, cluster: &Cluster) -> Option<String> {
+        if cluster.device.kind != DeviceKind::Gpu {
+            return None;
+        }
+        let mut found = Vec::new();
+        if self.ranks > 1 {
             let ranks = self.ranks;
-            format!("{ranks} ranks exchange rows by NCCL, which this version has run on a single GPU only")
-        })
+            found.push(format!(
+                "{ranks} ranks exchange rows by NCCL, which this version has run on a single GPU only"
+            ));
+        }
+        if let Some(quantize) = raw.quantize.filter(|quantize| quantize.device() == DeviceChoice::Cuda) {
+            found.push(format!("{} experts, which this version has run on no GPU", quantize.name()));
+        }
+        (!found.is_empty()).then(|| found.join("; "))
     }
 
     /// Nothing stands in the way.

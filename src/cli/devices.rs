@@ -98,6 +98,12 @@ fn on_gpus(asked: &ModelOptions, ranks: usize, gpus: usize) -> Result<Devices> {
         let why = format!("{}, and this machine has GPUs: add --device cpu", quantize.where_computed());
         return Err(Error::config("quantize", why));
     }
+    if let Some(quantize) = asked.quantize {
+        tracing::warn!(
+            "{} experts: their kernel was checked without a GPU, and has not run on one yet",
+            quantize.name()
+        );
+    }
     let seats = seats(asked.comm, ranks, gpus, find_nccl, nccl_shares())?;
     if seats.shared && ranks > 1 && gpus > 1 {
         tracing::warn!("{ranks} ranks share GPU 0, {} more stay idle", gpus - 1);

@@ -203,9 +203,9 @@ pub enum DeviceChoice {
 pub enum QuantizeChoice {
     /// 8 bits, with a scale per output; on a CPU
     Int8,
-    /// float8_e4m3fn, with a scale per block of 128 by 128; on a GPU
+    /// float8_e4m3fn, with a scale per block of 128 by 128; on a GPU (checked without one: it has not run there yet)
     Fp8,
-    /// 4 bits, with scale and zero per output and 128 inputs; on a GPU
+    /// 4 bits, with scale and zero per output and 128 inputs; on a GPU (likewise)
     Int4,
 }
 

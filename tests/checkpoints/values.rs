@@ -362,6 +362,45 @@ fn a_checkpoint_inside_the_program() {
     assert!(checkpoint.text("tokenizer.json").unwrap().is_none());
 }
 
+/// A run with experts in fp8 reads codes and scales of routed and shared ones, as they are stored where a slice leaves the blocks whole,
+/// and everything else as ever.
+#[test]
+fn experts_in_fp8_are_read_as_they_are_stored() {
+    let all = tensors("deepseek_v3_fp8");
+    let (spec, names) = describe(&model_dir("deepseek_v3_fp8"));
+    let checkpoint = Checkpoint::open(&model_dir("deepseek_v3_fp8")).unwrap();
+    let plain = WeightReader::new(&checkpoint, &spec, &names, DType::Bf16);
+    let fp8 = plain.with_experts(DType::F8);
+    let layer = spec.moe_layers()[0];
+    let (hidden, width) = (spec.hidden_size, spec.moe.intermediate);
+    let codes = |matrix: &HostMatrix| match &matrix.data {
+        HostData::Quantized(quantized) => quantized.codes().to_vec(),
+        other => panic!("{other:?}"),
+    };
+    let (read, expected) =
+        (fp8.mlp(MlpKind::Expert(1), layer, 0..width), plain.mlp(MlpKind::Expert(1), layer, 0..width));
+    let (read, expected) = (read.unwrap(), expected.unwrap());
+    let stored =
+        |which: &str| all[&format!("model.layers.{layer}.mlp.experts.1.{which}.weight")].data.clone();
+    assert_eq!(codes(&read.gate), stored("gate_proj"));
+    assert_eq!(codes(&read.down), stored("down_proj"));
+    for (read, expected) in [(read.gate, expected.gate), (read.up, expected.up), (read.down, expected.down)] {
+        assert_eq!(f32s(read), f32s(expected));
+    }
+    // A slice that cuts through a block is quantised anew; what is not in an expert stays bf16.
+    let cut = fp8.mlp(MlpKind::Expert(1), layer, 68..width).unwrap();
+    let exact = plain.with_dtype(DType::F32).mlp(MlpKind::Expert(1), layer, 68..width).unwrap();
+    assert_eq!(codes(&cut.down).len(), hidden * (width - 68));
+    let greatest = f32s(exact.down.clone()).iter().fold(0.0f32, |greatest, x| greatest.max(x.abs()));
+    for (found, expected) in f32s(cut.down).into_iter().zip(f32s(exact.down)) {
+        assert!((found - expected).abs() <= greatest / 24.0, "{found}, {expected}");
+    }
+    assert!(matches!(fp8.mlp(MlpKind::Shared, layer, 0..width).unwrap().up.data, HostData::Quantized(_)));
+    let dense = (0..spec.layers.len()).find(|l| !spec.moe_layers().contains(l)).expect("a dense layer");
+    assert!(matches!(fp8.mlp(MlpKind::Dense, dense, 0..8).unwrap().up.data, HostData::Bf16(_)));
+    assert!(matches!(fp8.whole_matrix(Role::KvA, layer).unwrap().data, HostData::Bf16(_)));
+}
+
 /// Weights are copies: a file that is cut once they are read, and the checkpoint dropped, harms nobody.
 #[test]
 fn a_file_cut_after_loading_does_not_matter() {
