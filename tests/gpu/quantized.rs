@@ -6,7 +6,7 @@ use libtest_mimic::Trial;
 use moeyard::backend::{DType, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp};
 use moeyard::spec::Activation;
 
-use crate::pair::{Numbers, ROUNDED, gpu, poisoned, same, tensor, values};
+use crate::pair::{Device, Numbers, ROUNDED, gpu, poisoned, same, tensor, values};
 use crate::products::{SWIGLU, host_mlp, run_experts, same_bits};
 use crate::support::rounded::rounded_copy;
 use crate::support::{Setup, World};
@@ -43,16 +43,15 @@ fn rounded(mlp: &HostMlp, dtype: DType) -> HostMlp {
     HostMlp { gate: round(&mlp.gate), up: round(&mlp.up), down: round(&mlp.down), bias }
 }
 
-/// Codes against numbers in bf16, of which the best kernels of this GPU take up to 300 rows at a time.
+/// Codes against the numbers that they stand for in bf16, by the best kernels of this GPU.
 fn agree(
+    gpu: Device<'_>,
     dtype: DType,
     (hidden, width): (usize, usize),
     counts: &[usize],
     (activation, bias): (Activation, bool),
 ) {
     let mut numbers = Numbers::new(41);
-    let owner = gpu();
-    let gpu = owner.as_ref();
     let host: Vec<HostMlp> =
         counts.iter().map(|_| host_mlp(&mut numbers, hidden, width, bias, DType::F32)).collect();
     let rows: usize = counts.iter().sum();
@@ -72,6 +71,8 @@ fn agree(
 }
 
 fn kernels_agree_on_experts() {
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let loads: [&[usize]; 9] = [
         &[0, 0, 0],
         &[1, 0, 0],
@@ -88,23 +89,25 @@ fn kernels_agree_on_experts() {
         for shape in [(8, 8), (24, 20), (136, 72), (256, 192), (264, 200), (64, 1032), (1032, 17)] {
             for case in [(Activation::SiluMul, false), (SWIGLU, true)] {
                 for counts in loads {
-                    agree(dtype, shape, counts, case);
+                    agree(gpu, dtype, shape, counts, case);
                 }
             }
         }
         // Enough tiles for the wide ones.
         for rows in [1, 12, 30, 60, 128] {
-            agree(dtype, (256, 1024), &[rows; 40], (Activation::SiluMul, false));
+            agree(gpu, dtype, (256, 1024), &[rows; 40], (Activation::SiluMul, false));
         }
     }
 }
 
 fn kernels_agree_on_many_experts() {
+    let owner = gpu();
+    let gpu = owner.as_ref();
     let mut numbers = Numbers::new(42);
     for dtype in FORMS {
         for most in [300, 60, 4] {
             let counts: Vec<usize> = (0..150).map(|_| numbers.below(most).saturating_sub(most / 5)).collect();
-            agree(dtype, (136, 40), &counts, (Activation::SiluMul, false));
+            agree(gpu, dtype, (136, 40), &counts, (Activation::SiluMul, false));
         }
     }
 }
