@@ -187,11 +187,12 @@ if part nccl; then
 fi
 
 # Out-of-bounds and uninitialised accesses, and races in shared memory, in whole models with attention of both kinds.
-sanitize() { # TOOL MODEL
-    local name
-    name="$1 $(basename "$2")"
-    timeout 100 compute-sanitizer --tool "$1" --error-exitcode 9 bin/moeyard verify "$2" --prompts "$2/golden.json" --out "$logs/$1.json" \
-        --device cuda --dtype bf16 --max-model-len 256 --kv-cache-memory 16MiB >"$logs/$(compact "$name").txt" 2>&1
+sanitize() { # TOOL MODEL FLAGS...
+    local name tool="$1" model="$2"
+    name="$1 $(basename "$2")${3:+ ${*:3}}"
+    shift 2
+    timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 bin/moeyard verify "$model" --prompts "$model/golden.json" \
+        --out "$logs/$tool.json" --device cuda --dtype bf16 --max-model-len 256 --kv-cache-memory 16MiB "$@" >"$logs/$(compact "$name").txt" 2>&1
     outcome "$name" $? "$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$(compact "$name").txt" | head -1)"
 }
 if part sanitizer; then
@@ -199,6 +200,7 @@ if part sanitizer; then
         for model in fixtures/mixtral fixtures/deepseek_v3; do
             for tool in memcheck racecheck; do sanitize "$tool" "$model"; done
         done
+        for tool in memcheck racecheck; do sanitize "$tool" fixtures/mixtral --expert-parallel-size 2; done
     else
         note "compute-sanitizer" skip "it is not here"
     fi
