@@ -68,6 +68,15 @@ judge() { # NAME MODEL DTYPE FLAGS...: verify, then compare with the golden outp
 }
 throttle() { while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done; }
 
+# Whether two dumps have the same bits: all logits of the prompts, and the log-probabilities of the tokens that followed.
+same() { # NAME NAME
+    cmp -s "$logs/$1.safetensors" "$logs/$2.safetensors" && python3 - "$logs/$1.json" "$logs/$2.json" <<'PY'
+import json, sys
+one, other = ([prompt.get("greedy") for prompt in json.load(open(path))["prompts"]] for path in sys.argv[1:])
+sys.exit(one != other)
+PY
+}
+
 names=()
 divisions=("--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--expert-parallel-size 8 --redundant-experts 8 --split even" "--tensor-parallel-size 2" "--prefill-chunk-size 5 --max-num-seqs 2")
 compact() { echo "$*" | tr -d ' '; }
@@ -139,7 +148,7 @@ if part models; then
     for model in mixtral deepseek_v3 qwen2_moe demo-mixtral demo-deepseek; do
         for flags in "${divisions[@]}"; do
             case "$flags" in *tensor*) continue ;; esac
-            cmp -s "$logs/$model-f32.safetensors" "$logs/$(compact "$model-f32$flags").safetensors"
+            same "$model-f32" "$(compact "$model-f32$flags")"
             outcome "$model: the bits of one rank with $flags" $? ""
         done
     done
@@ -179,7 +188,7 @@ if part nccl; then
             demo "$name" "${model%/}" --comm nccl --comm-timeout 20 --expert-parallel-size "$ranks"
             read -r first <"$logs/$name.outcome"
             note "$name" "$first" "$(sed -n 2p "$logs/$name.outcome" | cut -c1-200) $((SECONDS - start)) s"
-            cmp -s "$logs/$base-f32.safetensors" "$logs/$name.safetensors"
+            same "$base-f32" "$name"
             outcome "$base: the bits of one rank with NCCL between $ranks" $? ""
         done
     done
