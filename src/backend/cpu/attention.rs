@@ -229,7 +229,7 @@ impl<C: Context> Attend<'_, C> {
                         let start = out.add(rows.start * stride + seen.start);
                         let sums = Sums { start, stride, add: before > 0 };
                         let q = (Strided { start: q, stride: width }, rows.len());
-                        strip::<S, By<S, C>>(simd, q, (panel, seen.len()), sums);
+                        strip::<S, By<S, C>, false>(simd, q, (panel, seen.len()), sums);
                     }
                     before += k;
                 }
@@ -275,7 +275,12 @@ impl<C: Context> Attend<'_, C> {
                 unsafe {
                     let start = weights.add(rows.start * stride + seen.start);
                     let sums = Sums { start: out.add(rows.start * width), stride: width, add: true };
-                    strip::<S, By<S, C>>(simd, (Strided { start, stride }, rows.len()), (panel, width), sums);
+                    strip::<S, By<S, C>, false>(
+                        simd,
+                        (Strided { start, stride }, rows.len()),
+                        (panel, width),
+                        sums,
+                    );
                 }
             }
         }

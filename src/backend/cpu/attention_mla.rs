@@ -289,7 +289,7 @@ unsafe fn by_panels<S: Simd, T: Operand<W>, W: Float>(
         // SAFETY: a panel of this depth; the rest is the caller's promise.
         unsafe {
             let sums = Sums { start: sums.as_mut_ptr().add(column), stride: width, add: false };
-            product::<S, T::Product<S>>(simd, x, (panel, COLUMNS), sums);
+            product::<S, T::Product<S>, false>(simd, x, (panel, COLUMNS), sums);
         }
     }
 }
@@ -325,7 +325,7 @@ where
         let sums = Sums { start: self.sums.as_mut_ptr(), stride: tokens, add: false };
         // SAFETY: matrices of the sizes that their makers state.
         unsafe {
-            product::<S, <T as Operand<T>>::Product<S>>(simd, self.key_rows, (panel, tokens), sums);
+            product::<S, <T as Operand<T>>::Product<S>, false>(simd, self.key_rows, (panel, tokens), sums);
             to_panel(simd, (self.sums, tokens), self.keys, tokens);
             let v = self.values.len() / tokens;
             let width = v.next_multiple_of(COLUMNS);

@@ -242,12 +242,13 @@ pub struct Sums {
     pub add: bool,
 }
 
-/// `sums[r][j] (+)= sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`].
+/// `sums[r][j] (+)= sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`]. `ONCE`: what
+/// is fetched ahead is not used again for long, after this product or the next.
 ///
 /// # Safety
 /// Rows of activations, panel and sums are as large as said, and nobody writes them meanwhile.
 #[inline(always)]
-pub unsafe fn product<S: Simd, P: Product<S>>(
+pub unsafe fn product<S: Simd, P: Product<S>, const ONCE: bool>(
     simd: S,
     (a, rows): (Strided<P::A>, usize),
     (panel, columns): (Panel<P::W>, usize),
@@ -260,7 +261,7 @@ pub unsafe fn product<S: Simd, P: Product<S>>(
         unsafe {
             let a = Strided { start: a.at(row, 0), ..a };
             let sums = Sums { start: sums.start.add(row * sums.stride), ..sums };
-            strip::<S, P>(simd, (a, height), (panel, columns), sums);
+            strip::<S, P, ONCE>(simd, (a, height), (panel, columns), sums);
         }
         row += height;
     }
@@ -271,7 +272,7 @@ pub unsafe fn product<S: Simd, P: Product<S>>(
 /// # Safety
 /// See [`product`].
 #[inline(always)]
-pub unsafe fn strip<S: Simd, P: Product<S>>(
+pub unsafe fn strip<S: Simd, P: Product<S>, const ONCE: bool>(
     simd: S,
     (a, rows): (Strided<P::A>, usize),
     (panel, columns): (Panel<P::W>, usize),
@@ -280,21 +281,21 @@ pub unsafe fn strip<S: Simd, P: Product<S>>(
     // SAFETY: the caller's promise, passed on.
     unsafe {
         match rows {
-            1 => tiles::<S, P, 1>(simd, a, (panel, columns), sums),
-            2 => tiles::<S, P, 2>(simd, a, (panel, columns), sums),
-            3 => tiles::<S, P, 3>(simd, a, (panel, columns), sums),
-            4 => tiles::<S, P, 4>(simd, a, (panel, columns), sums),
-            5 => tiles::<S, P, 5>(simd, a, (panel, columns), sums),
-            6 => tiles::<S, P, 6>(simd, a, (panel, columns), sums),
-            7 => tiles::<S, P, 7>(simd, a, (panel, columns), sums),
-            _ => tiles::<S, P, 8>(simd, a, (panel, columns), sums),
+            1 => tiles::<S, P, ONCE, 1>(simd, a, (panel, columns), sums),
+            2 => tiles::<S, P, ONCE, 2>(simd, a, (panel, columns), sums),
+            3 => tiles::<S, P, ONCE, 3>(simd, a, (panel, columns), sums),
+            4 => tiles::<S, P, ONCE, 4>(simd, a, (panel, columns), sums),
+            5 => tiles::<S, P, ONCE, 5>(simd, a, (panel, columns), sums),
+            6 => tiles::<S, P, ONCE, 6>(simd, a, (panel, columns), sums),
+            7 => tiles::<S, P, ONCE, 7>(simd, a, (panel, columns), sums),
+            _ => tiles::<S, P, ONCE, 8>(simd, a, (panel, columns), sums),
         }
     }
 }
 
 /// R rows, in tiles as wide as registers allow and the columns divide into.
 #[inline(always)]
-unsafe fn tiles<S: Simd, P: Product<S>, const R: usize>(
+unsafe fn tiles<S: Simd, P: Product<S>, const ONCE: bool, const R: usize>(
     simd: S,
     a: Strided<P::A>,
     (panel, columns): (Panel<P::W>, usize),
@@ -304,15 +305,15 @@ unsafe fn tiles<S: Simd, P: Product<S>, const R: usize>(
     // SAFETY: the caller's promise, passed on.
     unsafe {
         if const { fits::<S>(R, 6) } && vectors.is_multiple_of(6) {
-            row_of_tiles::<S, P, R, 6>(simd, a, (panel, vectors), sums);
+            row_of_tiles::<S, P, ONCE, R, 6>(simd, a, (panel, vectors), sums);
         } else if const { fits::<S>(R, 4) } && vectors.is_multiple_of(4) {
-            row_of_tiles::<S, P, R, 4>(simd, a, (panel, vectors), sums);
+            row_of_tiles::<S, P, ONCE, R, 4>(simd, a, (panel, vectors), sums);
         } else if const { fits::<S>(R, 3) } && vectors.is_multiple_of(3) {
-            row_of_tiles::<S, P, R, 3>(simd, a, (panel, vectors), sums);
+            row_of_tiles::<S, P, ONCE, R, 3>(simd, a, (panel, vectors), sums);
         } else if const { fits::<S>(R, 2) } && vectors.is_multiple_of(2) {
-            row_of_tiles::<S, P, R, 2>(simd, a, (panel, vectors), sums);
+            row_of_tiles::<S, P, ONCE, R, 2>(simd, a, (panel, vectors), sums);
         } else {
-            row_of_tiles::<S, P, R, 1>(simd, a, (panel, vectors), sums);
+            row_of_tiles::<S, P, ONCE, R, 1>(simd, a, (panel, vectors), sums);
         }
     }
 }
@@ -333,7 +334,7 @@ pub const fn tallest<S: Simd>() -> usize {
 
 /// R rows times all columns, V vectors at a time.
 #[inline(always)]
-unsafe fn row_of_tiles<S: Simd, P: Product<S>, const R: usize, const V: usize>(
+unsafe fn row_of_tiles<S: Simd, P: Product<S>, const ONCE: bool, const R: usize, const V: usize>(
     simd: S,
     a: Strided<P::A>,
     (panel, vectors): (Panel<P::W>, usize),
@@ -343,14 +344,14 @@ unsafe fn row_of_tiles<S: Simd, P: Product<S>, const R: usize, const V: usize>(
         // SAFETY: the V vectors from `column` on are in the panel.
         unsafe {
             let panel = Panel { start: panel.start.add(column * P::STEP), ..panel };
-            tile::<S, P, R, V>(simd, a, panel, Sums { start: sums.start.add(column), ..sums });
+            tile::<S, P, ONCE, R, V>(simd, a, panel, Sums { start: sums.start.add(column), ..sums });
         }
     }
 }
 
 /// R rows times V vectors of columns.
 #[inline(always)]
-unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
+unsafe fn tile<S: Simd, P: Product<S>, const ONCE: bool, const R: usize, const V: usize>(
     simd: S,
     a: Strided<P::A>,
     panel: Panel<P::W>,
@@ -372,7 +373,8 @@ unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
         let (mut at, mut next) = (0, start.wrapping_add(ahead.distance));
         while at < k {
             for line in 0..V * P::STEP * S::LANES * size_of::<P::W>() / LINE {
-                simd.prefetch(next.wrapping_byte_add(line * LINE).cast());
+                let line = next.wrapping_byte_add(line * LINE).cast();
+                if ONCE { simd.prefetch_once(line) } else { simd.prefetch(line) }
             }
             next = next.wrapping_add(P::STEP * pitch);
             let end = k.min(at.saturating_add(ahead.every.saturating_mul(P::STEP)));

@@ -246,7 +246,7 @@ unsafe fn strips<S: Simd, P: Product<S>, const C: usize>(
             let a = Strided { start: a.at(row, 0), ..a };
             let panel = product::Panel { start: block.w, k: block.k, pitch: C, ahead };
             let sums = Sums { start: sums.add(row * PANEL), stride: PANEL, add: !block.first };
-            product::strip::<S, P>(simd, (a, height), (panel, C), sums);
+            product::strip::<S, P, true>(simd, (a, height), (panel, C), sums);
         }
         row += height;
     }

@@ -164,7 +164,7 @@ unsafe fn row_of_tiles<S: Simd, const R: usize, const V: usize>(
             let (mut quad, mut next) = (0, weights.as_ptr().wrapping_add(ahead + column * QUAD));
             while quad < quads {
                 for line in 0..V * S::LANES * QUAD / LINE {
-                    simd.prefetch(next.wrapping_add(line * LINE).cast());
+                    simd.prefetch_once(next.wrapping_add(line * LINE).cast());
                 }
                 next = next.wrapping_add(QUAD * columns);
                 let end = quads.min(quad + every);

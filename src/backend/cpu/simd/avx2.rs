@@ -176,4 +176,9 @@ impl Simd for Avx2 {
         // SAFETY: SSE is there, and a hint reads no memory that the program can see.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
+    #[inline(always)]
+    fn prefetch_once(self, address: *const u8) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) }
+    }
 }

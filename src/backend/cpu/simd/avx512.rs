@@ -171,6 +171,11 @@ impl Simd for Avx512 {
         // SAFETY: SSE is there, and a hint reads no memory that the program can see.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
+    #[inline(always)]
+    fn prefetch_once(self, address: *const u8) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) }
+    }
 }
 
 /// Each lane rounded to bf16, to nearest even, in its upper half; the lower half is left over. Not the instruction of that purpose:

@@ -205,6 +205,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch(self, address: *const u8);
+    /// [`Simd::prefetch`] of what is used soon and then not again for long: the other caches are left to others.
+    fn prefetch_once(self, address: *const u8);
 
     /// Zero in all lanes.
     #[inline(always)]

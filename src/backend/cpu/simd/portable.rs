@@ -161,6 +161,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn prefetch_once(self, _: *const u8) {}
 }
 
 /// Exact for every value; unlike `bf16::to_f32` it leaves the bits of a NaN alone, as the vector instructions do.
