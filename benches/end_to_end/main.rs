@@ -5,6 +5,9 @@
 //! stands between two measurements of its limit, all by the same threads, and gives one ratio to their mean. A limit is the median
 //! of some short runs, and so are decode steps for that ratio. Printed are medians over all rounds, of the samples and of the
 //! ratios. Peers run in turn with ours, sample by sample; the ratio to the best one compares medians of whole samples.
+//!
+//! The limit of decode is to read what a step needs once. Large batches come near another one, that of multiplying. `by matrix` is the
+//! ratio to the time in which each matrix takes the longer of both; it is left out where experts are quantised, which multiply faster.
 
 mod demand;
 mod peers;
@@ -13,18 +16,23 @@ mod workload;
 
 use std::error::Error;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use moeyard::backend::cpu::CpuBackend;
 use moeyard::backend::cpu::limits;
 use moeyard::backend::{Backend, DType, Precision};
 
+use demand::Decode;
 use peers::{Peer, Room};
-use samples::{Samples, median};
+use samples::{Sample, Samples, median};
 use workload::{Step, Workload};
 
 /// Decode steps of one run.
 const STEPS: usize = 16;
+/// How long threads of a peer may spin after its answer before they sleep.
+const PEER_SPINS: Duration = Duration::from_millis(300);
 /// Memory that the bandwidth measurement reads: far beyond the caches.
 const READ_BYTES: usize = 1 << 28;
 
@@ -98,7 +106,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             test.sample(&mut workload, &mut peers)?;
         }
     }
-    print!("                              tokens/s   limit  of limit   (quartiles)");
+    print!("                              tokens/s   limit  of limit   (quartiles)  by matrix");
     peers.iter().for_each(|peer| print!(" {:>18}", peer.name));
     println!("{}", if peers.is_empty() { "" } else { "  to the best" });
     tests.iter().for_each(Test::print);
@@ -121,11 +129,43 @@ enum What {
     Decode { sequences: usize, context: usize },
 }
 
+/// What a sample demands.
+enum Demand {
+    /// Operations of a prompt.
+    Prefill { flops: f64 },
+    /// Of some steps.
+    Decode(Decode),
+}
+
+impl Demand {
+    /// Seconds at these speeds, and those of [`Decode::by_matrix`], NaN where that says nothing.
+    fn seconds(&self, speeds: &Speeds) -> (f64, f64) {
+        match self {
+            Demand::Prefill { flops } => (flops / speeds.flops, f64::NAN),
+            Demand::Decode(steps) => {
+                (steps.bytes() / speeds.bytes, steps.by_matrix(speeds.bytes, speeds.flops))
+            }
+        }
+    }
+}
+
+/// Bytes and operations in bf16 of a second.
+struct Speeds {
+    bytes: f64,
+    flops: f64,
+}
+
+impl Speeds {
+    fn mean(&self, other: &Speeds) -> Speeds {
+        let mean = |a: f64, b: f64| (a + b) / 2.0;
+        Speeds { bytes: mean(self.bytes, other.bytes), flops: mean(self.flops, other.flops) }
+    }
+}
+
 /// What was measured for it.
 struct Test {
     what: What,
-    /// Bytes or operations of a sample, in units of 10^9.
-    demand: f64,
+    demand: Demand,
     own: Samples,
     /// Tokens per second of each peer.
     peers: Vec<Vec<f64>>,
@@ -133,7 +173,12 @@ struct Test {
 
 impl Test {
     fn new(what: What, peers: usize) -> Test {
-        Test { what, demand: 0.0, own: Samples::default(), peers: vec![Vec::new(); peers] }
+        Test {
+            what,
+            demand: Demand::Prefill { flops: 0.0 },
+            own: Samples::default(),
+            peers: vec![Vec::new(); peers],
+        }
     }
 
     /// Tokens of a sample.
@@ -149,34 +194,40 @@ impl Test {
         self.demand = match self.what {
             What::Prefill { tokens } => {
                 workload.seconds(Step { sequences: 1, before: 0, rows: tokens })?;
-                demand::flops_of_prompt(&workload.spec, tokens)
+                Demand::Prefill { flops: demand::flops_of_prompt(&workload.spec, tokens) }
             }
             What::Decode { sequences, context } => {
-                let mut bytes = 0.0;
+                let mut steps = None::<Decode>;
                 for before in context..context + STEPS {
-                    let distinct = workload.distinct_experts(Step { sequences, before, rows: 1 })?;
-                    bytes += demand::bytes_of_step(
-                        &workload.spec,
-                        workload.precision,
-                        distinct,
-                        sequences * (before + 1),
-                    );
+                    let met = workload.rows_of_experts(Step { sequences, before, rows: 1 })?;
+                    let seen = sequences * (before + 1);
+                    let step = Decode::step(&workload.spec, workload.precision, sequences, seen, &met);
+                    match &mut steps {
+                        Some(steps) => steps.add(&step),
+                        None => steps = Some(step),
+                    }
                 }
-                bytes
+                Demand::Decode(steps.expect("a run has steps"))
             }
-        } / 1e9;
+        };
         Ok(())
     }
 
     /// One sample between two of its limit, and one of each peer.
     fn sample(&mut self, workload: &mut Workload, peers: &mut [Peer]) -> Result<(), Box<dyn Error>> {
-        let before = self.limit(&workload.backend)?;
+        let before = self.speeds(&workload.backend)?;
         let seconds = self.seconds(workload)?;
-        let limit = (before + self.limit(&workload.backend)?) / 2.0;
+        let speeds = before.mean(&self.speeds(&workload.backend)?);
         let tokens = self.tokens() as f64;
-        let needed = self.demand / limit;
-        let ratio = needed / (seconds.len() as f64 * median(&seconds));
-        self.own.push(tokens / seconds.iter().sum::<f64>(), tokens / needed, ratio);
+        let (needed, by_matrix) = self.demand.seconds(&speeds);
+        let typical = seconds.len() as f64 * median(&seconds);
+        self.own.push(Sample {
+            speed: tokens / seconds.iter().sum::<f64>(),
+            limit: tokens / needed,
+            ratio: needed / typical,
+            // Quantised experts multiply at a speed that is not measured.
+            by_matrix: if workload.precision == Precision::BF16 { by_matrix / typical } else { f64::NAN },
+        });
         for (peer, speeds) in peers.iter_mut().zip(&mut self.peers) {
             let seconds = match self.what {
                 What::Prefill { tokens } => peer.prompt(tokens)?,
@@ -184,16 +235,18 @@ impl Test {
                 What::Decode { .. } => continue,
             };
             speeds.push(tokens / seconds);
+            thread::sleep(PEER_SPINS);
         }
         Ok(())
     }
 
-    /// The speed that bounds this test, in 10^9 operations or bytes a second.
-    fn limit(&self, backend: &CpuBackend) -> moeyard::Result<f64> {
-        Ok(median(&match self.what {
-            What::Prefill { .. } => limits::bf16_gflops(backend),
-            What::Decode { .. } => limits::read_gbytes(backend, READ_BYTES)?,
-        }))
+    /// What the machine does now, as far as this test is about it.
+    fn speeds(&self, backend: &CpuBackend) -> moeyard::Result<Speeds> {
+        let bytes = match self.what {
+            What::Prefill { .. } => f64::NAN,
+            What::Decode { .. } => 1e9 * median(&limits::read_gbytes(backend, READ_BYTES)?),
+        };
+        Ok(Speeds { bytes, flops: 1e9 * median(&limits::bf16_gflops(backend)) })
     }
 
     /// Of each step.
@@ -217,6 +270,10 @@ impl Test {
         let [low, middle, high] = self.own.ratio_quartiles().map(|ratio| 100.0 * ratio);
         let (own, limit) = (self.own.speed(), self.own.limit());
         print!("{name:28} {own:9.1} {limit:7.1} {middle:7.1} % ({low:5.1} {high:5.1})");
+        match 100.0 * self.own.by_matrix() {
+            ratio if ratio.is_finite() => print!(" {ratio:7.1} %"),
+            _ => print!("{:10}", ""),
+        }
         let peers: Vec<f64> = self.peers.iter().map(|speeds| median(speeds)).collect();
         peers.iter().for_each(|speed| print!(" {speed:18.1}"));
         if let Some(best) = peers.into_iter().filter(|speed| speed.is_finite()).reduce(f64::max) {

@@ -1,13 +1,16 @@
 //! Samples of a speed, each with the limit of the same moment.
 
+/// One of them.
 #[derive(Clone, Copy)]
-struct Sample {
+pub struct Sample {
     /// Tokens per second of the whole sample.
-    speed: f64,
+    pub speed: f64,
     /// Tokens per second.
-    limit: f64,
+    pub limit: f64,
     /// Of its typical step to the limit.
-    ratio: f64,
+    pub ratio: f64,
+    /// The same to the limit that counts what is slower for each matrix, reading or multiplying; NaN without.
+    pub by_matrix: f64,
 }
 
 /// Some samples.
@@ -18,8 +21,8 @@ pub struct Samples {
 
 impl Samples {
     /// Adds one.
-    pub fn push(&mut self, speed: f64, limit: f64, ratio: f64) {
-        self.samples.push(Sample { speed, limit, ratio });
+    pub fn push(&mut self, sample: Sample) {
+        self.samples.push(sample);
     }
 
     /// Median speed.
@@ -30,6 +33,11 @@ impl Samples {
     /// Median limit.
     pub fn limit(&self) -> f64 {
         median(&self.of(|sample| sample.limit))
+    }
+
+    /// Median ratio to the limit by matrix.
+    pub fn by_matrix(&self) -> f64 {
+        median(&self.of(|sample| sample.by_matrix))
     }
 
     /// First quartile, median and third quartile of the ratios.

@@ -93,18 +93,17 @@ impl Workload {
         self.run(step, false)
     }
 
-    /// Runs one step and counts the experts it met: how many different ones, summed over the layers.
-    pub fn distinct_experts(&mut self, step: Step) -> Result<usize> {
+    /// Runs one step and counts how many rows met each expert, for every layer's experts that any met.
+    pub fn rows_of_experts(&mut self, step: Step) -> Result<Vec<usize>> {
         self.run(step, true)?;
         let routing = &self.output.routing;
         let per_layer = routing.ids.chunks(routing.rows * routing.top_k);
-        let distinct = |ids: &[u32]| {
+        let counts = |ids: &[u32]| {
             let mut ids = ids.to_vec();
             ids.sort_unstable();
-            ids.dedup();
-            ids.len()
+            ids.chunk_by(|a, b| a == b).map(<[u32]>::len).collect::<Vec<_>>()
         };
-        Ok(per_layer.map(distinct).sum())
+        Ok(per_layer.flat_map(counts).collect())
     }
 
     fn run(&mut self, step: Step, want_routing: bool) -> Result<f64> {
