@@ -60,6 +60,9 @@ impl Simd for Avx512 {
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
         fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
         fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
+        fn at_least(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 =
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b), y, x);
+        fn equal(a: __m512, b: __m512) -> u32 = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b).into();
         fn round(a: __m512) -> __m512 =
             _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         fn exp2(n: __m512) -> __m512 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
@@ -86,6 +89,12 @@ impl Simd for Avx512 {
     fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
         // SAFETY: the proof.
         unsafe { interleaved(a, b) }
+    }
+    #[inline(always)]
+    fn max_lane(self, v: __m512) -> f32 {
+        let numbers = self.max(v, self.splat(f32::NEG_INFINITY));
+        // SAFETY: the proof.
+        unsafe { _mm512_reduce_max_ps(numbers) }
     }
     #[inline(always)]
     fn sums(self, v: [__m512; 8]) -> [f32; 8] {

@@ -130,6 +130,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`: b where either is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a >= b ? x : y`: y where a or b is NaN.
+    fn at_least(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// Bit i is set where lanes i are equal; NaN equals nothing.
+    fn equal(self, a: Self::V, b: Self::V) -> u32;
     /// Nearest integer, ties to even, for |a| < 2^22.
     fn round(self, a: Self::V) -> Self::V;
     /// 2^n for integral n in -126..=127.
@@ -288,7 +292,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         }
         lanes[0]
     }
-    /// Largest lane.
+    /// The greatest lane; NaN counts for nothing, and of no numbers -inf is the greatest.
     #[inline(always)]
     fn max_lane(self, v: Self::V) -> f32 {
         self.to_array(v)[..Self::LANES].iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })

@@ -63,6 +63,14 @@ impl Simd for Portable {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
+    fn at_least(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] >= b[i] { x[i] } else { y[i] })
+    }
+    #[inline(always)]
+    fn equal(self, a: Self::V, b: Self::V) -> u32 {
+        (0..LANES).map(|i| u32::from(a[i] == b[i]) << i).sum()
+    }
+    #[inline(always)]
     fn round(self, a: Self::V) -> Self::V {
         a.map(|x| (x + ROUNDER) - ROUNDER)
     }

@@ -131,6 +131,11 @@ impl Kernel for Everything<'_> {
             ("sub", got(simd.sub(va, vb)), plain(&|a, b| a - b)),
             ("mul", got(simd.mul(va, vb)), plain(&|a, b| a * b)),
             ("div", got(simd.div(va, vb)), plain(&|a, b| a / b)),
+            (
+                "at_least",
+                got(simd.at_least(va, vb, simd.splat(9.0), va)),
+                plain(&|a, b| if a >= b { 9.0 } else { a }),
+            ),
             ("fma", got(simd.fma(simd.splat(2.0), vb, va)), plain(&|a, b| 2.0 * b + a)),
             ("max", got(simd.max(va, vb)), plain(&f32::max)),
             ("min", got(simd.min(va, vb)), plain(&f32::min)),
@@ -170,6 +175,40 @@ fn every_operation_is_what_it_says() {
     for isa in Isa::available() {
         for (name, got, want) in isa.dispatch(Everything { a: &a, b: &b }) {
             assert_eq!(got, want, "{} on {}", name, isa.name());
+        }
+    }
+}
+
+/// What comparisons make of numbers and NaN.
+struct Compare<'a>(&'a [f32]);
+
+impl Kernel for Compare<'_> {
+    /// [`Simd::at_least`] 1.0, [`Simd::equal`] to 1.0, and [`Simd::max_lane`].
+    type Output = (Vec<f32>, u32, f32);
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        let x = &self.0[..S::LANES];
+        // SAFETY: LANES elements.
+        let v = unsafe { simd.load(x.as_ptr()) };
+        let one = simd.splat(1.0);
+        let at_least = simd.at_least(v, one, simd.splat(3.0), simd.splat(2.0));
+        (simd.to_array(at_least)[..S::LANES].to_vec(), simd.equal(v, one), simd.max_lane(v))
+    }
+}
+
+#[test]
+fn nan_compares_with_nothing() {
+    for isa in Isa::available() {
+        for lane in 0..8 {
+            for (x, at_least) in [(0.5, 2.0), (1.0, 3.0), (f32::INFINITY, 3.0), (f32::NAN, 2.0)] {
+                let mut row = [f32::NAN; MAX_LANES];
+                row[lane] = x;
+                let (got, equal, max) = isa.dispatch(Compare(&row));
+                let want = |i: usize| if i == lane { at_least } else { 2.0 };
+                assert!(got.iter().enumerate().all(|(i, &y)| y == want(i)), "{x} on {}: {got:?}", isa.name());
+                assert_eq!(equal, u32::from(x == 1.0) << lane, "{x} on {}", isa.name());
+                assert_eq!(max, if x.is_nan() { f32::NEG_INFINITY } else { x }, "{x} on {}", isa.name());
+            }
         }
     }
 }
