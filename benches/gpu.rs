@@ -9,6 +9,12 @@
 
 #[path = "gpu/exchanges.rs"]
 mod exchanges;
+#[path = "../tests/support/moe_rank.rs"]
+mod moe_rank;
+#[path = "../tests/support/numbers.rs"]
+mod numbers;
+#[path = "../tests/support/threads.rs"]
+mod threads;
 #[path = "gpu/worlds.rs"]
 mod worlds;
 
@@ -21,7 +27,9 @@ use moeyard::backend::{
     AttentionBatch, Backend, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
     KvShape, Matrix, MlaArgs, Mlp, PlannedArgs, SeqSpan, Tensor,
 };
-use moeyard::spec::{Activation, Renormalize, Router, Score};
+use moeyard::spec::Activation;
+
+use numbers::Numbers;
 
 fn main() {
     // `cargo test --benches` only asks whether it starts.
@@ -44,23 +52,6 @@ fn main() {
             }
         }
         Err(why) => println!("no benchmark: {why}"),
-    }
-}
-
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
-    /// Uniform in [-1, 1).
-    fn unit(&mut self) -> f32 {
-        self.next() as f32 / (1u64 << 30) as f32 - 1.0
-    }
-    /// Standard normal, nearly: the sum of twelve uniform numbers.
-    fn normal(&mut self) -> f32 {
-        (0..12).map(|_| self.unit() * 0.5).sum()
     }
 }
 
@@ -394,7 +385,7 @@ impl Bench {
         // Different experts for each token.
         let chosen: Vec<i32> = (0..tokens)
             .flat_map(|_| {
-                let first = self.numbers.next() as usize;
+                let first = self.numbers.below(experts);
                 (0..top_k).map(move |j| ((first + j) % experts) as i32)
             })
             .collect();
@@ -446,21 +437,13 @@ impl Bench {
     /// Router, permutation and combine of a Mixtral layer.
     fn around_experts(&mut self, limits: Limits, tokens: usize) {
         let (experts, top_k, hidden) = (8, 2, 4096);
-        let router = Router {
-            score: Score::Softmax,
-            logit_bias: false,
-            choice_bias: false,
-            groups: None,
-            renormalize: Renormalize::Sum { eps: 0.0 },
-            scale: 1.0,
-        };
         let logits: Vec<u8> = (0..tokens * experts).flat_map(|_| self.numbers.unit().to_le_bytes()).collect();
         let mut scores = self.gpu.alloc(DType::F32, tokens, experts).unwrap();
         self.gpu.upload(&logits, scores.view_mut()).unwrap();
         let mut ids = self.gpu.alloc(DType::I32, tokens, top_k).unwrap();
         let mut weights = self.gpu.alloc(DType::F32, tokens, top_k).unwrap();
         let seconds = self.time(|gpu| {
-            gpu.route(scores.view(), None, &router, ids.view_mut(), weights.view_mut()).unwrap();
+            gpu.route(scores.view(), None, &moe_rank::ROUTER, ids.view_mut(), weights.view_mut()).unwrap();
         });
         self.line(
             &format!("router, {tokens} tokens"),

@@ -29,6 +29,15 @@ pub mod cli;
 
 pub use error::{Error, Result};
 
-// Checks that unit and integration tests have in common name the crate from outside.
+// What unit and integration tests have in common; it names the crate from outside.
 #[cfg(test)]
 extern crate self as moeyard;
+#[cfg(test)]
+#[path = "../tests/support"]
+mod support {
+    pub mod collectives;
+    pub mod moe_rank;
+    pub mod numbers;
+    pub mod placements;
+    pub mod threads;
+}

@@ -6,7 +6,8 @@ mod support;
 use moeyard::backend::DType;
 use moeyard::model::world::Degrees;
 use router_sim::load::Phase;
-use support::placements::{Numbers, scattered};
+use support::numbers::Numbers;
+use support::placements::scattered;
 use support::{Sequence, Setup, World, argmax, cpu, model_dir};
 
 const MODELS: &[&str] = &["mixtral", "deepseek_v3", "phimoe", "demo-mixtral", "demo-deepseek"];

@@ -11,7 +11,8 @@ use moeyard::backend::cpu::simd::Isa;
 use moeyard::config::RawOptions;
 use moeyard::config::flags::{DtypeChoice, QuantizeChoice};
 use support::launch::{Answer, Launch, greedy, options};
-use support::placements::{Numbers, scattered};
+use support::numbers::Numbers;
+use support::placements::scattered;
 use support::reading::read;
 use support::{Setup, World, model_dir};
 

@@ -25,7 +25,8 @@ use router_sim::placement::Placement;
 use router_sim::split::Split;
 use std::time::Duration;
 use support::launch::{Answer, Launch, TokenBits, greedy, options};
-use support::placements::{Numbers, scattered};
+use support::numbers::Numbers;
+use support::placements::scattered;
 use support::{Setup, World, model_dir};
 
 /// Waits for the end of a migration that must succeed.

@@ -13,7 +13,8 @@ use moeyard::model::{Batch, Model};
 use moeyard::moe::load::WorldLoad;
 use router_sim::placement::Placement;
 use router_sim::split::Split;
-use support::placements::{Numbers, scattered};
+use support::numbers::Numbers;
+use support::placements::scattered;
 use support::{BLOCK, Setup, World, model_dir};
 
 /// Everything that one prompt and some tokens after it leave behind.

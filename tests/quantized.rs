@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use moeyard::backend::DType;
 use moeyard::backend::reference::ReferenceBackend;
-use support::placements::Numbers;
+use support::numbers::Numbers;
 use support::reading::read;
 use support::rounded::rounded_copy;
 use support::{Setup, World, model_dir};

@@ -10,6 +10,8 @@ use moeyard::backend::{Backend, DType};
 use moeyard::comm::nccl::{Library, Options};
 use moeyard::comm::{Communicator, Transport, connect};
 
+use crate::threads::on_threads;
+
 const HIDDEN: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -58,15 +60,10 @@ fn line(name: &str, seconds: f64, bytes: usize) {
 fn measure(transport: &Transport, ranks: usize, rows: usize) -> [f64; 2] {
     let backends: Vec<_> = (0..ranks).map(|_| CudaBackend::open(0).unwrap().into_dyn()).collect();
     let ends = connect(transport, &backends).unwrap();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ends
-            .into_iter()
-            .zip(&backends)
-            .map(|(mut end, backend)| scope.spawn(move || of_rank(backend.as_ref(), end.as_mut(), rows)))
-            .collect();
-        let times: Vec<[f64; 2]> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-        times[0]
-    })
+    let times = on_threads(ends.into_iter().zip(&backends), |(mut end, backend)| {
+        of_rank(backend.as_ref(), end.as_mut(), rows)
+    });
+    times[0]
 }
 
 fn of_rank(backend: &dyn Backend, end: &mut dyn Communicator, rows: usize) -> [f64; 2] {

@@ -8,11 +8,7 @@ use super::local::Local;
 use super::nccl::{self, Nccl};
 use crate::backend::Backend;
 use crate::backend::reference::ReferenceBackend;
-
-#[path = "../../tests/support/collectives.rs"]
-mod collectives;
-
-use collectives::{CHECKS, World};
+use crate::support::collectives::{CHECKS, World};
 
 /// Nothing here takes it.
 const PATIENCE: Duration = Duration::from_secs(60);

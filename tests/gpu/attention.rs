@@ -6,7 +6,8 @@ use moeyard::backend::{
     AttentionBatch, DType, GqaArgs, KvCache, KvShape, MlaArgs, Precision, SeqSpan, Tensor,
 };
 
-use crate::pair::{Device, Numbers, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
+use crate::pair::{Device, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
+use crate::support::numbers::Numbers;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {

@@ -4,7 +4,8 @@ use libtest_mimic::Trial;
 use moeyard::backend::{AddNormArgs, AttentionBatch, DType, KvShape, NormArgs, RopeArgs, SeqSpan};
 use moeyard::spec::NormKind;
 
-use crate::pair::{CLOSE, EXACT, Numbers, poisoned, same, tensor, tolerance, values};
+use crate::pair::{CLOSE, EXACT, poisoned, same, tensor, tolerance, values};
+use crate::support::numbers::Numbers;
 use crate::trial;
 
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
@@ -118,7 +119,7 @@ fn norms() {
                 [(1, 1, 1), (3, 4, 16), (70, 1, 129), (5, 2, 1000), (2, 1, 7168), (0, 1, 8)]
             {
                 let cols = groups * width;
-                let data: Vec<f32> = (0..rows * cols).map(|_| numbers.next() * 3.0 + 0.5).collect();
+                let data: Vec<f32> = (0..rows * cols).map(|_| numbers.unit() * 3.0 + 0.5).collect();
                 let (weight, bias) = (numbers.vec(width), numbers.vec(width));
                 for biased in [false, true] {
                     if biased && kind == NormKind::Rms {

@@ -7,6 +7,8 @@ mod collectives;
 mod dense;
 mod faults;
 mod moe;
+#[path = "../support/moe_rank.rs"]
+mod moe_rank;
 mod nccl;
 mod pair;
 mod products;
@@ -19,6 +21,7 @@ mod world;
 
 use libtest_mimic::{Arguments, Trial};
 use moeyard::backend::cuda;
+use support::threads;
 
 fn main() {
     let arguments = Arguments::from_args();

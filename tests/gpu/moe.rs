@@ -4,10 +4,10 @@ use libtest_mimic::Trial;
 use moeyard::backend::{CombineArgs, DType, ExpertsArgs, Mlp, PlannedArgs};
 use moeyard::spec::{Activation, ExpertGroups, GroupScore, Renormalize, Router, Score};
 
-use crate::pair::{
-    CLOSE, Device, EXACT, Numbers, ROUNDED, gpu, host_matrix, poisoned, same, same_on, tensor, values,
-};
+use crate::moe_rank::ROUTER;
+use crate::pair::{CLOSE, Device, EXACT, ROUNDED, gpu, host_matrix, poisoned, same, same_on, tensor, values};
 use crate::products::host_mlp;
+use crate::support::numbers::Numbers;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -23,14 +23,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn router(score: Score) -> Router {
-    Router {
-        score,
-        logit_bias: false,
-        choice_bias: false,
-        groups: None,
-        renormalize: Renormalize::Off,
-        scale: 1.0,
-    }
+    Router { score, renormalize: Renormalize::Off, ..ROUTER }
 }
 
 fn grouped(score: Score, count: usize, keep: usize, group_score: GroupScore, choice_bias: bool) -> Router {

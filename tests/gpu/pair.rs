@@ -7,28 +7,7 @@ use moeyard::backend::cuda::CudaBackend;
 use moeyard::backend::reference::ReferenceBackend;
 use moeyard::backend::{Backend, DType, HostData, HostMatrix, Tensor, View};
 
-/// Reproducible numbers, uniform in [-1, 1).
-pub struct Numbers(u64);
-
-impl Numbers {
-    pub fn new(seed: u64) -> Self {
-        Numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) as usize % n
-    }
-
-    pub fn vec(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.next()).collect()
-    }
-}
+use crate::support::numbers::Numbers;
 
 /// A backend on which a body runs.
 pub type Device<'a> = &'a dyn Backend;
@@ -69,7 +48,7 @@ pub fn values(device: Device<'_>, view: View<'_>) -> Vec<f32> {
 /// A host matrix of numbers small enough that products of `k` terms stay near 1.
 pub fn host_matrix(numbers: &mut Numbers, n: usize, k: usize, dtype: DType) -> HostMatrix {
     let scale = (3.0 / k as f32).sqrt();
-    let values = (0..n * k).map(|_| numbers.next() * scale);
+    let values = (0..n * k).map(|_| numbers.unit() * scale);
     let data = match dtype {
         DType::Bf16 => HostData::Bf16(values.map(bf16::from_f32).collect()),
         _ => HostData::F32(values.collect()),

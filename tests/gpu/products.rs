@@ -5,7 +5,8 @@ use moeyard::backend::cuda::{CudaBackend, ProductKernels};
 use moeyard::backend::{DType, ExpertsArgs, HostMlp, HostMlpBias, Mlp, Precision, Tensor};
 use moeyard::spec::Activation;
 
-use crate::pair::{Device, Numbers, ROUNDED, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
+use crate::pair::{Device, ROUNDED, gpu, host_matrix, poisoned, same, tensor, tolerance, values};
+use crate::support::numbers::Numbers;
 use crate::trial;
 
 pub const SWIGLU: Activation = Activation::ClampedSwiglu { limit: 0.7, alpha: 1.7 };

@@ -6,8 +6,9 @@ use libtest_mimic::Trial;
 use moeyard::backend::{DType, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp};
 use moeyard::spec::Activation;
 
-use crate::pair::{Device, Numbers, ROUNDED, gpu, poisoned, same, tensor, values};
+use crate::pair::{Device, ROUNDED, gpu, poisoned, same, tensor, values};
 use crate::products::{SWIGLU, host_mlp, run_experts, same_bits};
+use crate::support::numbers::Numbers;
 use crate::support::rounded::rounded_copy;
 use crate::support::{Setup, World};
 use crate::trial;

@@ -9,6 +9,7 @@ use moeyard::comm::local::Local;
 
 use crate::collectives::CHECKS;
 use crate::pair::{gpu, tensor, values};
+use crate::support::threads::on_threads;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -34,34 +35,29 @@ fn collectives_order_the_streams() {
     for size in [2, 3, 4] {
         let backends: Vec<Arc<dyn Backend>> = (0..size).map(|_| gpu()).collect();
         let world = Local::world(backends.clone());
-        std::thread::scope(|scope| {
-            for (mut rank, backend) in world.into_iter().zip(&backends) {
-                scope.spawn(move || {
-                    let own = rank.rank();
-                    let mut x =
-                        tensor(backend.as_ref(), DType::F32, rows, cols, &vec![own as f32; rows * cols]);
-                    let mut gathered = backend.alloc(DType::F32, rows * size, cols).unwrap();
-                    let mut returned = backend.alloc(DType::F32, rows * size, cols).unwrap();
-                    for _ in 0..rounds {
-                        // x becomes the sum over ranks of (x + 1): the same on all.
-                        let one = tensor(backend.as_ref(), DType::F32, rows, cols, &vec![1.0; rows * cols]);
-                        backend.add_scaled(one.view(), 1.0, x.view_mut()).unwrap();
-                        rank.all_reduce_sum(x.view_mut()).unwrap();
-                        backend.scale(1.0 / size as f32, x.view_mut()).unwrap();
-                        rank.all_gather_rows(x.view(), &vec![rows; size], gathered.view_mut()).unwrap();
-                        let counts = vec![rows; size];
-                        rank.all_to_all_rows(gathered.view(), &counts, returned.view_mut(), &counts).unwrap();
-                        backend.copy_rows(returned.view().rows_range(rows..2 * rows), x.view_mut()).unwrap();
-                    }
-                    let mean = (0..size).sum::<usize>() as f32 / size as f32;
-                    let expected = mean + rounds as f32;
-                    for (i, found) in values(backend.as_ref(), x.view()).into_iter().enumerate() {
-                        assert!(
-                            (found - expected).abs() < 1e-3,
-                            "rank {own} of {size}, element {i}: {found}, {expected}"
-                        );
-                    }
-                });
+        on_threads(world.into_iter().zip(&backends), |(mut rank, backend)| {
+            let own = rank.rank();
+            let mut x = tensor(backend.as_ref(), DType::F32, rows, cols, &vec![own as f32; rows * cols]);
+            let mut gathered = backend.alloc(DType::F32, rows * size, cols).unwrap();
+            let mut returned = backend.alloc(DType::F32, rows * size, cols).unwrap();
+            for _ in 0..rounds {
+                // x becomes the sum over ranks of (x + 1): the same on all.
+                let one = tensor(backend.as_ref(), DType::F32, rows, cols, &vec![1.0; rows * cols]);
+                backend.add_scaled(one.view(), 1.0, x.view_mut()).unwrap();
+                rank.all_reduce_sum(x.view_mut()).unwrap();
+                backend.scale(1.0 / size as f32, x.view_mut()).unwrap();
+                rank.all_gather_rows(x.view(), &vec![rows; size], gathered.view_mut()).unwrap();
+                let counts = vec![rows; size];
+                rank.all_to_all_rows(gathered.view(), &counts, returned.view_mut(), &counts).unwrap();
+                backend.copy_rows(returned.view().rows_range(rows..2 * rows), x.view_mut()).unwrap();
+            }
+            let mean = (0..size).sum::<usize>() as f32 / size as f32;
+            let expected = mean + rounds as f32;
+            for (i, found) in values(backend.as_ref(), x.view()).into_iter().enumerate() {
+                assert!(
+                    (found - expected).abs() < 1e-3,
+                    "rank {own} of {size}, element {i}: {found}, {expected}"
+                );
             }
         });
     }

@@ -5,10 +5,12 @@ use moeyard::backend::{
     AddNormArgs, AttentionBatch, DType, GqaArgs, HostMlp, KvCache, KvShape, Matrix, Mlp, NormArgs,
     PlannedArgs, RopeArgs, SeqSpan, Tensor,
 };
-use moeyard::spec::{Activation, NormKind, Renormalize, Router, Score};
+use moeyard::spec::{Activation, NormKind};
 
-use crate::pair::{Device, Numbers, gpu, host_matrix, poisoned, tensor, values};
+use crate::moe_rank::ROUTER;
+use crate::pair::{Device, gpu, host_matrix, poisoned, tensor, values};
 use crate::products::host_mlp;
+use crate::support::numbers::Numbers;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -138,14 +140,6 @@ impl Toy {
         let batch = AttentionBatch { spans: &spans, block_table: &block_table };
         let norm =
             NormArgs { kind: NormKind::Rms, eps: 1e-5, weight: self.norm.view(), bias: None, width: HIDDEN };
-        let router = Router {
-            score: Score::Softmax,
-            logit_bias: false,
-            choice_bias: false,
-            groups: None,
-            renormalize: Renormalize::Sum { eps: 0.0 },
-            scale: 1.0,
-        };
         let positions = vec![position; rows];
         device.embed(self.table.view(), tokens, 1.0, space.residual.head_mut(rows)).unwrap();
         for Layer { qkv, out, router: gate, slots, cache } in &mut self.layers {
@@ -182,7 +176,7 @@ impl Toy {
             device.add_norm(space.residual.head_mut(rows), args).unwrap();
             device.linear(space.normed.head(rows), gate, None, space.logits.head_mut(rows)).unwrap();
             let (ids, weights) = (space.ids.head_mut(rows), space.weights.head_mut(rows));
-            device.route(space.logits.head(rows), None, &router, ids, weights).unwrap();
+            device.route(space.logits.head(rows), None, &ROUTER, ids, weights).unwrap();
             let args = PlannedArgs {
                 x: space.rounded.head(rows),
                 ids: space.ids.head(rows),

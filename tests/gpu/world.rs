@@ -4,24 +4,25 @@
 use std::sync::Arc;
 
 use libtest_mimic::Trial;
+use moeyard::backend::reference::ReferenceBackend;
 use moeyard::backend::{
-    Backend, DType, HostMlp, Mlp, PaddedShape, Precision, Replicas, ReturnedArgs, Tensor, WorldArgs,
+    Backend, DType, HostMatrix, HostMlp, Mlp, PaddedShape, Precision, Replicas, ReturnedArgs, Tensor,
+    WorldArgs,
 };
+use moeyard::comm::Communicator;
 use moeyard::comm::local::Local;
-use moeyard::comm::solo::Solo;
-use moeyard::layers::Rank;
-use moeyard::layers::linear::Linear;
-use moeyard::layers::mlp::GatedMlp;
-use moeyard::metrics::WorkClock;
-use moeyard::moe::layer::{MoeLayer, MoeRows, MoeScratch, Shared};
-use moeyard::moe::load::{LoadCounters, Phase};
-use moeyard::moe::router::Router;
-use moeyard::spec::{self, Activation, Moe, Renormalize, Score};
+use moeyard::moe::layer::MoeLayer;
+use moeyard::moe::load::LoadCounters;
+use moeyard::spec::Activation;
 use router_sim::placement::{EMPTY, Placement};
 use router_sim::split::Split;
 
-use crate::pair::{Device, Numbers, ROUNDED, gpu, host_matrix, poisoned, same_on, tensor, values};
+use crate::moe_rank::{MoeModel, MoeRank, MoeWeights, rank};
+use crate::pair::{Device, ROUNDED, gpu, host_matrix, poisoned, same_on, tensor, values};
 use crate::products::host_mlp;
+use crate::support::numbers::Numbers;
+use crate::support::placements::{choices, scattered};
+use crate::support::threads::on_threads;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -33,35 +34,6 @@ pub fn trials() -> Vec<Trial> {
 
 const HIDDEN: usize = 64;
 const WIDTH: usize = 32;
-
-/// A placement with every expert somewhere, and replicas and empty slots anywhere.
-fn scattered(numbers: &mut Numbers, ep: usize, experts: usize, redundant: usize, layers: usize) -> Placement {
-    let per_rank = (experts + redundant).div_ceil(ep);
-    let maps = (0..layers).map(|_| {
-        let slots = 0..per_rank * ep;
-        let mut map: Vec<i32> = slots
-            .map(|slot| if slot < experts { slot as i32 } else { numbers.below(experts + 1) as i32 - 1 })
-            .collect();
-        (1..map.len()).rev().for_each(|i| map.swap(i, numbers.below(i + 1)));
-        map
-    });
-    Placement::new(ep, per_rank, experts, (0..layers).collect(), maps.collect()).unwrap()
-}
-
-/// Choices of all ranks; what pads is no expert at all.
-fn choose(numbers: &mut Numbers, counts: &[u32], rows: usize, experts: usize, top_k: usize) -> Vec<f32> {
-    let mut ids = vec![-1e9; counts.len() * rows * top_k];
-    for (at, row) in ids.chunks_mut(top_k).enumerate() {
-        if at % rows < counts[at / rows] as usize {
-            let mut left: Vec<usize> = (0..experts).collect();
-            for id in row {
-                let below = 1 + numbers.below(left.len());
-                *id = left.remove(numbers.below(below)) as f32;
-            }
-        }
-    }
-    ids
-}
 
 fn the_device_works_out() {
     let owner = gpu();
@@ -78,11 +50,12 @@ fn the_device_works_out() {
             (16, 1, 8, 2, 8, 33),
         ] {
             let (world, slots_per_rank) = (ep * expert_tp, usize::div_ceil(experts + redundant, ep));
-            let placement = scattered(&mut numbers, ep, experts, redundant, 1);
+            let placement = scattered(&mut numbers, ep, experts, redundant, &[0]);
             let layer = placement.layer(0);
             let rows = PaddedShape::rows_for(most, world, top_k).unwrap();
             let counts: Vec<u32> = (0..world).map(|_| numbers.below(most + 1) as u32).collect();
-            let ids = choose(&mut numbers, &counts, rows, experts, top_k);
+            let ids = choices(&mut numbers, &counts, rows, experts, top_k);
+            let ids: Vec<f32> = ids.into_iter().map(|id| id as f32).collect();
             let x = numbers.vec(world * rows * HIDDEN);
             let rank = numbers.below(world);
             let own = counts[rank] as usize;
@@ -143,8 +116,7 @@ fn the_device_works_out() {
                 let close = [values(device, returned.view()), values(device, out.view())];
                 (exact.concat(), close.concat())
             };
-            let (found, expected) =
-                (run(owner.as_ref()).0, run(&moeyard::backend::reference::ReferenceBackend).0);
+            let (found, expected) = (run(owner.as_ref()).0, run(&ReferenceBackend).0);
             assert!(found == expected, "{what}");
             same_on(owner.as_ref(), &what, ROUNDED, |device| run(device).1);
         }
@@ -161,28 +133,24 @@ fn fill_homes(device: Device<'_>, returned: &Tensor, all: &mut Tensor, shape: Pa
 }
 
 const EXPERTS: usize = 12;
-const TOP_K: usize = 3;
 /// As many as make pieces beyond those that are given to a stream at once.
 const LAYERS: usize = 8;
 const MAX_ROWS: usize = 16;
+const MODEL: MoeModel = MoeModel {
+    layers: LAYERS,
+    hidden: HIDDEN,
+    experts: EXPERTS,
+    top_k: 3,
+    intermediate: WIDTH,
+    max_rows: MAX_ROWS,
+};
 
 /// A model of MoE layers alone.
 struct Weights {
-    router: moeyard::backend::HostMatrix,
-    gate: moeyard::backend::HostMatrix,
+    router: HostMatrix,
+    gate: HostMatrix,
     experts: Vec<HostMlp>,
     shared: HostMlp,
-}
-
-fn router_spec() -> spec::Router {
-    spec::Router {
-        score: Score::Softmax,
-        logit_bias: false,
-        choice_bias: false,
-        groups: None,
-        renormalize: Renormalize::Sum { eps: 0.0 },
-        scale: 1.0,
-    }
 }
 
 impl Weights {
@@ -199,24 +167,17 @@ impl Weights {
     }
 
     fn layer(&self, device: Device<'_>, index: usize, placement: &Placement, ep_rank: usize) -> MoeLayer {
-        let linear = |host| Linear { weight: device.pack_matrix(host, DType::F32).unwrap(), bias: None };
         let expert =
             |e: i32| device.pack_mlp(&self.experts[(e as usize + index) % EXPERTS], DType::Bf16).unwrap();
         let slots = placement.layer(index).slots_of_rank(ep_rank).iter();
-        MoeLayer {
-            index,
-            router: Router { linear: linear(&self.router), choice_bias: None, spec: router_spec() },
+        let weights = MoeWeights {
+            router: &self.router,
             // Empty slots have memory, as where experts may move.
             slots: slots.map(|&e| Some(expert(e.max(0)))).collect(),
-            activation: Activation::SiluMul,
-            shared: Some(Shared {
-                mlp: GatedMlp {
-                    weights: device.pack_mlp(&self.shared, DType::Bf16).unwrap(),
-                    activation: Activation::SiluMul,
-                },
-                gate: Some(linear(&self.gate)),
-            }),
-        }
+            shared: device.pack_mlp(&self.shared, DType::Bf16).unwrap(),
+            gate: Some(&self.gate),
+        };
+        weights.layer(device, index)
     }
 }
 
@@ -231,8 +192,9 @@ impl Schedule {
     /// Few different batches, so that pieces come again, ranks without rows among them; experts move in between.
     fn new(ep: usize, redundant: usize) -> Schedule {
         let mut numbers = Numbers::new(83);
+        let layers: Vec<usize> = (0..LAYERS).collect();
         let placements: Vec<Placement> =
-            (0..2).map(|_| scattered(&mut numbers, ep, EXPERTS, redundant, LAYERS)).collect();
+            (0..2).map(|_| scattered(&mut numbers, ep, EXPERTS, redundant, &layers)).collect();
         let batches: Vec<Vec<usize>> = vec![
             (0..ep).map(|rank| rank % 3).collect(),
             (0..ep).map(|_| MAX_ROWS).collect(),
@@ -251,106 +213,60 @@ fn run_rank(
     backend: Arc<dyn Backend>,
     weights: &Weights,
     schedule: &Schedule,
-    decodes: bool,
+    planned: bool,
 ) -> Seen {
-    use moeyard::comm::Communicator as _;
     let me = end.rank();
-    let load = LoadCounters::new(&schedule.placements[0]);
-    let mut rank = Rank {
-        tp: Box::new(Solo::new(Arc::clone(&backend))),
-        backend: Arc::clone(&backend),
-        world: Box::new(end),
-        expert_tp: 1,
-        precision: Precision::BF16,
-        clock: WorkClock::new(Arc::clone(&load.meter)),
-    };
     let device = backend.as_ref();
-    let moe = Moe {
-        experts: EXPERTS,
-        top_k: TOP_K,
-        intermediate: WIDTH,
-        activation: Activation::SiluMul,
-        expert_bias: false,
-        router: router_spec(),
-        shared: None,
-    };
-    let mut scratch =
-        MoeScratch::new(device, DType::Bf16, LAYERS, MAX_ROWS, HIDDEN, &moe, Split::Even).unwrap();
-    let mut layers: Vec<MoeLayer> = Vec::new();
-    let room = MAX_ROWS + PaddedShape::PADDING;
-    let mut exact = device.alloc(DType::F32, room, HIDDEN).unwrap();
-    let mut rounded = device.alloc(DType::Bf16, room, HIDDEN).unwrap();
-    let mut out = device.alloc(DType::F32, MAX_ROWS, HIDDEN).unwrap();
-    let (mut seen, mut in_force) = (Vec::new(), usize::MAX);
+    let layers_of = |placement| (0..LAYERS).map(move |index| weights.layer(device, index, placement, me));
+    let mut in_force = &schedule.placements[0];
+    let load = Arc::new(LoadCounters::new(in_force));
+    let rank = rank(Arc::clone(&backend), Box::new(end), 1, Precision::BF16, Arc::clone(&load.meter));
+    let mut rank = MoeRank::new(&MODEL, Split::Even, rank, layers_of(in_force).collect(), load);
+    let mut seen = Vec::new();
     for (step, (rows, placement)) in schedule.steps.iter().enumerate() {
-        if in_force != *placement {
-            // The same slot tables with other experts: what a migration leaves.
-            let made =
-                (0..LAYERS).map(|index| weights.layer(device, index, &schedule.placements[*placement], me));
-            match layers.is_empty() {
-                true => layers = made.collect(),
-                false => layers.iter_mut().zip(made).for_each(|(layer, mut new)| {
-                    layer
-                        .slots
-                        .iter_mut()
-                        .zip(&mut new.slots)
-                        .for_each(|(old, new)| std::mem::swap(old, new));
-                }),
-            }
-            in_force = *placement;
-        }
         let (n, placement) = (rows[me], &schedule.placements[*placement]);
-        if n > 0 {
-            let x = Numbers::new((1000 * step + me) as u64).vec(n * HIDDEN);
-            device.upload(bytemuck::cast_slice(&x), exact.head_mut(n)).unwrap();
-            device.copy_rows(exact.head(n), rounded.head_mut(n)).unwrap();
+        if !std::ptr::eq(in_force, placement) {
+            // The same slot tables with other experts: what a migration leaves.
+            for (layer, new) in rank.layers.iter_mut().zip(layers_of(placement)) {
+                layer.slots.iter_mut().zip(new.slots).for_each(|(slot, expert)| *slot = expert);
+            }
+            in_force = placement;
         }
-        scratch.start(&mut rank, n, decodes).unwrap();
-        assert_eq!(scratch.padded_rows().is_some(), decodes, "step {step}: {rows:?}");
-        let phases = vec![Phase::Decode; n];
+        rank.set_rows(&Numbers::new((1000 * step + me) as u64).vec(n * HIDDEN));
+        rank.start(n, planned);
+        assert_eq!(rank.scratch.padded_rows().is_some(), planned, "step {step}: {rows:?}");
         let mut body = || {
-            for layer in &layers {
-                let padded = rounded.head(scratch.padded_rows().unwrap_or(n));
-                let given =
-                    MoeRows { exact: exact.head(n), rounded: rounded.head(n), padded, phases: &phases };
-                layer.forward(&mut rank, given, placement, &load, &mut scratch, out.head_mut(n))?;
+            for index in 0..LAYERS {
+                rank.forward(index, placement)?;
                 if n > 0 {
-                    device.add_scaled(out.head(n), 1.0, exact.head_mut(n))?;
-                    device.copy_rows(exact.head(n), rounded.head_mut(n))?;
+                    device.add_scaled(rank.out.head(n), 1.0, rank.exact.head_mut(n))?;
+                    device.copy_rows(rank.exact.head(n), rank.rounded.head_mut(n))?;
                 }
             }
             Ok(())
         };
-        match decodes {
-            true => device.step(&mut body).unwrap(),
-            false => body().unwrap(),
+        if planned {
+            device.step(&mut body).unwrap();
+            rank.scratch.fetch(device).unwrap();
+            rank.settle(placement);
+        } else {
+            body().unwrap();
         }
-        if decodes {
-            scratch.fetch(device).unwrap();
-            layers.iter().for_each(|layer| layer.settle(&rank, placement, &phases, &load, &mut scratch));
-        }
-        seen.push(values(device, exact.head(n)).into_iter().map(f32::to_bits).collect());
+        seen.push(values(device, rank.exact.head(n)).into_iter().map(f32::to_bits).collect());
     }
-    let counted = (0..LAYERS).flat_map(|layer| [load.slot_rows(layer), load.sent_rows(layer)]).collect();
-    (seen, counted)
+    let counted = |layer| [rank.load.slot_rows(layer), rank.load.sent_rows(layer)];
+    (seen, (0..LAYERS).flat_map(counted).collect())
 }
 
 fn run(
     ep: usize,
     weights: &Weights,
     schedule: &Schedule,
-    decodes: bool,
+    planned: bool,
 ) -> (Vec<Seen>, Vec<Arc<dyn Backend>>) {
     let backends: Vec<Arc<dyn Backend>> = (0..ep).map(|_| gpu()).collect();
-    let seen = std::thread::scope(|scope| {
-        let ends = Local::world(backends.clone());
-        let threads: Vec<_> = ends
-            .into_iter()
-            .zip(backends.clone())
-            .map(|(end, backend)| scope.spawn(move || run_rank(end, backend, weights, schedule, decodes)))
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
+    let ranks = Local::world(backends.clone()).into_iter().zip(backends.clone());
+    let seen = on_threads(ranks, |(end, backend)| run_rank(end, backend, weights, schedule, planned));
     (seen, backends)
 }
 

@@ -6,6 +6,8 @@ use half::bf16;
 use moeyard::backend::{Backend, DType, Tensor, View};
 use moeyard::comm::Communicator;
 
+use super::threads::on_threads;
+
 /// Connected ranks with their devices, in rank order.
 pub type World = Vec<(Arc<dyn Backend>, Box<dyn Communicator>)>;
 
@@ -32,14 +34,7 @@ pub fn on_ranks<T: Send>(
     world: World,
     body: impl Fn(&dyn Backend, &mut dyn Communicator) -> T + Sync,
 ) -> Vec<T> {
-    std::thread::scope(|scope| {
-        let body = &body;
-        let threads: Vec<_> = world
-            .into_iter()
-            .map(|(backend, mut rank)| scope.spawn(move || body(backend.as_ref(), rank.as_mut())))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    })
+    on_threads(world, |(backend, mut rank)| body(backend.as_ref(), rank.as_mut()))
 }
 
 /// A matrix with these elements and room for at least one row.

@@ -27,9 +27,12 @@ use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use router_sim::split::Split;
 
 pub mod fixtures;
+pub mod numbers;
 pub mod placements;
+pub mod threads;
 
 pub use fixtures::model_dir;
+use threads::on_threads;
 
 /// Tokens per KV block in these tests.
 pub const BLOCK: usize = 16;
@@ -185,16 +188,9 @@ impl World {
             logit_rows: &[],
             want_routing: true,
         };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .ranks
-                .iter_mut()
-                .map(|rank| {
-                    let batch = if rank.dp_rank == group { busy } else { idle };
-                    scope.spawn(move || rank.model.forward(&batch, &mut rank.output).unwrap())
-                })
-                .collect();
-            threads.into_iter().for_each(|t| t.join().unwrap());
+        on_threads(&mut self.ranks, |rank| {
+            let batch = if rank.dp_rank == group { busy } else { idle };
+            rank.model.forward(&batch, &mut rank.output).unwrap();
         });
         self.collect(group, tokens.len())
     }
@@ -275,12 +271,7 @@ impl World {
 
     /// Runs `body` on every rank, each on a thread of its own that stays for all of it.
     pub fn on_ranks<T: Send>(&mut self, body: impl Fn(usize, &mut LoadedRank) -> T + Sync) -> Vec<T> {
-        let body = &body;
-        std::thread::scope(|scope| {
-            let ranks = self.ranks.iter_mut().enumerate();
-            let threads: Vec<_> = ranks.map(|(i, rank)| scope.spawn(move || body(i, rank))).collect();
-            threads.into_iter().map(|t| t.join().unwrap()).collect()
-        })
+        on_threads(self.ranks.iter_mut().enumerate(), |(i, rank)| body(i, rank))
     }
 }
 

@@ -1,21 +1,10 @@
-//! Placements that no policy would make.
+//! Placements that no policy would make, and choices that no router would.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use router_sim::placement::Placement;
 
-/// A small generator: tests must not depend on a crate's stream of numbers.
-pub struct Numbers(pub u64);
-
-impl Numbers {
-    pub fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.0 >> 33) as usize) % n
-    }
-    pub fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
-        (0..n).map(|_| self.below(vocab) as u32).collect()
-    }
-}
+use super::numbers::Numbers;
 
 /// A placement with every expert somewhere, replicas and empty slots anywhere, different in each layer.
 pub fn scattered(
@@ -39,4 +28,20 @@ pub fn scattered(
         })
         .collect();
     Placement::new(ranks, per_rank, experts, layers.to_vec(), slots).unwrap()
+}
+
+/// `[rank][row][top_k]`: different experts in each of the `counts[rank]` rows of a rank, those of low numbers more often. Rows that
+/// pad them to `rows` chose no expert at all.
+pub fn choices(numbers: &mut Numbers, counts: &[u32], rows: usize, experts: usize, top_k: usize) -> Vec<i32> {
+    let mut ids = vec![i32::MIN; counts.len() * rows * top_k];
+    for (at, row) in ids.chunks_mut(top_k).enumerate() {
+        if at % rows < counts[at / rows] as usize {
+            let mut left: Vec<i32> = (0..experts as i32).collect();
+            for id in row {
+                let below = 1 + numbers.below(left.len());
+                *id = left.remove(numbers.below(below));
+            }
+        }
+    }
+    ids
 }

@@ -1,15 +1,7 @@
 use half::f16;
 
 use super::*;
-
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
+use crate::support::numbers::Numbers;
 
 #[test]
 fn every_fp8_number_keeps_its_code_and_others_go_to_the_nearest() {
@@ -40,7 +32,7 @@ fn every_fp8_number_keeps_its_code_and_others_go_to_the_nearest() {
 #[test]
 fn what_quantising_loses_is_half_a_step() {
     for (n, k) in [(1, 1), (130, 200), (16, 128), (129, 127), (0, 5)] {
-        let values = numbers(3, n * k);
+        let values = Numbers(3).vec(n * k);
         let f8 = Quantized::of(&values, n, k, DType::F8);
         let Scales::F8(scales) = f8.scales() else { panic!("{:?}", f8.dtype()) };
         for (i, (x, w)) in values.iter().zip(f8.weights()).enumerate() {
@@ -73,7 +65,7 @@ fn what_quantising_loses_is_half_a_step() {
 #[test]
 fn fp8_quantised_again_keeps_its_codes() {
     let (n, k) = (256, 256);
-    let once = Quantized::of(&numbers(5, n * k), n, k, DType::F8);
+    let once = Quantized::of(&Numbers(5).vec(n * k), n, k, DType::F8);
     let Scales::F8(scales) = once.scales() else { panic!("{:?}", once.dtype()) };
     let scale = |i: usize| scales[i / k / BLOCK * 2 + i % k / BLOCK];
     let exact: Vec<f32> =
@@ -106,7 +98,7 @@ fn scales_of_f16_and_bf16_fit_and_weights_are_rounded_once() {
 #[test]
 fn what_is_not_finite_shows_in_its_block_alone() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let mut values = numbers(9, 3 * 300);
+        let mut values = Numbers(9).vec(3 * 300);
         values[2 * 300 + 140] = bad;
         for dtype in [DType::F8, DType::I4x2] {
             let weights = Quantized::of(&values, 3, 300, dtype).weights();

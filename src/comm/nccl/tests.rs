@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::mock::{self, communicators, library};
 use super::*;
 use crate::backend::reference::ReferenceBackend;
+use crate::support::threads::on_threads;
 
 /// Long enough for any honest exchange of these tests, on a machine as busy as it may be.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,23 +25,15 @@ fn connect(
 
 /// Every rank sums until that fails; what each got.
 fn sum_until_failure(world: Vec<Nccl>) -> Vec<String> {
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = world
-            .into_iter()
-            .map(|mut rank| {
-                scope.spawn(move || {
-                    let mut x = ReferenceBackend.alloc(DType::F32, 2, 3).unwrap();
-                    loop {
-                        if let Err(error) = rank.all_reduce_sum(x.view_mut()) {
-                            let again = rank.barrier().unwrap_err();
-                            assert!(matches!(again, Error::Peer { .. }), "{again}");
-                            return error.to_string();
-                        }
-                    }
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    on_threads(world, |mut rank| {
+        let mut x = ReferenceBackend.alloc(DType::F32, 2, 3).unwrap();
+        loop {
+            if let Err(error) = rank.all_reduce_sum(x.view_mut()) {
+                let again = rank.barrier().unwrap_err();
+                assert!(matches!(again, Error::Peer { .. }), "{again}");
+                return error.to_string();
+            }
+        }
     })
 }
 

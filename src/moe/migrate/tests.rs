@@ -5,20 +5,13 @@ use crate::backend::reference::ReferenceBackend;
 use crate::comm::Communicator;
 use crate::comm::solo::Solo;
 use crate::comm::tests::worlds;
-use crate::metrics::WorkClock;
+use crate::support::moe_rank;
+use crate::support::threads::on_threads;
 
 const SHAPE: ExpertShape = ExpertShape { hidden: 70, intermediate: 33, bias: true, dtype: DType::F32 };
 
 fn rank(world: Box<dyn Communicator>, expert_tp: usize) -> Rank {
-    let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
-    Rank {
-        tp: Box::new(Solo::new(Arc::clone(&backend))),
-        backend,
-        world,
-        expert_tp,
-        precision: Precision::F32,
-        clock: WorkClock::new(Arc::default()),
-    }
+    moe_rank::rank(Arc::new(ReferenceBackend), world, expert_tp, Precision::F32, Arc::default())
 }
 
 /// Weights that are this expert's and nobody else's.
@@ -62,36 +55,31 @@ fn weights_arrive_whole_and_slots_follow_the_placement() {
     let cases = dtypes.into_iter().flat_map(|dtype| [(dtype, 1), (dtype, 2)]);
     for ((dtype, expert_tp), world) in cases.flat_map(|case| worlds(2 * case.1).map(move |w| (case, w))) {
         let shape = ExpertShape { dtype, ..SHAPE };
-        std::thread::scope(|scope| {
-            for (_, end) in world {
-                let (legs, old, new) = (legs.clone(), &old, &new);
-                scope.spawn(move || {
-                    let mut rank = rank(end, expert_tp);
-                    let me = rank.world.rank() / expert_tp;
-                    let backend = rank.backend.clone();
-                    let held = old.layer(0).slots_of_rank(me).iter();
-                    let mut slots: Vec<Option<Mlp>> =
-                        held.map(|&e| Some(expert(backend.as_ref(), shape, e.max(0) as usize))).collect();
-                    let mut staging = Staging::new(backend.as_ref(), 1, shape, 3).unwrap();
-                    staging.reserve_wire(&mut rank).unwrap();
-                    for span in [0..1, 1..20_000, 20_000..20_001, 20_001..WHOLE] {
-                        let slice = Slice { legs: legs.clone(), span };
-                        let sums = staging.transfer(&mut rank, |_| &slots, &slice).unwrap();
-                        assert!(sums.sent.is_some() && sums.received.is_some());
-                    }
-                    let landed = landed.into_iter().filter(|l| l.rank == me);
-                    staging.switch(&mut slots, (me, old.layer(0), new.layer(0)), landed);
-                    for (slot, &wanted) in slots.iter().zip(new.layer(0).slots_of_rank(me)) {
-                        if wanted != EMPTY {
-                            let expected = expert(backend.as_ref(), shape, wanted as usize);
-                            let found = bytes_of(backend.as_ref(), slot.as_ref().unwrap());
-                            assert!(
-                                found == bytes_of(backend.as_ref(), &expected),
-                                "{dtype:?}, rank {me}: expert {wanted}"
-                            );
-                        }
-                    }
-                });
+        on_threads(world, |(_, end)| {
+            let mut rank = rank(end, expert_tp);
+            let me = rank.world.rank() / expert_tp;
+            let backend = rank.backend.clone();
+            let held = old.layer(0).slots_of_rank(me).iter();
+            let mut slots: Vec<Option<Mlp>> =
+                held.map(|&e| Some(expert(backend.as_ref(), shape, e.max(0) as usize))).collect();
+            let mut staging = Staging::new(backend.as_ref(), 1, shape, 3).unwrap();
+            staging.reserve_wire(&mut rank).unwrap();
+            for span in [0..1, 1..20_000, 20_000..20_001, 20_001..WHOLE] {
+                let slice = Slice { legs: legs.clone(), span };
+                let sums = staging.transfer(&mut rank, |_| &slots, &slice).unwrap();
+                assert!(sums.sent.is_some() && sums.received.is_some());
+            }
+            let landed = landed.into_iter().filter(|landed| landed.rank == me);
+            staging.switch(&mut slots, (me, old.layer(0), new.layer(0)), landed);
+            for (slot, &wanted) in slots.iter().zip(new.layer(0).slots_of_rank(me)) {
+                if wanted != EMPTY {
+                    let expected = expert(backend.as_ref(), shape, wanted as usize);
+                    let found = bytes_of(backend.as_ref(), slot.as_ref().unwrap());
+                    assert!(
+                        found == bytes_of(backend.as_ref(), &expected),
+                        "{dtype:?}, rank {me}: expert {wanted}"
+                    );
+                }
             }
         });
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use half::bf16;
 use router_sim::placement::{EMPTY, Placement};
 use router_sim::split::{Split, SplitPlan};
 
@@ -12,19 +13,16 @@ use crate::comm::Communicator;
 use crate::comm::solo::Solo;
 use crate::comm::tests::worlds;
 use crate::error::Error;
-use crate::layers::linear::Linear;
-use crate::layers::mlp::GatedMlp;
-use crate::metrics::{LoadSource, RankMeter, WorkClock};
+use crate::metrics::LoadSource;
 use crate::moe::dispatch::DispatchShape;
 use crate::moe::in_force::InForce;
-use crate::moe::layer::Shared;
-use crate::moe::load::{LoadCounters, Phase, WorldLoad};
-use crate::moe::router::Router;
-use crate::spec::{self, Activation, Moe, Renormalize, Score};
-
-#[path = "../../../tests/support/placements.rs"]
-mod placements;
-use placements::{Numbers, scattered};
+use crate::moe::load::{LoadCounters, WorldLoad};
+use crate::spec::Activation;
+use crate::support::collectives::World;
+use crate::support::moe_rank::{MoeModel, MoeRank, MoeWeights, rank};
+use crate::support::numbers::Numbers;
+use crate::support::placements::{choices, scattered};
+use crate::support::threads::on_threads;
 
 const HIDDEN: usize = 20;
 const WIDTH: usize = 6;
@@ -85,17 +83,6 @@ fn expert(number: usize, x: usize, parts: usize) -> Mlp {
     ReferenceBackend.pack_mlp(&HostMlp { gate, up, down, bias: None }, DType::Bf16).unwrap()
 }
 
-fn router_spec() -> spec::Router {
-    spec::Router {
-        score: Score::Softmax,
-        logit_bias: false,
-        choice_bias: false,
-        groups: None,
-        renormalize: Renormalize::Sum { eps: 0.0 },
-        scale: 1.0,
-    }
-}
-
 impl Case {
     /// EP ranks of `expert_tp` each with `redundant` replicas anywhere.
     fn new(numbers: &mut Numbers, ep: usize, expert_tp: usize, top_k: usize, redundant: usize) -> Case {
@@ -114,35 +101,33 @@ impl Case {
     fn layer(&self, index: usize, rank: usize) -> MoeLayer {
         let (ep_rank, x) = (rank / self.expert_tp, rank % self.expert_tp);
         let numbers = &mut Numbers(7 + index as u64);
-        let router = matrix(numbers, EXPERTS, HIDDEN);
-        let linear =
-            |host| Linear { weight: ReferenceBackend.pack_matrix(&host, DType::F32).unwrap(), bias: None };
-        let slots = self.placement.layer(index).slots_of_rank(ep_rank).iter();
-        MoeLayer {
-            index,
-            router: Router { linear: linear(router), choice_bias: None, spec: router_spec() },
-            slots: slots
+        let (router, gate) = (matrix(numbers, EXPERTS, HIDDEN), matrix(numbers, 1, HIDDEN));
+        let held = self.placement.layer(index).slots_of_rank(ep_rank).iter();
+        let weights = MoeWeights {
+            router: &router,
+            slots: held
                 .map(|&e| (e != EMPTY).then(|| expert(index * EXPERTS + e as usize, x, self.expert_tp)))
                 .collect(),
-            activation: Activation::SiluMul,
-            shared: Some(Shared {
-                mlp: GatedMlp { weights: expert(999, 0, 1), activation: Activation::SiluMul },
-                gate: Some(linear(matrix(numbers, 1, HIDDEN))),
-            }),
-        }
+            shared: expert(999, 0, 1),
+            gate: Some(&gate),
+        };
+        weights.layer(&ReferenceBackend, index)
     }
 
-    fn scratch(&self) -> MoeScratch {
-        let moe = Moe {
+    /// The rank at this end of a world.
+    fn rank(&self, end: Box<dyn Communicator>, load: Arc<LoadCounters>) -> MoeRank {
+        let model = MoeModel {
+            layers: LAYERS,
+            hidden: HIDDEN,
             experts: EXPERTS,
             top_k: self.top_k,
             intermediate: WIDTH,
-            activation: Activation::SiluMul,
-            expert_bias: false,
-            router: router_spec(),
-            shared: None,
+            max_rows: MAX_ROWS,
         };
-        MoeScratch::new(&ReferenceBackend, DType::Bf16, LAYERS, MAX_ROWS, HIDDEN, &moe, self.split).unwrap()
+        let layers = (0..LAYERS).map(|index| self.layer(index, end.rank())).collect();
+        let backend = Arc::new(ReferenceBackend);
+        let rank = rank(backend, end, self.expert_tp, Precision::BF16, Arc::clone(&load.meter));
+        MoeRank::new(&model, self.split, rank, layers, load)
     }
 
     /// Row `row` of rank `rank` in a step.
@@ -151,76 +136,42 @@ impl Case {
         (0..HIDDEN).map(|_| numbers.below(2001) as f32 / 500.0 - 2.0).collect()
     }
 
-    /// All steps on one rank; hosts agree where the steps are not told to decode. `padded` layers of each step are expected.
-    fn run(&self, rank: &mut Rank, decodes: bool, padded: usize, load: &LoadCounters) -> Seen {
-        let (me, backend) = (rank.world.rank(), rank.backend.clone());
-        let layers: Vec<MoeLayer> = (0..LAYERS).map(|index| self.layer(index, me)).collect();
-        let mut scratch = self.scratch();
+    /// All steps on one rank; hosts agree where the steps are not `planned`. So many layers of each step are expected to be `padded`.
+    fn run(&self, mut rank: MoeRank, planned: bool, padded: usize) -> Seen {
+        let me = rank.rank.world.rank();
         let mut outputs = Vec::new();
-        let room = MAX_ROWS + PaddedShape::PADDING;
-        let mut exact = backend.alloc(DType::F32, room, HIDDEN).unwrap();
-        let mut rounded = backend.alloc(DType::Bf16, room, HIDDEN).unwrap();
-        let mut out = backend.alloc(DType::F32, MAX_ROWS, HIDDEN).unwrap();
         for (step, rows) in self.rows.iter().enumerate() {
             let n = rows[me];
             // What is padding holds nothing that may be computed with.
-            fill(&mut exact, f32::NAN);
-            backend.copy_rows(exact.view(), rounded.view_mut()).unwrap();
-            if n > 0 {
-                let x: Vec<f32> = (0..n).flat_map(|row| self.x(step, self.first + me, row)).collect();
-                backend.upload(bytemuck::cast_slice(&x), exact.head_mut(n)).unwrap();
-                backend.copy_rows(exact.head(n), rounded.head_mut(n)).unwrap();
+            fill(&mut rank.exact, f32::NAN);
+            fill(&mut rank.rounded, f32::NAN);
+            rank.set_rows(&(0..n).flat_map(|row| self.x(step, self.first + me, row)).collect::<Vec<_>>());
+            rank.start(n, planned);
+            for layer in 0..LAYERS {
+                fill(&mut rank.out, f32::NAN);
+                rank.forward(layer, &self.placement).unwrap();
+                outputs.push(bits(rank.out.head(n)));
             }
-            scratch.start(rank, n, decodes).unwrap();
-            let phases = vec![Phase::Decode; n];
-            for layer in &layers {
-                fill(&mut out, f32::NAN);
-                let rows = MoeRows {
-                    exact: exact.head(n),
-                    rounded: rounded.head(n),
-                    padded: rounded.head(scratch.padded_rows().unwrap_or(n)),
-                    phases: &phases,
-                };
-                layer.forward(rank, rows, &self.placement, load, &mut scratch, out.head_mut(n)).unwrap();
-                outputs.push(bits(out.head(n)));
-            }
-            let planned =
-                layers.iter().filter(|layer| layer.is_planned(rank, &self.placement, &scratch)).count();
+            let found = rank.planned_layers(&self.placement);
             let nothing = self.world > 1 && rows.iter().all(|&n| n == 0);
-            assert_eq!(planned, if nothing { 0 } else { padded }, "step {step}");
-            if planned > 0 {
-                scratch.fetch(backend.as_ref()).unwrap();
+            assert_eq!(found, if nothing { 0 } else { padded }, "step {step}");
+            if found > 0 {
+                rank.scratch.fetch(&ReferenceBackend).unwrap();
             }
-            for layer in &layers {
-                layer.settle(rank, &self.placement, &phases, load, &mut scratch);
-            }
+            rank.settle(&self.placement);
         }
         Seen {
             outputs,
-            slot_rows: (0..LAYERS).map(|layer| load.slot_rows(layer)).collect(),
-            sent_rows: (0..LAYERS).map(|layer| load.sent_rows(layer)).collect(),
+            slot_rows: (0..LAYERS).map(|layer| rank.load.slot_rows(layer)).collect(),
+            sent_rows: (0..LAYERS).map(|layer| rank.load.sent_rows(layer)).collect(),
         }
     }
 
     /// Runs all ranks of a world.
-    fn run_all(
-        &self,
-        world: Vec<Box<dyn Communicator>>,
-        decodes: bool,
-        padded: usize,
-    ) -> (Vec<Seen>, Counted) {
+    fn run_all(&self, world: World, planned: bool, padded: usize) -> (Vec<Seen>, Counted) {
         let counters: Vec<_> = world.iter().map(|_| Arc::new(LoadCounters::new(&self.placement))).collect();
-        let seen = std::thread::scope(|scope| {
-            let ranks = world.into_iter().zip(&counters);
-            let threads: Vec<_> = ranks
-                .map(|(end, load)| {
-                    scope.spawn(move || {
-                        let mut rank = rank(end, self.expert_tp, Arc::clone(&load.meter));
-                        self.run(&mut rank, decodes, padded, load)
-                    })
-                })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        let seen = on_threads(world.into_iter().zip(&counters), |((_, end), load)| {
+            self.run(self.rank(end, Arc::clone(load)), planned, padded)
         });
         let in_force = Arc::new(InForce::new(Arc::new(self.placement.clone())));
         let all = WorldLoad { in_force, counters };
@@ -232,9 +183,9 @@ impl Case {
     /// Devices find out what hosts agree on, over every transport.
     fn check(&self, what: &str, padded: usize) {
         for (transport, world) in worlds(self.world).into_iter().enumerate() {
-            let ends = |world: Vec<(_, _)>| world.into_iter().map(|(_, end)| end).collect();
-            let by_hosts = self.run_all(ends(worlds(self.world).into_iter().next().unwrap()), false, 0);
-            let by_devices = self.run_all(ends(world), true, padded);
+            let [local, _] = worlds(self.world);
+            let by_hosts = self.run_all(local, false, 0);
+            let by_devices = self.run_all(world, true, padded);
             for (rank, (found, expected)) in by_devices.0.iter().zip(&by_hosts.0).enumerate() {
                 assert_eq!(found, expected, "{what}, transport {transport}, rank {rank}");
             }
@@ -243,21 +194,13 @@ impl Case {
     }
 }
 
-fn rank(world: Box<dyn Communicator>, expert_tp: usize, meter: Arc<RankMeter>) -> Rank {
-    let backend: Arc<dyn Backend> = Arc::new(ReferenceBackend);
-    Rank {
-        tp: Box::new(Solo::new(Arc::clone(&backend))),
-        backend,
-        world,
-        expert_tp,
-        precision: Precision::BF16,
-        clock: WorkClock::new(meter),
-    }
-}
-
 fn fill(tensor: &mut Tensor, value: f32) {
-    let values = vec![value; tensor.rows() * tensor.cols()];
-    ReferenceBackend.upload(bytemuck::cast_slice(&values), tensor.view_mut()).unwrap();
+    let n = tensor.rows() * tensor.cols();
+    let bytes = match tensor.dtype() {
+        DType::F32 => value.to_le_bytes().repeat(n),
+        _ => bf16::from_f32(value).to_le_bytes().repeat(n),
+    };
+    ReferenceBackend.upload(&bytes, tensor.view_mut()).unwrap();
 }
 
 fn bits(view: View<'_>) -> Vec<u32> {
@@ -291,7 +234,7 @@ fn the_world_leaves_the_bits_of_one_rank() {
     for (ep, redundant) in [(2, 0), (4, 3), (8, 8)] {
         let case = Case::new(numbers, ep, 1, 3, redundant);
         let [local, _] = worlds(ep);
-        let (seen, _) = case.run_all(local.into_iter().map(|(_, end)| end).collect(), true, LAYERS);
+        let (seen, _) = case.run_all(local, true, LAYERS);
         for (me, found) in seen.into_iter().enumerate() {
             let alone = Case {
                 world: 1,
@@ -302,9 +245,8 @@ fn the_world_leaves_the_bits_of_one_rank() {
                 ..case
             };
             let solo = Box::new(Solo::new(Arc::new(ReferenceBackend)));
-            let load = LoadCounters::new(&alone.placement);
-            let mut rank = rank(solo, 1, Arc::default());
-            let expected = alone.run(&mut rank, true, LAYERS, &load);
+            let rank = alone.rank(solo, Arc::new(LoadCounters::new(&alone.placement)));
+            let expected = alone.run(rank, true, LAYERS);
             assert_eq!(found.outputs, expected.outputs, "EP {ep}, {redundant} redundant, rank {me}");
         }
     }
@@ -342,17 +284,7 @@ fn rows_are_grouped_as_dispatch_groups_them() {
         let layer = placement.layer(0);
         let counts: Vec<u32> = (0..world).map(|_| numbers.below(9) as u32).collect();
         let rows = *counts.iter().max().unwrap() as usize + 1;
-        // Different experts in a row, few of them often; what pads is no expert at all.
-        let mut ids = vec![i32::MIN; world * rows * top_k];
-        for (at, row) in ids.chunks_mut(top_k).enumerate() {
-            if at % rows < counts[at / rows] as usize {
-                let mut left: Vec<i32> = (0..experts as i32).collect();
-                for id in row {
-                    let below = 1 + numbers.below(left.len());
-                    *id = left.remove(numbers.below(below));
-                }
-            }
-        }
+        let ids = choices(numbers, &counts, rows, experts, top_k);
         let mut world_counts = vec![0; world * experts];
         for (at, &id) in ids.iter().enumerate().filter(|(_, id)| **id >= 0) {
             world_counts[at / top_k / rows * experts + id as usize] += 1;
@@ -443,32 +375,13 @@ fn zero_mlp() -> HostMlp {
 fn a_rank_that_leaves_ends_the_step() {
     let case = Case::new(&mut Numbers(8), 4, 1, 2, 0);
     let [local, _] = worlds(4);
-    let load = LoadCounters::new(&case.placement);
-    let load = &load;
-    std::thread::scope(|scope| {
-        for (me, (_, end)) in local.into_iter().enumerate() {
-            let case = &case;
-            scope.spawn(move || {
-                let mut rank = rank(end, 1, Arc::default());
-                let mut scratch = case.scratch();
-                scratch.start(&mut rank, 1, true).unwrap();
-                if me == 2 {
-                    return;
-                }
-                let rows =
-                    [DType::F32, DType::Bf16].map(|dtype| rank.backend.alloc(dtype, 1, HIDDEN).unwrap());
-                let mut out = rank.backend.alloc(DType::F32, 1, HIDDEN).unwrap();
-                let rows = MoeRows {
-                    exact: rows[0].view(),
-                    rounded: rows[1].view(),
-                    padded: rows[1].view(),
-                    phases: &[Phase::Decode],
-                };
-                let layer = case.layer(0, me);
-                let left =
-                    layer.forward(&mut rank, rows, &case.placement, load, &mut scratch, out.view_mut());
-                assert!(matches!(left, Err(Error::Peer { .. })), "rank {me}: {left:?}");
-            });
+    on_threads(local, |(_, end)| {
+        let mut rank = case.rank(end, Arc::new(LoadCounters::new(&case.placement)));
+        rank.start(1, true);
+        let me = rank.rank.world.rank();
+        if me != 2 {
+            let left = rank.forward(0, &case.placement);
+            assert!(matches!(left, Err(Error::Peer { .. })), "rank {me}: {left:?}");
         }
     });
 }
