@@ -6,13 +6,18 @@
 //! * MLA: what a token keeps: part 0 only, `[(block, token), latent + rope_dim]`, both padded to two registers: the latent is the
 //!   value and, with the rotary key behind it, the key.
 
+use std::ops::Range;
+
 use super::CpuBackend;
-use super::elementwise::convert_row;
-use super::memory::{self, Rows, RowsMut, with_local_scratch};
+use super::elementwise::FloatRows;
+use super::memory::{self, RowsMut, with_local_scratch};
 use super::rows::{for_rows, with_float};
-use super::simd::{Float, MAX_LANES};
+use super::simd::{Float, Kernel, MAX_LANES, Simd};
 use crate::backend::{AttentionBatch, DType, KvCache, KvShape, SeqSpan, View, check};
 use crate::error::Result;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// A vector of `dim` elements with its padding.
 pub(super) fn padded(dim: usize) -> usize {
@@ -73,98 +78,173 @@ pub(super) fn find_span(spans: &[SeqSpan], task: usize, tasks: impl Fn(&SeqSpan)
     panic!("task {task} is {left} after the last")
 }
 
-/// Storing an element of a single key, each in a cache line of its own, takes as long as streaming so many.
+/// Storing an element of a single key, each pair or so in a cache line of its own, takes as long as streaming so many.
 const SCATTER: usize = 8;
 
-/// The part of a cache that [`kv_write`] fills from one operand.
-enum Place {
-    /// Keys of so many KV heads of such a width.
-    Keys(usize, usize),
-    /// Values likewise.
-    Values(usize, usize),
-    /// Columns of a token's row, from one on.
-    Columns(usize),
+/// Where a row of a batch goes.
+struct Place {
+    /// The row.
+    row: usize,
+    /// Block of the cache.
+    block: usize,
+    /// Place in the block.
+    token: usize,
+    /// The token that follows is none of this call.
+    last: bool,
 }
 
-/// Stores the rows of a batch in a part of the cache.
-fn write_part<X: Float, T: Float>(
-    backend: &CpuBackend,
-    source: Rows<'_, X>,
-    (batch, block_size): (&AttentionBatch<'_>, usize),
-    part: &RowsMut<'_, T>,
-    place: &Place,
-) {
+/// The places of some rows of a batch.
+fn places<'a>(
+    batch: &'a AttentionBatch<'_>,
+    block_size: usize,
+    rows: Range<usize>,
+) -> impl Iterator<Item = Place> + 'a {
+    let (first, skipped) = find_span(batch.spans, rows.start, |span| span.rows as usize);
+    let place = move |span: &SeqSpan, r: usize| {
+        let position = span.position as usize + r;
+        Place {
+            row: span.row as usize + r,
+            block: block_table(batch, span)[position / block_size] as usize,
+            token: position % block_size,
+            last: r + 1 == span.rows as usize,
+        }
+    };
+    let spans = batch.spans[first..].iter().enumerate();
+    let all = spans.flat_map(move |(i, span)| {
+        let first = if i == 0 { skipped } else { 0 };
+        (first..span.rows as usize).map(move |r| place(span, r))
+    });
+    all.take(rows.len())
+}
+
+/// Asks for so many cache lines, `pitch` bytes apart.
+struct Fetch {
+    from: *const u8,
+    lines: usize,
+    pitch: usize,
+}
+
+impl Kernel for Fetch {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for i in 0..self.lines {
+            simd.prefetch(self.from.wrapping_add(i * self.pitch));
+        }
+    }
+}
+
+/// Keys and values of a batch on their way to the cache of a layer.
+trait Layout: Sync {
+    /// Storing a row takes as long as streaming so many elements. `alone`: no row of the batch has a neighbour there.
+    fn cost(&self, alone: bool) -> usize;
+    /// Asks for the cache lines that [`Layout::write`] will touch.
+    fn fetch(&self, backend: &CpuBackend, place: &Place);
+    /// Stores one row.
+    ///
+    /// # Safety
+    /// Nobody else touches what the cache has for this token.
+    unsafe fn write(&self, backend: &CpuBackend, place: &Place);
+}
+
+/// Stores the rows of a batch.
+fn write_rows(backend: &CpuBackend, batch: &AttentionBatch<'_>, block_size: usize, layout: &impl Layout) {
     // Neighbours in a prompt share cache lines, which many of them on one thread amortise.
     let alone = batch.rows() == batch.spans.len();
-    let cost = source.cols() * if alone { SCATTER } else { 1 };
-    for_rows(backend, batch.rows(), cost, &|range| {
-        let (mut at, mut r) = find_span(batch.spans, range.start, |span| span.rows as usize);
-        for _ in range {
-            if r == batch.spans[at].rows as usize {
-                at += 1 + batch.spans[at + 1..].iter().take_while(|span| span.rows == 0).count();
-                r = 0;
-            }
-            let span = &batch.spans[at];
-            let p = span.position as usize + r;
-            let (block, token) = (block_table(batch, span)[p / block_size] as usize, p % block_size);
-            let row = source.row(span.row as usize + r);
-            r += 1;
-            // A token that follows in this call would come too late for zeros in its place: another task may write it first.
-            let last = r == span.rows as usize;
-            let head = |heads: usize, head: usize| part.row_ptr(block * heads + head);
+    for_rows(backend, batch.rows(), layout.cost(alone), &|range| {
+        // Since the last step wrote there, weights went through the caches: stores would wait for one line after another.
+        if alone {
+            places(batch, block_size, range.clone()).for_each(|place| layout.fetch(backend, &place));
+        }
+        for place in places(batch, block_size, range) {
             // SAFETY: a position is written by one task, and sequences share no block that they write.
-            unsafe {
-                match *place {
-                    Place::Keys(heads, width) => {
-                        for (h, row) in row.chunks_exact(width).enumerate() {
-                            write_key(backend, row, head(heads, h), token, block_size);
-                        }
-                    }
-                    Place::Values(heads, width) => {
-                        for (h, row) in row.chunks_exact(width).enumerate() {
-                            write_value(backend, row, head(heads, h), token, last);
-                        }
-                    }
-                    Place::Columns(first) => {
-                        let row_of_part = block * block_size + token;
-                        convert_row(backend, row, part.part(row_of_part, first..first + row.len()));
-                    }
-                }
-            }
+            unsafe { layout.write(backend, &place) };
         }
     });
+}
+
+/// Rows of several heads, see [`KvShape::Gqa`].
+struct Heads<'a, T> {
+    k: FloatRows<'a>,
+    v: FloatRows<'a>,
+    keys: RowsMut<'a, T>,
+    values: RowsMut<'a, T>,
+    kv_heads: usize,
+    head_dim: usize,
+    block_size: usize,
+}
+
+impl<T: Float> Layout for Heads<'_, T> {
+    fn cost(&self, alone: bool) -> usize {
+        self.kv_heads * self.head_dim * if alone { SCATTER + 1 } else { 2 }
+    }
+
+    fn fetch(&self, backend: &CpuBackend, &Place { block, token, .. }: &Place) {
+        let words = padded(self.head_dim) / group::<T>();
+        for panel in block * self.kv_heads..(block + 1) * self.kv_heads {
+            let keys = self.keys.row_ptr(panel).cast::<u32>().wrapping_add(token).cast();
+            backend.dispatch(Fetch { from: keys, lines: words, pitch: self.block_size * size_of::<u32>() });
+            let bytes = padded(self.head_dim) * size_of::<u32>();
+            let values = self.values.row_ptr(panel).cast::<u8>().wrapping_add(token / group::<T>() * bytes);
+            backend.dispatch(Fetch { from: values, lines: bytes.div_ceil(LINE), pitch: LINE });
+        }
+    }
+
+    unsafe fn write(&self, backend: &CpuBackend, &Place { row, block, token, last }: &Place) {
+        let width = self.head_dim;
+        with_local_scratch::<T, _>(padded(width), |converted| {
+            for head in 0..self.kv_heads {
+                let (panel, cols) = (block * self.kv_heads + head, head * width..(head + 1) * width);
+                self.k.read(backend, row, cols.clone(), converted);
+                // SAFETY: the caller's promise; scratch is aligned, and a padded width is a whole number of words.
+                unsafe {
+                    let words = padded(width) / group::<T>();
+                    let panel = self.keys.row_ptr(panel).cast();
+                    scatter_words(converted.as_ptr().cast(), words, panel, (token, self.block_size));
+                }
+                self.v.read(backend, row, cols, &mut converted[..width]);
+                // SAFETY: the caller's promise.
+                unsafe { write_value(&converted[..width], self.values.row_ptr(panel), token, last) };
+            }
+        });
+    }
+}
+
+/// Latents with their rotary keys, see [`KvShape::Mla`].
+struct Latents<'a, T> {
+    k: FloatRows<'a>,
+    v: FloatRows<'a>,
+    cache: RowsMut<'a, T>,
+    rope_dim: usize,
+    latent: usize,
+    block_size: usize,
+}
+
+impl<T: Float> Layout for Latents<'_, T> {
+    fn cost(&self, _: bool) -> usize {
+        self.cache.cols() * 2
+    }
+
+    fn fetch(&self, backend: &CpuBackend, &Place { block, token, .. }: &Place) {
+        let from = self.cache.row_ptr(block * self.block_size + token).cast::<u8>();
+        let lines = (self.cache.cols() * size_of::<T>()).div_ceil(LINE);
+        backend.dispatch(Fetch { from, lines, pitch: LINE });
+    }
+
+    unsafe fn write(&self, backend: &CpuBackend, &Place { row, block, token, .. }: &Place) {
+        let at = block * self.block_size + token;
+        let rope = padded_latent(self.latent);
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.v.read(backend, row, 0..self.latent, self.cache.part(at, 0..self.latent));
+            self.k.read(backend, row, 0..self.rope_dim, self.cache.part(at, rope..rope + self.rope_dim));
+        }
+    }
 }
 
 /// Elements of type `T` that lie side by side in a panel.
 const fn group<T>() -> usize {
     size_of::<u32>() / size_of::<T>()
-}
-
-/// One key to its column of a panel `[width][block_size]`.
-///
-/// # Safety
-/// `panel` is such a panel, of a padded width; nobody else touches this token's column.
-unsafe fn write_key<X: Float, T: Float>(
-    backend: &CpuBackend,
-    key: &[X],
-    panel: *mut T,
-    token: usize,
-    block_size: usize,
-) {
-    with_local_scratch::<T, _>(padded(key.len()), |converted| {
-        let (head, padding) = converted.split_at_mut(key.len());
-        convert_row(backend, key, head);
-        padding.fill(T::default());
-        // SAFETY: the caller's promise; scratch is aligned, and a padded width is a whole number of words.
-        unsafe {
-            scatter_words(
-                converted.as_ptr().cast(),
-                padded(key.len()) / group::<T>(),
-                panel.cast(),
-                (token, block_size),
-            )
-        };
-    });
 }
 
 /// `to[i][column] = from[i]` for `n` words; rows of `to` have `pitch`. A word is what lies side by side in a panel.
@@ -185,34 +265,26 @@ pub(super) unsafe fn scatter_words(
 
 /// One value to its row of a panel `[tokens][padded width]`. Where rows lie side by side, the `last` one puts zeros in the place of
 /// its neighbour to come: kernels multiply them by a weight of 0, which what an earlier sequence left there may not survive.
+/// (A neighbour in this call would come too late for that: another task may write it first.)
 ///
 /// # Safety
 /// `panel` is such a panel; nobody else touches this token's row, or that of the next one if it is the `last`.
-unsafe fn write_value<X: Float, T: Float>(
-    backend: &CpuBackend,
-    value: &[X],
-    panel: *mut T,
-    token: usize,
-    last: bool,
-) {
+unsafe fn write_value<T: Float>(value: &[T], panel: *mut T, token: usize, last: bool) {
     let (width, group) = (padded(value.len()), group::<T>());
-    with_local_scratch::<T, _>(value.len(), |converted| {
-        convert_row(backend, value, converted);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let row = panel.add(token / group * group * width + token % group);
-            for (d, &x) in converted.iter().enumerate() {
-                *row.add(d * group) = x;
-            }
-            if last {
-                for neighbour in token % group + 1..group {
-                    for d in 0..value.len() {
-                        *row.add(d * group + neighbour - token % group) = T::default();
-                    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let row = panel.add(token / group * group * width + token % group);
+        for (d, &x) in value.iter().enumerate() {
+            *row.add(d * group) = x;
+        }
+        if last {
+            for neighbour in 1..group - token % group {
+                for d in 0..value.len() {
+                    *row.add(d * group + neighbour) = T::default();
                 }
             }
         }
-    });
+    }
 }
 
 /// See [`crate::backend::Backend::kv_write`].
@@ -224,22 +296,18 @@ pub(super) fn kv_write(
     cache: &mut KvCache,
 ) -> Result<()> {
     check::kv_write(&k, &v, &batch, cache);
-    let (shape, dtype, block_size) = (cache.shape, cache.dtype, cache.block_size);
-    let mut write = |source: View<'_>, part: usize, place: Place| {
-        with_float!(dtype, T => with_float!(source.dtype(), X => {
-            let part = RowsMut::<T>::new(cache.parts[part].view_mut());
-            write_part(backend, Rows::<X>::new(source), (&batch, block_size), &part, &place);
-        }));
-    };
-    match shape {
-        KvShape::Gqa { kv_heads, head_dim } => {
-            write(k, 0, Place::Keys(kv_heads, head_dim));
-            write(v, 1, Place::Values(kv_heads, head_dim));
+    let block_size = cache.block_size;
+    let (k, v) = (FloatRows::new(k), FloatRows::new(v));
+    with_float!(cache.dtype, T => match (cache.shape, &mut cache.parts[..]) {
+        (KvShape::Gqa { kv_heads, head_dim }, [keys, values]) => {
+            let (keys, values) = (RowsMut::<T>::new(keys.view_mut()), RowsMut::new(values.view_mut()));
+            write_rows(backend, &batch, block_size, &Heads { k, v, keys, values, kv_heads, head_dim, block_size });
         }
-        KvShape::Mla { latent, .. } => {
-            write(v, 0, Place::Columns(0));
-            write(k, 0, Place::Columns(padded_latent(latent)));
+        (KvShape::Mla { latent, rope_dim }, [rows]) => {
+            let cache = RowsMut::<T>::new(rows.view_mut());
+            write_rows(backend, &batch, block_size, &Latents { k, v, cache, rope_dim, latent, block_size });
         }
-    }
+        (shape, parts) => panic!("{} parts of a cache of {shape:?}", parts.len()),
+    });
     Ok(())
 }
