@@ -8,13 +8,14 @@ mod library;
 mod link;
 #[cfg(test)]
 pub(super) mod mock;
+mod pieces;
+mod rows;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod under_way;
 mod watch;
 
-use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,15 +23,14 @@ use std::time::Duration;
 use super::local::{Local, check_counts, check_parts};
 use super::{Communicator, all_or_cause};
 use crate::backend::reference::ReferenceBackend;
-use crate::backend::{Backend, DType, Tensor, View, ViewMut};
+use crate::backend::{Backend, View, ViewMut};
 use crate::error::{Error, Result};
 pub use library::Library;
-use library::{BYTES, SUCCESS, UniqueId};
+use library::UniqueId;
 use link::{Line, Link, Seat};
+use pieces::Pieces;
+use rows::{Room, Rows};
 use watch::Watch;
-
-/// Sums of up to so many bytes are gathered whole by every rank: one exchange instead of two, for more bytes.
-const GATHERED_SUM_BYTES: usize = 256 << 10;
 
 /// How a world is connected.
 #[derive(Debug, Clone, Copy)]
@@ -61,72 +61,8 @@ pub struct Nccl {
     part: Room,
     /// How a sum is divided.
     counts: Vec<usize>,
-    outgoing: Vec<Piece>,
-    incoming: Vec<Piece>,
-}
-
-/// Contiguous device memory that another rank gets or fills.
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    rank: usize,
-    address: usize,
-    bytes: usize,
-}
-
-/// Rows in device memory without gaps.
-#[derive(Debug, Clone, Copy)]
-struct Rows {
-    address: usize,
-    row_bytes: usize,
-    rows: usize,
-}
-
-impl Rows {
-    fn of(view: View<'_>) -> Rows {
-        assert!(
-            view.is_contiguous(),
-            "rows with gaps: {} of {} elements, {} apart",
-            view.rows(),
-            view.cols(),
-            view.stride()
-        );
-        Rows { address: view.address(), row_bytes: view.cols() * view.dtype().bytes(), rows: view.rows() }
-    }
-
-    fn piece(self, rank: usize, range: Range<usize>) -> Piece {
-        assert!(range.end <= self.rows, "rows {range:?} of {}", self.rows);
-        let address = self.address + range.start * self.row_bytes;
-        Piece { rank, address, bytes: range.len() * self.row_bytes }
-    }
-}
-
-/// Device memory that grows and is kept, by type.
-#[derive(Default)]
-struct Room(HashMap<DType, Tensor>);
-
-impl Room {
-    fn take(&mut self, backend: &dyn Backend, dtype: DType, rows: usize, cols: usize) -> Result<ViewMut<'_>> {
-        let elements = rows * cols;
-        if self.0.get(&dtype).map_or(0, Tensor::cols) < elements.max(1) {
-            self.0.remove(&dtype);
-            self.0.insert(dtype, backend.alloc(dtype, 1, elements.next_power_of_two())?);
-        }
-        Ok(self.0.get_mut(&dtype).expect("inserted above").reshaped_mut(rows, cols))
-    }
-
-    /// What was last taken.
-    fn view(&self, dtype: DType, rows: usize, cols: usize) -> View<'_> {
-        self.0[&dtype].reshaped(rows, cols)
-    }
-
-    /// `rows` themselves, or a copy without gaps.
-    fn pack<'a>(&'a mut self, backend: &dyn Backend, rows: View<'a>) -> Result<View<'a>> {
-        if rows.is_contiguous() {
-            return Ok(rows);
-        }
-        backend.copy_rows(rows, self.take(backend, rows.dtype(), rows.rows(), rows.cols())?)?;
-        Ok(self.view(rows.dtype(), rows.rows(), rows.cols()))
-    }
+    /// Of the next exchange.
+    pieces: Pieces,
 }
 
 impl Nccl {
@@ -162,6 +98,7 @@ impl Nccl {
     fn connect(mut host: Local, backend: Arc<dyn Backend>, watch: Arc<Watch>) -> Result<Nccl> {
         let id = agree(&mut host, &watch.library)?;
         let (rank, size) = (host.rank(), host.size());
+        let pieces = Pieces::new(rank, watch.options.loopback);
         let link = Link::open(&watch, Seat { rank, size, id, backend: &backend, alarm: host.alarm() })?;
         Ok(Nccl {
             link,
@@ -172,15 +109,17 @@ impl Nccl {
             arrived: Room::default(),
             part: Room::default(),
             counts: Vec::new(),
-            outgoing: Vec::new(),
-            incoming: Vec::new(),
+            pieces,
         })
     }
 
     /// Sends and receives the pieces noted, in one group, and forgets them.
     fn exchange(&mut self, what: &str) -> Result<()> {
-        let outcome = self.enter().and_then(|()| self.put(what, Line::Own)).and_then(|()| self.leave());
-        self.forget();
+        let outcome = self
+            .enter()
+            .and_then(|()| self.pieces.put(&self.link, what, Line::Own))
+            .and_then(|()| self.leave());
+        self.pieces.clear();
         outcome
     }
 
@@ -190,43 +129,11 @@ impl Nccl {
             // Nothing stands beside an exchange then, as what is put there may allocate.
             meanwhile().and_then(|()| self.exchange(what))
         } else {
-            let put = self.put(what, Line::Beside).and_then(|()| meanwhile());
+            let put = self.pieces.put(&self.link, what, Line::Beside).and_then(|()| meanwhile());
             put.and_then(|()| self.backend.join()).and_then(|()| self.leave())
         };
-        self.forget();
+        self.pieces.clear();
         outcome
-    }
-
-    fn forget(&mut self) {
-        self.outgoing.clear();
-        self.incoming.clear();
-    }
-
-    /// Puts the pieces noted into a stream.
-    fn put(&self, what: &str, line: Line) -> Result<()> {
-        if !(self.outgoing.is_empty() && self.incoming.is_empty()) {
-            let (outgoing, incoming) = (&self.outgoing, &self.incoming);
-            self.link.call(what, line, |functions, handle, stream| {
-                // SAFETY: groups are the calling thread's own.
-                let started = unsafe { (functions.group_start)() };
-                let sends = outgoing.iter().map(|piece| {
-                    let (data, peer) = (piece.address as *const c_void, piece.rank as c_int);
-                    // SAFETY: the piece is device memory of that size, kept until the stream has passed; so is the stream.
-                    unsafe { (functions.send)(data, piece.bytes, BYTES, peer, handle, stream) }
-                });
-                let receives = incoming.iter().map(|piece| {
-                    let (data, peer) = (piece.address as *mut c_void, piece.rank as c_int);
-                    // SAFETY: as above; nobody else touches the memory before the stream has passed.
-                    unsafe { (functions.receive)(data, piece.bytes, BYTES, peer, handle, stream) }
-                });
-                let failed = std::iter::once(started).chain(sends).chain(receives).find(|&code| !good(code));
-                // A group that was started is ended, whatever came of its calls.
-                // SAFETY: as above.
-                let ended = if good(started) { unsafe { (functions.group_end)() } } else { started };
-                failed.unwrap_or(ended)
-            })?;
-        }
-        Ok(())
     }
 
     /// Before an exchange: nothing is allocated or freed from here to [`Nccl::leave`].
@@ -245,101 +152,12 @@ impl Nccl {
         if self.watch.options.shared_gpu { self.link.drain() } else { Ok(()) }
     }
 
-    /// Notes the parts of `rows`, `counts` rows each, for the ranks they go to.
-    fn send_parts(&mut self, rows: Rows, counts: impl Iterator<Item = usize>) {
-        let mut start = 0;
-        for (r, count) in counts.enumerate() {
-            self.send(rows.piece(r, start..start + count));
-            start += count;
-        }
-    }
-
-    /// Notes the parts of `out`, `counts` rows each, for the ranks they come from.
-    fn receive_parts(&mut self, out: Rows, counts: impl Iterator<Item = usize>) {
-        let mut start = 0;
-        for (r, count) in counts.enumerate() {
-            self.receive(out.piece(r, start..start + count));
-            start += count;
-        }
-    }
-
-    fn send(&mut self, piece: Piece) {
-        if self.travels(piece) {
-            self.outgoing.push(piece);
-        }
-    }
-
-    fn receive(&mut self, piece: Piece) {
-        if self.travels(piece) {
-            self.incoming.push(piece);
-        }
-    }
-
-    fn travels(&self, piece: Piece) -> bool {
-        piece.bytes > 0 && (piece.rank != self.host.rank() || self.watch.options.loopback)
-    }
-
     /// Copies what a rank has for itself.
     fn keep(&self, rows: View<'_>, out: ViewMut<'_>) -> Result<()> {
         if rows.rows() == 0 || self.watch.options.loopback {
             return Ok(());
         }
         self.backend.copy_rows(rows, out)
-    }
-
-    /// Adds up what all ranks sent, `out.rows()` rows each in `arrived`, in rank order; `own` in place of what this rank sent.
-    fn add_up(&self, own: Option<View<'_>>, mut out: ViewMut<'_>) -> Result<()> {
-        let (rows, cols, size) = (out.rows(), out.cols(), self.host.size());
-        if rows == 0 {
-            return Ok(());
-        }
-        let arrived = self.arrived.view(out.dtype(), rows * size, cols);
-        for r in 0..size {
-            let term = match own {
-                Some(own) if r == self.host.rank() => own,
-                _ => arrived.rows_range(r * rows..(r + 1) * rows),
-            };
-            match r {
-                0 => self.backend.copy_rows(term, out.reborrow())?,
-                _ => self.backend.add_scaled(term, 1.0, out.reborrow())?,
-            }
-        }
-        Ok(())
-    }
-
-    /// The sum of few bytes: every rank gets the rows of all.
-    fn sum_gathered(&mut self, x: ViewMut<'_>) -> Result<()> {
-        let (rows, cols, dtype) = (x.rows(), x.cols(), x.dtype());
-        let backend = Arc::clone(&self.backend);
-        let all = self.arrived.take(backend.as_ref(), dtype, rows * self.host.size(), cols)?;
-        let into = all.as_view().address() as *mut c_void;
-        let own = Rows::of(self.packed.pack(backend.as_ref(), x.as_view())?).piece(self.host.rank(), 0..rows);
-        if own.bytes == 0 {
-            return Ok(());
-        }
-        self.enter()?;
-        self.link.call("a sum over ranks", Line::Own, |functions, handle, stream| {
-            let from = own.address as *const c_void;
-            // SAFETY: device memory of `bytes` and `bytes * size`, kept until the stream has passed.
-            unsafe { (functions.all_gather)(from, into, own.bytes, BYTES, handle, stream) }
-        })?;
-        self.leave()?;
-        self.add_up(None, x)
-    }
-
-    /// The sum of many bytes: every rank adds up a part of the rows, and all gather the parts.
-    fn sum_divided(&mut self, mut x: ViewMut<'_>) -> Result<()> {
-        let (rank, size, rows) = (self.host.rank(), self.host.size(), x.rows());
-        let mut counts = std::mem::take(&mut self.counts);
-        counts.clear();
-        counts.extend((0..size).map(|r| rows * (r + 1) / size - rows * r / size));
-        let mut part = std::mem::take(&mut self.part);
-        let backend = Arc::clone(&self.backend);
-        let mut sum = part.take(backend.as_ref(), x.dtype(), counts[rank], x.cols())?;
-        self.reduce_scatter_rows(x.as_view(), &counts, sum.reborrow())?;
-        self.all_gather_rows(sum.as_view(), &counts, x.reborrow())?;
-        (self.part, self.counts) = (part, counts);
-        Ok(())
     }
 }
 
@@ -353,8 +171,7 @@ impl Communicator for Nccl {
     }
 
     fn all_reduce_sum(&mut self, x: ViewMut<'_>) -> Result<()> {
-        let bytes = x.rows() * x.cols() * x.dtype().bytes();
-        if bytes <= GATHERED_SUM_BYTES { self.sum_gathered(x) } else { self.sum_divided(x) }
+        self.sum(x)
     }
 
     fn reduce_scatter_rows(&mut self, input: View<'_>, counts: &[usize], out: ViewMut<'_>) -> Result<()> {
@@ -366,8 +183,8 @@ impl Communicator for Nccl {
         let arrived = self.arrived.take(backend.as_ref(), out.dtype(), own * size, cols)?;
         let into = Rows::of(arrived.as_view());
         let from = Rows::of(self.packed.pack(backend.as_ref(), input)?);
-        self.send_parts(from, counts.iter().copied());
-        self.receive_parts(into, std::iter::repeat_n(own, size));
+        self.pieces.send_parts(from, counts.iter().copied());
+        self.pieces.receive_parts(into, std::iter::repeat_n(own, size));
         self.exchange("a sum over ranks")?;
         let start = counts[..rank].iter().sum::<usize>();
         self.add_up((!self.watch.options.loopback).then(|| input.rows_range(start..start + own)), out)
@@ -389,9 +206,9 @@ impl Communicator for Nccl {
         };
         let from = Rows::of(self.packed.pack(backend.as_ref(), own)?);
         for r in 0..counts.len() {
-            self.send(from.piece(r, 0..from.rows));
+            self.pieces.send(from.piece(r, 0..from.rows));
         }
-        self.receive_parts(into, counts.iter().copied());
+        self.pieces.receive_parts(into, counts.iter().copied());
         self.exchange("gathering rows")?;
         if direct { Ok(()) } else { self.unpack(out, start..start + own.rows()) }
     }
@@ -408,9 +225,9 @@ impl Communicator for Nccl {
             self.keep(*own, out.reborrow().rows_range(rank * rows..(rank + 1) * rows))?;
             let (from, into) = (Rows::of(*own), Rows::of(out.as_view()));
             for r in 0..size {
-                self.send(from.piece(r, 0..rows));
+                self.pieces.send(from.piece(r, 0..rows));
             }
-            self.receive_parts(into, std::iter::repeat_n(rows, size));
+            self.pieces.receive_parts(into, std::iter::repeat_n(rows, size));
         }
         self.exchange_beside("gathering rows", meanwhile)
     }
@@ -452,8 +269,8 @@ impl Communicator for Nccl {
             }
         };
         let from = Rows::of(self.packed.pack(backend.as_ref(), rows)?);
-        self.send_parts(from, sent.iter().copied());
-        self.receive_parts(into, received.iter().copied());
+        self.pieces.send_parts(from, sent.iter().copied());
+        self.pieces.receive_parts(into, received.iter().copied());
         self.exchange("all-to-all")?;
         if direct { Ok(()) } else { self.unpack(out, kept) }
     }
@@ -479,8 +296,7 @@ impl Communicator for Nccl {
         }
         // Only pairs that are both ready meet.
         let mine = prepared.is_ok();
-        self.outgoing.retain(|piece| mine && ready(piece.rank));
-        self.incoming.retain(|piece| mine && ready(piece.rank));
+        self.pieces.retain(|rank| mine && ready(rank));
         self.exchange("passing rows on")?;
         prepared?;
         match received {
@@ -519,8 +335,7 @@ impl Nccl {
         sent: Option<(usize, View<'_>)>,
         received: Option<&mut (usize, ViewMut<'_>)>,
     ) -> Result<()> {
-        self.outgoing.clear();
-        self.incoming.clear();
+        self.pieces.clear();
         let own = self.rank();
         match (sent, received) {
             (Some((to, rows)), Some((from, out))) if to == own && *from == own => {
@@ -542,7 +357,7 @@ impl Nccl {
     ) -> Result<()> {
         if let Some((to, rows)) = sent {
             let rows = Rows::of(self.packed.pack(backend.as_ref(), rows)?);
-            self.send(rows.piece(to, 0..rows.rows));
+            self.pieces.send(rows.piece(to, 0..rows.rows));
         }
         if let Some((from, out)) = received {
             let view = out.as_view();
@@ -553,7 +368,7 @@ impl Nccl {
                     Rows::of(self.arrived.take(backend.as_ref(), view.dtype(), rows, cols)?.as_view())
                 }
             };
-            self.receive(into.piece(from, 0..into.rows));
+            self.pieces.receive(into.piece(from, 0..into.rows));
         }
         Ok(())
     }
@@ -578,10 +393,6 @@ impl Drop for Nccl {
         self.host.alarm().raise(&format!("rank {} of this group failed or left", self.host.rank()));
         self.link.close();
     }
-}
-
-fn good(code: library::Code) -> bool {
-    matches!(code, SUCCESS | library::IN_PROGRESS)
 }
 
 /// Rank 0 names the group, the others hear of it.

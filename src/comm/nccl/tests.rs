@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::mock::{self, communicators, library};
 use super::*;
+use crate::backend::DType;
 use crate::backend::reference::ReferenceBackend;
 use crate::support::threads::on_threads;
 
