@@ -1,10 +1,11 @@
 //! `--check-weights`: reads every value once and names the tensors that hold NaN or infinities.
 
 use super::checkpoint::Checkpoint;
+use super::finder::Finder;
 use super::inventory::{Item, RoleShape, What, expert_shape, inventory};
 use super::names::TensorNames;
 use super::reader::Progress;
-use super::stored::{Finder, StoredMatrix, StoredVector};
+use super::stored::{StoredMatrix, StoredVector};
 use crate::error::{Problem, Problems};
 use crate::spec::ModelSpec;
 use crate::{Error, Result};

@@ -1,7 +1,7 @@
 //! What a model's checkpoint must hold: the roles a [`ModelSpec`] has, their shapes, and the list of all of them.
 
+use super::finder::{ExpertShape, MlpMatrix};
 use super::names::{ExpertNames, MlpNames, Role, TensorNames, fill};
-use super::stored::{ExpertShape, MlpMatrix};
 use crate::spec::{Attention, FeedForward, ModelSpec, NormKind, QkNorm};
 
 /// Shape and storage of one role.

@@ -5,6 +5,7 @@ mod checkpoint;
 mod checksum;
 mod collapse;
 mod dummy;
+mod finder;
 mod finite;
 mod inventory;
 mod mmap;

@@ -2,9 +2,10 @@
 //! what it owns (see [`super::shard`]), and nothing else is touched.
 
 use super::checkpoint::Checkpoint;
+use super::finder::{Finder, MlpMatrix};
 use super::inventory::{RoleShape, expert_shape, role_shape};
 use super::names::{MlpNames, Role, TensorNames, fill};
-use super::stored::{Finder, MlpMatrix, StoredMatrix, StoredVector};
+use super::stored::{StoredMatrix, StoredVector};
 use crate::backend::{DType, HostData, HostMatrix, HostMlp, HostMlpBias};
 use crate::error::{Problem, Problems};
 use crate::spec::{FeedForward, ModelSpec};

@@ -2,9 +2,9 @@
 
 use super::checkpoint::Checkpoint;
 use super::collapse::collapse;
+use super::finder::{Finder, MlpMatrix};
 use super::inventory::{Item, Part, RoleShape, What, expert_shape, inventory, sum_by_part};
 use super::names::TensorNames;
-use super::stored::{Finder, MlpMatrix};
 use crate::error::{Problem, Problems};
 use crate::spec::ModelSpec;
 use crate::{Error, Result};

@@ -1,4 +1,4 @@
-//! config.json to spec: the fixtures, published configurations, other shapes of the same families, and refusals.
+//! config.json to spec: the fixtures, other shapes of the same families, and refusals.
 
 #[path = "../support/fixtures.rs"]
 mod fixtures;
