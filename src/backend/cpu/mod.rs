@@ -27,8 +27,11 @@ mod product;
 mod rope;
 mod route;
 mod rows;
+mod share;
 mod tile;
 mod work;
+
+use std::sync::Mutex;
 
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix,
@@ -38,6 +41,7 @@ use crate::error::Result;
 use crate::spec::{Activation, Router};
 use memory::Scratch;
 use pool::Pool;
+use share::Shares;
 use simd::{Isa, Kernel};
 use work::WorkList;
 
@@ -57,6 +61,8 @@ struct Buffers {
     intermediate: Scratch,
     /// The items of a product.
     work: WorkList,
+    /// The tasks of an operation on rows.
+    rows: Mutex<Shares>,
 }
 
 impl CpuBackend {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::CpuBackend;
+use super::pool::try_lock;
 use super::simd::{Float, Simd};
 
 /// Elements worth a task of their own: a few microseconds of streaming, more than waking a thread costs.
@@ -12,10 +13,18 @@ const GRAIN: usize = 8 * 1024;
 /// operations that treat every row by itself, so that the division cannot show in the result.
 pub(super) fn for_rows(backend: &CpuBackend, rows: usize, cols: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
     let per_task = (GRAIN / cols.max(1)).max(1);
-    backend.pool().run(rows.div_ceil(per_task), &|task| {
-        let first = task * per_task;
-        body(first..rows.min(first + per_task));
-    });
+    let tasks = u32::try_from(rows.div_ceil(per_task)).expect("fewer tasks than 2^32");
+    let each = |tasks: Range<u32>| {
+        for task in tasks {
+            let first = task as usize * per_task;
+            body(first..rows.min(first + per_task));
+        }
+    };
+    // Inside another operation on rows the threads are at work.
+    match try_lock(&backend.scratch.rows) {
+        Some(mut shares) if tasks > 1 => shares.deal(backend.pool(), tasks, &each),
+        _ => each(0..tasks),
+    }
 }
 
 /// `body` with the name `$T` standing for the Rust type of a floating point [`crate::backend::DType`].
