@@ -18,13 +18,10 @@ use super::elementwise::{FloatRows, FloatRowsMut, convert_row};
 use super::kv::{block_table, padded, padded_latent, scatter_words};
 use super::memory::{Rows, with_local_scratch};
 use super::mla_weights::{COLUMNS, KEY_PANELS, KEY_ROWS, VALUE_PANELS};
-use super::product::{Ahead, Operand, Panel, Strided, Sums, product};
+use super::product::{Operand, Strided, product};
 use super::simd::{Float, Kernel, Simd};
 use crate::backend::{AttentionBatch, DType, KvShape, MlaArgs, SeqSpan, ViewMut, check};
 use crate::error::Result;
-
-/// How far ahead of their use weights are fetched, in elements.
-const AHEAD: usize = 2048;
 
 /// See [`crate::backend::Backend::attention_mla`].
 pub(super) fn attention_mla(backend: &CpuBackend, args: MlaArgs<'_>, out: ViewMut<'_>) -> Result<()> {
@@ -194,7 +191,7 @@ where
                     self.backend.dispatch(Expand::<T, W> {
                         key_rows: (key_rows, nope),
                         // SAFETY: nobody writes them any more.
-                        columns: unsafe { columns.get(b) }.as_ptr(),
+                        columns: unsafe { &columns.get(b)[..self.latent * self.block_size] },
                         latents: (
                             self.block_rows(span, b),
                             self.block_size.min(context - b * self.block_size),
@@ -245,9 +242,16 @@ where
         }
     }
 
-    /// `sums = x . matrix`, `[rows, depth]` times panels of `[depth, width]`.
-    fn multiply(&self, x: &[T], (panels, depth): (&[W], usize), (sums, width): (&mut [f32], usize)) {
-        let rows = x.len() / depth;
+    /// `sums = x . matrix`, `[rows, depth]` times panels of `[depth, width]` that are met once.
+    ///
+    /// # Safety
+    /// `x` has so many rows, which nobody writes meanwhile.
+    unsafe fn multiply(
+        &self,
+        (x, rows): (Strided<T>, usize),
+        (panels, depth): (&[W], usize),
+        (sums, width): (&mut [f32], usize),
+    ) {
         assert!(panels.len() == depth * width && sums.len() == rows * width, "{depth} x {width} panels");
         self.backend.dispatch(ByPanels { x, rows, panels, depth, sums, width });
     }
@@ -255,7 +259,7 @@ where
 
 /// `sums[r] = x[r] . matrix`: `x` is `[rows, depth]`, the matrix panels of `[depth, width]`.
 struct ByPanels<'a, T, W> {
-    x: &'a [T],
+    x: Strided<T>,
     rows: usize,
     panels: &'a [W],
     depth: usize,
@@ -267,29 +271,28 @@ impl<T: Operand<W>, W: Float> Kernel for ByPanels<'_, T, W> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let x = Strided { start: self.x.as_ptr(), stride: self.depth };
-        // SAFETY: the caller has compared the lengths.
-        unsafe { by_panels(simd, (x, self.rows), (self.panels, self.depth), (self.sums, self.width)) }
+        let ByPanels { x, rows, panels, depth, sums, width } = self;
+        // SAFETY: the caller has compared the lengths, and was promised the rows.
+        unsafe { by_panels::<S, T, W, true>(simd, (x, rows), (panels, depth), (sums, width)) }
     }
 }
 
-/// See [`ByPanels`].
+/// See [`ByPanels`]. `ONCE`: the matrix is not used again for long.
 ///
 /// # Safety
 /// `x` has `rows` rows of `depth`, `sums` room for as many of `width`.
 #[inline(always)]
-unsafe fn by_panels<S: Simd, T: Operand<W>, W: Float>(
+unsafe fn by_panels<S: Simd, T: Operand<W>, W: Float, const ONCE: bool>(
     simd: S,
     x: (Strided<T>, usize),
     (panels, depth): (&[W], usize),
     (sums, width): (&mut [f32], usize),
 ) {
     for (panel, column) in panels.chunks_exact(depth * COLUMNS).zip((0..width).step_by(COLUMNS)) {
-        let panel = Panel { start: panel.as_ptr(), k: depth, pitch: COLUMNS, ahead: Ahead::by(AHEAD) };
         // SAFETY: a panel of this depth; the rest is the caller's promise.
         unsafe {
-            let sums = Sums { start: sums.as_mut_ptr().add(column), stride: width, add: false };
-            product::<S, T::Product<S>, false>(simd, x, (panel, COLUMNS), sums);
+            let sums = (sums.as_mut_ptr().add(column), width);
+            product::<S, T::Product<S>, ONCE>(simd, x, (panel, COLUMNS), sums);
         }
     }
 }
@@ -299,7 +302,7 @@ struct Expand<'a, T, W> {
     /// `W_k`, with so many rows.
     key_rows: (Strided<T>, usize),
     /// The block's latents as columns.
-    columns: *const T,
+    columns: &'a [T],
     /// The block's latents as rows, those that there are.
     latents: (Strided<T>, usize),
     /// `W_v`.
@@ -321,15 +324,16 @@ where
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let tokens = self.block_size;
-        let panel = Panel { start: self.columns, k: self.depth, pitch: tokens, ahead: Ahead::NONE };
-        let sums = Sums { start: self.sums.as_mut_ptr(), stride: tokens, add: false };
+        let sums = (self.sums.as_mut_ptr(), tokens);
         // SAFETY: matrices of the sizes that their makers state.
         unsafe {
-            product::<S, <T as Operand<T>>::Product<S>, false>(simd, self.key_rows, (panel, tokens), sums);
+            let columns = (self.columns, tokens);
+            product::<S, <T as Operand<T>>::Product<S>, false>(simd, self.key_rows, columns, sums);
             to_panel(simd, (self.sums, tokens), self.keys, tokens);
             let v = self.values.len() / tokens;
             let width = v.next_multiple_of(COLUMNS);
-            by_panels(simd, self.latents, (self.value_panels, self.depth), (self.sums, width));
+            let value_panels = (self.value_panels, self.depth);
+            by_panels::<S, T, W, false>(simd, self.latents, value_panels, (self.sums, width));
             self.sums[self.latents.1 * width..tokens * width].fill(0.0);
             to_panel(simd, (self.sums, width), self.values, v);
         }

@@ -10,6 +10,12 @@ use half::bf16;
 
 use super::simd::{Float, Simd};
 
+/// Bytes of one block of a panel at most: it, the next one and the rows fit into a first-level cache of 48 KiB, and sums seldom leave the
+/// registers.
+pub const BLOCK_BYTES: usize = 18 << 10;
+/// How far ahead a single strip of rows fetches weights: somewhat more than what arrives from memory in the time of one access.
+const AHEAD_BYTES: usize = 8 << 10;
+
 /// Where rows of activations start and how far apart they are.
 pub struct Strided<T> {
     /// Element (0, 0).
@@ -242,35 +248,100 @@ pub struct Sums {
     pub add: bool,
 }
 
-/// `sums[r][j] (+)= sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`]. `ONCE`: what
-/// is fetched ahead is not used again for long, after this product or the next.
+/// `sums[r][j] = sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`], block after block of k:
+/// one block stays in the first-level cache while all rows pass over it, and what lies behind it, of this panel or the next, is on its
+/// way meanwhile. One block at least, so that sums over nothing are written too. `ONCE`: what is fetched is not used again for long.
 ///
 /// # Safety
-/// Rows of activations, panel and sums are as large as said, and nobody writes them meanwhile.
+/// Rows of activations and of sums, `stride` elements apart, are as large as said, and nobody else touches them meanwhile.
 #[inline(always)]
 pub unsafe fn product<S: Simd, P: Product<S>, const ONCE: bool>(
     simd: S,
     (a, rows): (Strided<P::A>, usize),
-    (panel, columns): (Panel<P::W>, usize),
+    (panel, columns): (&[P::W], usize),
+    (sums, stride): (*mut f32, usize),
+) {
+    let depth = panel.len() / columns;
+    // Of like lengths: a short one would be over before all of the next is fetched.
+    let count = depth.div_ceil(block_k::<P::W>(columns)).max(1);
+    let length = depth.div_ceil(count).next_multiple_of(P::STEP);
+    let mut k = 0;
+    loop {
+        let block = Block {
+            start: panel[k * columns..].as_ptr(),
+            k: length.min(depth - k),
+            pitch: columns,
+            next: length * columns,
+        };
+        // SAFETY: k lies in the panel, and so in the activations.
+        unsafe {
+            let a = Strided { start: a.at(0, k), ..a };
+            let sums = Sums { start: sums, stride, add: k > 0 };
+            strips::<S, P, ONCE>(simd, (a, rows), (block, columns), sums);
+        }
+        k += length;
+        if k >= depth {
+            return;
+        }
+    }
+}
+
+/// k of one block of a panel at most: whole pairs.
+pub const fn block_k<W>(columns: usize) -> usize {
+    BLOCK_BYTES / (columns * size_of::<W>()) / 2 * 2
+}
+
+/// One block of a panel.
+pub struct Block<W> {
+    /// Its first weight.
+    pub start: *const W,
+    /// Its k, a whole number of steps.
+    pub k: usize,
+    /// Columns from one k to the next.
+    pub pitch: usize,
+    /// Elements to the block after it; 0 where that is in the cache anyway, as this one is.
+    pub next: usize,
+}
+
+/// All rows times one block, strip by strip. A single strip waits for memory anyway and fetches a little ahead. Of several, each fetches its
+/// share of the next block, so that memory is as busy during every one of them: in the last alone, fetches would come faster than memory
+/// answers, and computing would wait for them.
+///
+/// # Safety
+/// Rows of activations, block and sums are as large as said, and nobody writes them meanwhile.
+#[inline(always)]
+pub unsafe fn strips<S: Simd, P: Product<S>, const ONCE: bool>(
+    simd: S,
+    (a, rows): (Strided<P::A>, usize),
+    (block, columns): (Block<P::W>, usize),
     sums: Sums,
 ) {
+    let Block { start, k, pitch, next } = block;
+    let strips = rows.div_ceil(const { tallest::<S>() });
+    let share = k.div_ceil(P::STEP).div_ceil(strips.max(1)) * P::STEP * pitch;
     let mut row = 0;
-    while row < rows {
-        let height = const { tallest::<S>() }.min(rows - row);
+    for strip in 0..strips {
+        // Of like heights: a strip of one row waits for its own sums.
+        let height = (rows - row).div_ceil(strips - strip);
+        let ahead = match next {
+            0 => Ahead::NONE,
+            _ if strips == 1 => Ahead::by(AHEAD_BYTES / size_of::<P::W>()),
+            next => Ahead { distance: next + strip * share, every: strips },
+        };
         // SAFETY: rows [row, row + height) exist; the rest is the caller's promise.
         unsafe {
             let a = Strided { start: a.at(row, 0), ..a };
             let sums = Sums { start: sums.start.add(row * sums.stride), ..sums };
-            strip::<S, P, ONCE>(simd, (a, height), (panel, columns), sums);
+            self::strip::<S, P, ONCE>(simd, (a, height), (Panel { start, k, pitch, ahead }, columns), sums);
         }
         row += height;
     }
 }
 
-/// [`product`] of [`tallest`] rows at most.
+/// One strip of rows, [`tallest`] at most, times some columns.
 ///
 /// # Safety
-/// See [`product`].
+/// See [`strips`].
 #[inline(always)]
 pub unsafe fn strip<S: Simd, P: Product<S>, const ONCE: bool>(
     simd: S,

@@ -12,13 +12,16 @@ use super::super::elementwise::convert_row;
 use super::super::kv::{block_table, find_span, padded, padded_latent};
 use super::super::memory::with_local_scratch;
 use super::super::mla_weights::COLUMNS;
-use super::super::product::Operand;
+use super::super::operand::{Form, row_stride};
+use super::super::product::{Operand, Strided};
 use super::super::simd::Float;
 use super::{Call, Pieces, absorbed_rows, expanded_rows};
-use crate::backend::SeqSpan;
+use crate::backend::{DType, SeqSpan};
 
 /// Rows that go through a head's matrix together.
 const ROWS: usize = 32;
+/// Latents of a head that are computed together, a multiple of [`COLUMNS`]: the sums of [`ROWS`] rows stay in the first-level cache.
+const TOGETHER: usize = 4 * COLUMNS;
 /// Tasks of a thread at least, where work can be divided so: one thread may be slower than another.
 const TASKS_PER_THREAD: usize = 4;
 /// Most f32 of parts of divided sequences; beyond, none is divided.
@@ -51,8 +54,11 @@ where
                 };
                 let pieces = Pieces::new(&mut *q, width);
                 by_head(&|head, chunk| self.queries_to_latents(head, chunk, rows, &pieces));
-                with_local_scratch::<T, _>(queries * self.latent, |means| {
-                    let means = Pieces::new(means, self.latent);
+                let form = if T::DTYPE == DType::Bf16 { Form::Pairs } else { Form::F32 };
+                let pitch = row_stride(self.latent, form);
+                with_local_scratch::<T, _>(queries * pitch, |means| {
+                    let means =
+                        MeanLatents { pieces: Pieces::new(means, pitch), rows: count, latent: self.latent };
                     self.attend_absorbed(q, &means);
                     by_head(&|head, chunk| self.latents_to_outputs(head, chunk, rows, &means));
                 });
@@ -67,25 +73,33 @@ where
 
     /// `q' = W_k^T q_nope` of some absorbed rows and one head, and its rotary part.
     fn queries_to_latents(&self, head: usize, chunk: Range<usize>, rows: &[i32], q: &Pieces<'_, T>) {
-        let (depth, width) = (padded(self.nope), self.latent.next_multiple_of(COLUMNS));
+        let depth = padded(self.nope);
+        // SAFETY: a row and head are in one task.
+        let to = |a: usize| unsafe { q.get(a * self.heads + head) };
         with_local_scratch::<T, _>(chunk.len() * depth, |queries| {
-            for (to, &row) in queries.chunks_exact_mut(depth).zip(&rows[chunk.clone()]) {
-                self.read_nope(row as usize, head, to);
+            for (a, query) in chunk.clone().zip(queries.chunks_exact_mut(depth)) {
+                self.read_nope(rows[a] as usize, head, query);
+                self.read_rope(rows[a] as usize, head, &mut to(a)[self.latent..]);
             }
-            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
-                self.multiply(queries, (self.key_panels.row(head), depth), (sums, width));
-                for (a, sums) in chunk.clone().zip(sums.chunks_exact(width)) {
-                    // SAFETY: a row and head are in one task.
-                    let to = unsafe { q.get(a * self.heads + head) };
-                    convert_row(self.backend, &sums[..self.latent], &mut to[..self.latent]);
-                    self.read_rope(rows[a] as usize, head, &mut to[self.latent..]);
+            let queries = (Strided { start: queries.as_ptr(), stride: depth }, chunk.len());
+            with_local_scratch::<f32, _>(chunk.len() * TOGETHER, |sums| {
+                let panels = self.key_panels.row(head).chunks(depth * TOGETHER);
+                for (panels, first) in panels.zip((0..self.latent).step_by(TOGETHER)) {
+                    let width = panels.len() / depth;
+                    let sums = &mut sums[..chunk.len() * width];
+                    // SAFETY: rows of our own.
+                    unsafe { self.multiply(queries, (panels, depth), (sums, width)) };
+                    for (a, sums) in chunk.clone().zip(sums.chunks_exact(width)) {
+                        let to = &mut to(a)[first..self.latent.min(first + width)];
+                        convert_row(self.backend, &sums[..to.len()], to);
+                    }
                 }
             });
         });
     }
 
     /// From queries to mean latents.
-    fn attend_absorbed(&self, q: &[T], means: &Pieces<'_, T>) {
+    fn attend_absorbed(&self, q: &[T], means: &MeanLatents<'_, T>) {
         let (spans, pool) = (self.batch.spans, self.backend.pool());
         let division = Division::new(spans, pool.threads(), |span| self.shape(span));
         let part_width = part_width(self.latent);
@@ -113,7 +127,8 @@ where
                     self.attend(span, (queries.clone(), 0..usize::MAX), q, parts);
                     for (i, parts) in queries.zip(own.chunks_exact_mut(part_width)) {
                         // SAFETY: a query is in one task.
-                        self.backend.dispatch(Mean { parts, out: unsafe { means.get(before + i) } });
+                        self.backend
+                            .dispatch(Mean { parts, out: unsafe { means.of(before + i, self.heads) } });
                     }
                 });
             });
@@ -127,9 +142,8 @@ where
                 let groups = self.shape(&spans[index]).groups(i);
                 // SAFETY: a query is in one task, and the round that wrote its parts is over.
                 unsafe {
-                    let (parts, out) =
-                        (parts.range(first..first + groups), means.get(self.queries_before(index) + i));
-                    self.backend.dispatch(Mean { parts, out });
+                    let out = means.of(self.queries_before(index) + i, self.heads);
+                    self.backend.dispatch(Mean { parts: parts.range(first..first + groups), out });
                 }
             });
         });
@@ -164,21 +178,45 @@ where
     }
 
     /// `out = W_v o` of some absorbed rows and one head.
-    fn latents_to_outputs(&self, head: usize, chunk: Range<usize>, rows: &[i32], latents: &Pieces<'_, T>) {
+    fn latents_to_outputs(&self, head: usize, chunk: Range<usize>, rows: &[i32], means: &MeanLatents<'_, T>) {
         let width = self.v.next_multiple_of(COLUMNS);
-        with_local_scratch::<T, _>(chunk.len() * self.latent, |means| {
-            for (a, to) in chunk.clone().zip(means.chunks_exact_mut(self.latent)) {
-                // SAFETY: a row and head are in one task.
-                to.copy_from_slice(unsafe { latents.get(a * self.heads + head) });
+        with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
+            let means = (means.rows_of(head, chunk.start), chunk.len());
+            // SAFETY: these rows have been written, by the round before.
+            unsafe {
+                self.multiply(means, (self.value_panels.row(head), self.latent), (&mut *sums, width));
             }
-            with_local_scratch::<f32, _>(chunk.len() * width, |sums| {
-                self.multiply(means, (self.value_panels.row(head), self.latent), (sums, width));
-                for (&row, value) in rows[chunk.clone()].iter().zip(sums.chunks_exact(width)) {
-                    // SAFETY: as above.
-                    unsafe { self.write(row as usize, head, value) };
-                }
-            });
+            for (&row, value) in rows[chunk].iter().zip(sums.chunks_exact(width)) {
+                // SAFETY: a row and head are in one task.
+                unsafe { self.write(row as usize, head, value) };
+            }
         });
+    }
+}
+
+/// Mean latents, row after row of the first head, then of the next one, an odd number of cache lines apart: so the rows of a head are
+/// multiplied where they are.
+struct MeanLatents<'a, T> {
+    pieces: Pieces<'a, T>,
+    /// Of each head.
+    rows: usize,
+    latent: usize,
+}
+
+impl<T> MeanLatents<'_, T> {
+    /// That of a query, numbered head by head of a row.
+    ///
+    /// # Safety
+    /// See [`Pieces::range`].
+    #[expect(clippy::mut_from_ref, reason = "threads use disjoint pieces; the caller promises it")]
+    unsafe fn of(&self, query: usize, heads: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { &mut self.pieces.get(query % heads * self.rows + query / heads)[..self.latent] }
+    }
+
+    /// Those of a head, from a row on.
+    fn rows_of(&self, head: usize, row: usize) -> Strided<T> {
+        Strided { start: self.pieces.address(head * self.rows + row), stride: self.pieces.len }
     }
 }
 
