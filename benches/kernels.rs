@@ -19,7 +19,7 @@ const ROUNDS: usize = 5;
 const PATIENCE: Duration = Duration::from_millis(600);
 const READ_BYTES: usize = 1 << 28;
 
-fn matrix(n: usize, k: usize) -> HostMatrix {
+fn matrix(n: usize, k: usize) -> HostMatrix<'static> {
     let data = (0..n * k).map(|i| ((i * 2_654_435_761) % 1021) as f32 / 51_000.0 - 0.01);
     HostMatrix { n, k, data: HostData::F32(data.collect()) }
 }

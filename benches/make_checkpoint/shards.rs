@@ -12,6 +12,8 @@ use super::noise::Noise;
 use super::shapes::{Stored, Tensor};
 
 const BUFFER: usize = 1 << 20;
+/// Bytes that a header is filled up to a multiple of.
+const ALIGNMENT: usize = 8;
 
 /// Writes all tensors and model.safetensors.index.json; gives the number of files.
 pub fn write(folder: &Path, tensors: &[Tensor], seed: u64, shard_bytes: u64) -> io::Result<usize> {
@@ -47,7 +49,9 @@ fn divide(tensors: &[Tensor], shard_bytes: u64) -> Vec<Range<usize>> {
 
 fn write_shard(path: &Path, tensors: &[Tensor], shard: Range<usize>, seed: u64) -> io::Result<()> {
     let mut file = BufWriter::with_capacity(BUFFER, File::create(path)?);
-    let header = serde_json::to_vec(&header(&tensors[shard.clone()]))?;
+    let mut header = serde_json::to_vec(&header(&tensors[shard.clone()]))?;
+    // As everybody's writer does, so that elements lie at multiples of their size.
+    header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     for number in shard {

@@ -83,7 +83,7 @@ pub fn gather_rows(src: &View<'_>, index: &[u32], dst: &ViewMut<'_>) {
 }
 
 /// A host matrix holds as many elements as its shape says.
-pub fn host_matrix(name: &str, m: &HostMatrix) {
+pub fn host_matrix(name: &str, m: &HostMatrix<'_>) {
     let len = match &m.data {
         HostData::F32(data) => data.len(),
         HostData::Bf16(data) => data.len(),
@@ -96,7 +96,7 @@ pub fn host_matrix(name: &str, m: &HostMatrix) {
 }
 
 /// [`super::Backend::pack_mlp`].
-pub fn pack_mlp(m: &HostMlp) {
+pub fn pack_mlp(m: &HostMlp<'_>) {
     let (intermediate, hidden) = (m.gate.n, m.gate.k);
     for (name, matrix, n, k) in [
         ("gate", &m.gate, intermediate, hidden),
@@ -123,7 +123,7 @@ pub fn pack_mlp(m: &HostMlp) {
 }
 
 /// [`super::Backend::pack_mla`].
-pub fn pack_mla(kv_b: &HostMatrix, heads: usize, nope_dim: usize, v_dim: usize) {
+pub fn pack_mla(kv_b: &HostMatrix<'_>, heads: usize, nope_dim: usize, v_dim: usize) {
     host_matrix("kv_b", kv_b);
     let n = heads * (nope_dim + v_dim);
     assert!(

@@ -36,27 +36,27 @@ pub use tensor::{DType, DeviceId, Storage, Tensor, View, ViewMut};
 
 /// A weight matrix `[n, k]` (n outputs, k inputs) in host memory, before a backend packs it.
 #[derive(Debug, Clone)]
-pub struct HostMatrix {
+pub struct HostMatrix<'a> {
     /// Outputs.
     pub n: usize,
     /// Inputs.
     pub k: usize,
     /// Row-major elements, `n * k` of them.
-    pub data: HostData,
+    pub data: HostData<'a>,
 }
 
 /// Elements of a [`HostMatrix`].
 #[derive(Debug, Clone)]
-pub enum HostData {
+pub enum HostData<'a> {
     /// Single precision.
     F32(Vec<f32>),
-    /// bfloat16.
-    Bf16(Vec<half::bf16>),
+    /// bfloat16, where they lie in a file as they are wanted without a copy.
+    Bf16(Cow<'a, [half::bf16]>),
     /// Codes and scales; in matrices of experts alone.
     Quantized(Quantized),
 }
 
-impl HostMatrix {
+impl HostMatrix<'_> {
     /// The matrix in 8 or 4 bits: as it is, or quantised now.
     ///
     /// # Panics
@@ -85,13 +85,13 @@ pub struct Matrix {
 }
 
 /// The matrices of one gated MLP: `act(gate x, up x)` then `down`. One expert, a shared expert or a dense MLP.
-pub struct HostMlp {
+pub struct HostMlp<'a> {
     /// `[intermediate, hidden]`
-    pub gate: HostMatrix,
+    pub gate: HostMatrix<'a>,
     /// `[intermediate, hidden]`
-    pub up: HostMatrix,
+    pub up: HostMatrix<'a>,
     /// `[hidden, intermediate]`
-    pub down: HostMatrix,
+    pub down: HostMatrix<'a>,
     /// Biases of gate, up (`intermediate` each) and down (`hidden`), where the model has them.
     pub bias: Option<HostMlpBias>,
 }
@@ -269,16 +269,16 @@ pub trait Backend: Send + Sync {
     // ---- weights
 
     /// Packs a matrix into this backend's layout as `dtype`.
-    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix>;
+    fn pack_matrix(&self, host: &HostMatrix<'_>, dtype: DType) -> Result<Matrix>;
 
     /// Packs a gated MLP into this backend's layout as `dtype`; biases stay f32. [`DType::I8`] quantises the matrices as [`int8`] says,
     /// [`DType::F8`] and [`DType::I4x2`] as [`quantized`] does, on a backend that has them ([`Backend::has_experts_in`]).
-    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp>;
+    fn pack_mlp(&self, host: &HostMlp<'_>, dtype: DType) -> Result<Mlp>;
 
     /// Packs `kv_b_proj` `[heads * (nope_dim + v_dim), latent]` for both MLA forms.
     fn pack_mla(
         &self,
-        kv_b: &HostMatrix,
+        kv_b: &HostMatrix<'_>,
         heads: usize,
         nope_dim: usize,
         v_dim: usize,

@@ -430,7 +430,7 @@ impl Loader<'_> {
         Ok(Linear { weight, bias: bias.map(|b| self.upload(&b)).transpose()? })
     }
 
-    fn pack(&self, host: &HostMatrix) -> Result<Matrix> {
+    fn pack(&self, host: &HostMatrix<'_>) -> Result<Matrix> {
         self.backend.pack_matrix(host, self.rank.precision.weights)
     }
 
@@ -492,7 +492,7 @@ fn readers(ranks: usize) -> usize {
 }
 
 /// Rows of `above`, then rows of `below`.
-fn stack(above: HostMatrix, below: HostMatrix) -> HostMatrix {
+fn stack<'a>(above: HostMatrix<'a>, below: HostMatrix<'a>) -> HostMatrix<'a> {
     assert_eq!(above.k, below.k, "inputs of stacked matrices");
     let (n, k) = (above.n + below.n, above.k);
     let data = match (above.data, below.data) {
@@ -501,7 +501,7 @@ fn stack(above: HostMatrix, below: HostMatrix) -> HostMatrix {
             HostData::F32(a)
         }
         (HostData::Bf16(mut a), HostData::Bf16(b)) => {
-            a.extend(b);
+            a.to_mut().extend_from_slice(&b);
             HostData::Bf16(a)
         }
         _ => unreachable!("one reader gives one type"),

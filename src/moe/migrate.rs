@@ -265,7 +265,7 @@ impl ExpertShape {
             data: match dtype {
                 DType::F32 => HostData::F32(vec![0.0; n * k]),
                 DType::F8 | DType::I4x2 => HostData::Quantized(Quantized::zeros(n, k, dtype)),
-                _ => HostData::Bf16(vec![half::bf16::ZERO; n * k]),
+                _ => HostData::Bf16(vec![half::bf16::ZERO; n * k].into()),
             },
         };
         let bias = bias.then(|| HostMlpBias {

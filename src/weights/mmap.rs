@@ -1,7 +1,7 @@
 //! Maps a file read-only: the only `unsafe` of this module.
 //!
-//! A map of a file that shrinks turns reads beyond its new end into SIGBUS. Weights are therefore copied out, and no map is read
-//! once they are: a file truncated afterwards cannot hurt a running server.
+//! A map of a file that shrinks turns reads beyond its new end into SIGBUS. Weights are therefore packed into memory of the run, and no
+//! map is read once they are: a file truncated afterwards cannot hurt a running server.
 
 use std::fs::File;
 use std::io;
@@ -56,7 +56,7 @@ pub fn map(path: &Path) -> io::Result<FileBytes> {
     }
     let file = File::open(path)?;
     // SAFETY: the map is read-only and private to this process, which never writes checkpoint files. Another process
-    // could change or cut the file while weights are being copied out; every engine that maps its weights accepts
+    // could change or cut the file while weights are being packed; every engine that maps its weights accepts
     // that (cut: SIGBUS while loading; changed: other weights). All offsets used on it are checked against its length.
     let map = unsafe { memmap2::Mmap::map(&file)? };
     Ok(FileBytes::Mapped(map))

@@ -1,5 +1,6 @@
 //! Reads weights out of a checkpoint: any slice of any role, dequantised, in the type the run wants. A rank asks for
-//! what it owns (see [`super::shard`]), and nothing else is touched.
+//! what it owns (see [`super::shard`]), and nothing else is touched. What lies in the file as it is wanted stays there until a
+//! backend packs it: it is read once, by the threads that pack.
 
 use super::checkpoint::Checkpoint;
 use super::finder::{Finder, MlpMatrix};
@@ -91,7 +92,7 @@ impl<'a> WeightReader<'a> {
         layer: usize,
         rows: Range<usize>,
         cols: Range<usize>,
-    ) -> Result<HostMatrix> {
+    ) -> Result<HostMatrix<'a>> {
         let role = if role == Role::Head && self.spec.tied_embeddings { Role::Embed } else { role };
         let (n, k, _) = self.matrix_shape(role);
         let module = fill(self.names.template(role), layer, 0);
@@ -103,7 +104,7 @@ impl<'a> WeightReader<'a> {
     ///
     /// # Errors
     /// See [`WeightReader`].
-    pub fn whole_matrix(&self, role: Role, layer: usize) -> Result<HostMatrix> {
+    pub fn whole_matrix(&self, role: Role, layer: usize) -> Result<HostMatrix<'a>> {
         let (n, k, _) = self.matrix_shape(role);
         self.matrix(role, layer, 0..n, 0..k)
     }
@@ -155,7 +156,7 @@ impl<'a> WeightReader<'a> {
     ///
     /// # Errors
     /// See [`WeightReader`].
-    pub fn embedding(&self, rows: Range<usize>) -> Result<HostMatrix> {
+    pub fn embedding(&self, rows: Range<usize>) -> Result<HostMatrix<'a>> {
         self.matrix(Role::Embed, 0, rows, 0..self.spec.hidden_size)
     }
 
@@ -164,7 +165,7 @@ impl<'a> WeightReader<'a> {
     ///
     /// # Errors
     /// See [`WeightReader`].
-    pub fn mlp(&self, kind: MlpKind, layer: usize, intermediate: Range<usize>) -> Result<HostMlp> {
+    pub fn mlp(&self, kind: MlpKind, layer: usize, intermediate: Range<usize>) -> Result<HostMlp<'a>> {
         let hidden = self.spec.hidden_size;
         let dtype = match kind {
             MlpKind::Dense => self.dtype,
@@ -259,18 +260,21 @@ impl<'a> WeightReader<'a> {
 
     fn host(
         &self,
-        stored: &StoredMatrix<'_>,
+        stored: &StoredMatrix<'a>,
         rows: Range<usize>,
         cols: Range<usize>,
         dtype: DType,
-    ) -> Result<HostMatrix> {
+    ) -> Result<HostMatrix<'a>> {
         let (n, k) = (rows.len(), cols.len());
         let data = match dtype {
             DType::F8 | DType::I4x2 => stored.block_quantized(rows, cols, dtype).map(HostData::Quantized),
-            DType::Bf16 => {
-                let mut out = vec![bf16::ZERO; n * k];
-                stored.block_bf16(rows, cols, &mut out).map(|()| HostData::Bf16(out))
-            }
+            DType::Bf16 => match stored.bf16_in_place(rows.clone(), cols.clone()) {
+                Some(here) => Ok(HostData::Bf16(here.into())),
+                None => {
+                    let mut out = vec![bf16::ZERO; n * k];
+                    stored.block_bf16(rows, cols, &mut out).map(|()| HostData::Bf16(out.into()))
+                }
+            },
             _ => {
                 let mut out = vec![0.0f32; n * k];
                 stored.block(rows, cols, &mut out).map(|()| HostData::F32(out))

@@ -42,7 +42,16 @@ pub(super) const NO_FILE: &str = "no file";
 /// Rows dequantised at a time when the run wants bfloat16: bounds the f32 copy in between.
 const ROWS_AT_ONCE: usize = 64;
 
-impl StoredMatrix<'_> {
+impl<'a> StoredMatrix<'a> {
+    /// A block that the file holds as bfloat16, row-major and without gaps: where it is.
+    pub fn bf16_in_place(&self, rows: Range<usize>, cols: Range<usize>) -> Option<&'a [bf16]> {
+        self.check(&rows, &cols, rows.len() * cols.len());
+        match &self.form {
+            Form::Plain(form) => form.bf16_in_place(rows, cols),
+            _ => None,
+        }
+    }
+
     /// Writes a block as f32, row-major, exactly.
     ///
     /// # Errors

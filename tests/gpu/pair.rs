@@ -46,7 +46,7 @@ pub fn values(device: Device<'_>, view: View<'_>) -> Vec<f32> {
 }
 
 /// A host matrix of numbers small enough that products of `k` terms stay near 1.
-pub fn host_matrix(numbers: &mut Numbers, n: usize, k: usize, dtype: DType) -> HostMatrix {
+pub fn host_matrix(numbers: &mut Numbers, n: usize, k: usize, dtype: DType) -> HostMatrix<'static> {
     let scale = (3.0 / k as f32).sqrt();
     let values = (0..n * k).map(|_| numbers.unit() * scale);
     let data = match dtype {

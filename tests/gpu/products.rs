@@ -86,7 +86,7 @@ fn linear_of_strided_rows() {
     }
 }
 
-pub fn host_mlp(numbers: &mut Numbers, hidden: usize, width: usize, bias: bool, dtype: DType) -> HostMlp {
+pub fn host_mlp(numbers: &mut Numbers, hidden: usize, width: usize, bias: bool, dtype: DType) -> HostMlp<'static> {
     HostMlp {
         gate: host_matrix(numbers, width, hidden, dtype),
         up: host_matrix(numbers, width, hidden, dtype),
@@ -162,7 +162,7 @@ fn experts_of_any_load() {
                     // Without rows in the middle its slot is empty.
                     let middle = counts[1] > 0;
                     same(&format!("{precision:?} {hidden} x {width} {counts:?}"), ROUNDED, |device| {
-                        let pack = |e: &HostMlp| device.pack_mlp(e, precision.weights).unwrap();
+                        let pack = |e: &HostMlp<'_>| device.pack_mlp(e, precision.weights).unwrap();
                         let slots = [
                             Some(pack(&experts[0])),
                             middle.then(|| pack(&experts[1])),

@@ -31,9 +31,9 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// The numbers that the codes of each matrix stand for, in bf16.
-fn rounded(mlp: &HostMlp, dtype: DType) -> HostMlp {
-    let round = |m: &HostMatrix| {
-        let data = HostData::Bf16(m.quantized(dtype).weights());
+fn rounded(mlp: &HostMlp<'_>, dtype: DType) -> HostMlp<'static> {
+    let round = |m: &HostMatrix<'_>| {
+        let data = HostData::Bf16(m.quantized(dtype).weights().into());
         HostMatrix { n: m.n, k: m.k, data }
     };
     let bias = mlp.bias.as_ref().map(|HostMlpBias { gate, up, down }| HostMlpBias {
@@ -58,7 +58,7 @@ fn agree(
     let rows: usize = counts.iter().sum();
     let x = tensor(gpu, DType::Bf16, rows, hidden, &numbers.vec(rows * hidden));
     // A slot without rows is empty now and then.
-    let slots = |pack: &dyn Fn(&HostMlp) -> Mlp| -> Vec<Option<Mlp>> {
+    let slots = |pack: &dyn Fn(&HostMlp<'_>) -> Mlp| -> Vec<Option<Mlp>> {
         (0..counts.len()).map(|s| (counts[s] > 0 || s % 2 == 0).then(|| pack(&host[s]))).collect()
     };
     let run = |slots: &[Option<Mlp>]| run_experts(gpu, &x, counts, slots, activation);

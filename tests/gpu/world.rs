@@ -147,10 +147,10 @@ const MODEL: MoeModel = MoeModel {
 
 /// A model of MoE layers alone.
 struct Weights {
-    router: HostMatrix,
-    gate: HostMatrix,
-    experts: Vec<HostMlp>,
-    shared: HostMlp,
+    router: HostMatrix<'static>,
+    gate: HostMatrix<'static>,
+    experts: Vec<HostMlp<'static>>,
+    shared: HostMlp<'static>,
 }
 
 impl Weights {

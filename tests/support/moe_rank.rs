@@ -62,11 +62,11 @@ pub struct MoeModel {
 
 /// A layer's weights on one rank.
 pub struct MoeWeights<'a> {
-    pub router: &'a HostMatrix,
+    pub router: &'a HostMatrix<'a>,
     pub slots: Vec<Option<Mlp>>,
     pub shared: Mlp,
     /// The shared expert's.
-    pub gate: Option<&'a HostMatrix>,
+    pub gate: Option<&'a HostMatrix<'a>>,
 }
 
 impl MoeWeights<'_> {

@@ -25,7 +25,7 @@ const DOWN_BIAS: usize = 3;
 
 /// See [`crate::backend::Backend::pack_mlp`]. A panel of gate is followed by the same one of up; the bias of both is
 /// laid out alike, [`PANEL`] of each in turn.
-pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp<'_>, dtype: DType) -> Result<Mlp> {
     check::pack_mlp(host);
     let biases = host.bias.as_ref().map(|bias| pack_biases(host, bias)).transpose()?.unwrap_or_default();
     if dtype == DType::I8 {
@@ -41,7 +41,7 @@ pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, dtype: DType) -> Re
 }
 
 /// The bias of gate and up, laid out as their panels, and that of down.
-fn pack_biases(host: &HostMlp, bias: &HostMlpBias) -> Result<Vec<Tensor>> {
+fn pack_biases(host: &HostMlp<'_>, bias: &HostMlpBias) -> Result<Vec<Tensor>> {
     let HostMlpBias { gate, up, down } = bias;
     let mut both = memory::tensor(DType::F32, 1, 2 * panels(host.gate.n) * PANEL)?;
     let mut to = RowsMut::<f32>::new(both.view_mut());

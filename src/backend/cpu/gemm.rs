@@ -10,7 +10,7 @@ use crate::backend::{DType, HostMatrix, Matrix, View, ViewMut, check};
 use crate::error::Result;
 
 /// See [`crate::backend::Backend::pack_matrix`].
-pub(super) fn pack_matrix(backend: &CpuBackend, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+pub(super) fn pack_matrix(backend: &CpuBackend, host: &HostMatrix<'_>, dtype: DType) -> Result<Matrix> {
     check::host_matrix("matrix", host);
     let data = panel::pack(backend.pool(), &[host], dtype)?;
     Ok(Matrix { data, n: host.n, k: host.k })

@@ -35,7 +35,7 @@ fn place<T>(k: usize, column: usize, depth: usize) -> usize {
 /// See [`crate::backend::Backend::pack_mla`].
 pub fn pack_mla(
     backend: &CpuBackend,
-    kv_b: &HostMatrix,
+    kv_b: &HostMatrix<'_>,
     heads: usize,
     nope_dim: usize,
     v_dim: usize,

@@ -121,7 +121,7 @@ pub fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usiz
 ///
 /// # Panics
 /// When the shapes differ.
-pub fn pack(pool: &Pool, matrices: &[&HostMatrix], dtype: DType) -> Result<Tensor> {
+pub fn pack(pool: &Pool, matrices: &[&HostMatrix<'_>], dtype: DType) -> Result<Tensor> {
     let (n, k) = (matrices[0].n, matrices[0].k);
     for matrix in matrices {
         assert!((matrix.n, matrix.k) == (n, k), "[{}, {}] beside [{n}, {k}]", matrix.n, matrix.k);
@@ -136,7 +136,7 @@ pub fn pack(pool: &Pool, matrices: &[&HostMatrix], dtype: DType) -> Result<Tenso
     Ok(tensor)
 }
 
-fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix]) {
+fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix<'_>]) {
     let (n, k) = (matrices[0].n, matrices[0].k);
     let packed = RowsMut::<T>::new(tensor.view_mut());
     pool.run(panels(n) * matrices.len(), &|task| {
@@ -232,11 +232,11 @@ mod tests {
     #[test]
     fn every_element_has_its_place_and_the_rest_is_zero() {
         every_element(HostData::F32, f32::from);
-        every_element(HostData::Bf16, bf16::from_f32);
+        every_element(|data| HostData::Bf16(data.into()), bf16::from_f32);
     }
 
     /// Packs matrices of bf16 values, stored as some type.
-    fn every_element<F>(store: impl Fn(Vec<F>) -> HostData, convert: impl Fn(f32) -> F) {
+    fn every_element<F>(store: impl Fn(Vec<F>) -> HostData<'static>, convert: impl Fn(f32) -> F) {
         let pool = Pool::new(2).unwrap();
         for (n, k) in [(1, 1), (48, 4), (49, 3), (70, 6), (100, 7), (50, 69), (3, 64), (5, 0), (0, 5)] {
             let element = |i: usize| (i * 7 % 256 + 1) as f32;

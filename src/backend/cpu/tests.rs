@@ -25,7 +25,7 @@ impl Noise {
         (0..n).map(|_| self.next()).collect()
     }
     /// `[n, k]` of a given type, values of the size trained weights have.
-    fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> HostMatrix {
+    fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> HostMatrix<'static> {
         let data = self.vec(n * k).into_iter().map(|x| x / (k as f32).sqrt());
         let data = match dtype {
             DType::Bf16 => HostData::Bf16(data.map(bf16::from_f32).collect()),
@@ -58,7 +58,7 @@ impl Noise {
         }
         wide
     }
-    fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp {
+    fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp<'static> {
         HostMlp {
             gate: self.matrix(intermediate, hidden, dtype),
             up: self.matrix(intermediate, hidden, dtype),
@@ -107,7 +107,7 @@ fn bits(view: View<'_>, r: usize) -> Vec<u32> {
 }
 
 /// Element [j, k] of a matrix as packed for `dtype`.
-fn weight(m: &HostMatrix, j: usize, k: usize, dtype: DType) -> f64 {
+fn weight(m: &HostMatrix<'_>, j: usize, k: usize, dtype: DType) -> f64 {
     let x = match &m.data {
         HostData::F32(data) => data[j * m.k + k],
         HostData::Bf16(data) => data[j * m.k + k].to_f32(),
@@ -117,7 +117,7 @@ fn weight(m: &HostMatrix, j: usize, k: usize, dtype: DType) -> f64 {
 }
 
 /// `w x + bias` and the sum of the magnitudes of its terms, in f64.
-fn plain_linear(x: &[f64], w: &HostMatrix, bias: Option<&[f32]>, dtype: DType) -> Vec<(f64, f64)> {
+fn plain_linear(x: &[f64], w: &HostMatrix<'_>, bias: Option<&[f32]>, dtype: DType) -> Vec<(f64, f64)> {
     (0..w.n)
         .map(|j| {
             let terms = x.iter().enumerate().map(|(k, x)| x * weight(w, j, k, dtype));
@@ -229,7 +229,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
 }
 
 /// The MLP of one row in f64, rounding between the matrices as the backend must, and a bound of what f32 sums may add.
-fn plain_mlp(x: &[f64], w: &HostMlp, activation: Activation, dtype: DType) -> Vec<(f64, f64)> {
+fn plain_mlp(x: &[f64], w: &HostMlp<'_>, activation: Activation, dtype: DType) -> Vec<(f64, f64)> {
     let bias = w.bias.as_ref();
     let gate = plain_linear(x, &w.gate, bias.map(|b| &b.gate[..]), dtype);
     let up = plain_linear(x, &w.up, bias.map(|b| &b.up[..]), dtype);

@@ -296,15 +296,15 @@ impl Backend for CudaBackend {
         self.copy(src, index, dst)
     }
 
-    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+    fn pack_matrix(&self, host: &HostMatrix<'_>, dtype: DType) -> Result<Matrix> {
         CudaBackend::pack_matrix(self, host, dtype)
     }
-    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+    fn pack_mlp(&self, host: &HostMlp<'_>, dtype: DType) -> Result<Mlp> {
         CudaBackend::pack_mlp(self, host, dtype)
     }
     fn pack_mla(
         &self,
-        kv_b: &HostMatrix,
+        kv_b: &HostMatrix<'_>,
         heads: usize,
         nope_dim: usize,
         v_dim: usize,

@@ -25,7 +25,7 @@ impl Host {
     }
 
     /// A weight matrix, widened.
-    pub(super) fn of_weights(host: &HostMatrix) -> Self {
+    pub(super) fn of_weights(host: &HostMatrix<'_>) -> Self {
         let data = match &host.data {
             HostData::F32(data) => data.clone(),
             HostData::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),

@@ -84,12 +84,12 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+    fn pack_matrix(&self, host: &HostMatrix<'_>, dtype: DType) -> Result<Matrix> {
         check::host_matrix("matrix", host);
         Ok(Matrix { data: self.store(&Host::of_weights(host), dtype)?, n: host.n, k: host.k })
     }
 
-    fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+    fn pack_mlp(&self, host: &HostMlp<'_>, dtype: DType) -> Result<Mlp> {
         check::pack_mlp(host);
         let mut parts = Vec::new();
         let mut scales = Vec::new();
@@ -122,7 +122,7 @@ impl Backend for ReferenceBackend {
 
     fn pack_mla(
         &self,
-        kv_b: &HostMatrix,
+        kv_b: &HostMatrix<'_>,
         heads: usize,
         nope_dim: usize,
         v_dim: usize,

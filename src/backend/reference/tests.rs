@@ -14,7 +14,7 @@ fn zeros(rows: usize, cols: usize) -> Tensor {
     B.alloc(DType::F32, rows, cols).unwrap()
 }
 
-fn matrix(n: usize, k: usize, data: &[f32]) -> HostMatrix {
+fn matrix(n: usize, k: usize, data: &[f32]) -> HostMatrix<'static> {
     HostMatrix { n, k, data: HostData::F32(data.to_vec()) }
 }
 

@@ -62,7 +62,7 @@ struct Counted {
     imbalance: f64,
 }
 
-fn matrix(numbers: &mut Numbers, n: usize, k: usize) -> HostMatrix {
+fn matrix(numbers: &mut Numbers, n: usize, k: usize) -> HostMatrix<'static> {
     let data = (0..n * k).map(|_| numbers.below(2001) as f32 / 1000.0 - 1.0).collect();
     HostMatrix { n, k, data: HostData::F32(data) }
 }
@@ -365,7 +365,7 @@ fn group(shape: PaddedShape, counts: &[u32], layer: LayerPlacement<'_>, ids: &[i
     Grouped { offsets, destinations, sources }
 }
 
-fn zero_mlp() -> HostMlp {
+fn zero_mlp() -> HostMlp<'static> {
     let zeros = |n: usize, k: usize| HostMatrix { n, k, data: HostData::F32(vec![0.0; n * k]) };
     HostMlp { gate: zeros(1, HIDDEN), up: zeros(1, HIDDEN), down: zeros(HIDDEN, 1), bias: None }
 }

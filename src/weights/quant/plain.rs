@@ -125,6 +125,17 @@ impl<'a> Plain<'a> {
         true
     }
 
+    /// The block where it is, if it is stored as bfloat16, row after row.
+    pub fn bf16_in_place(&self, rows: Range<usize>, cols: Range<usize>) -> Option<&'a [bf16]> {
+        let whole = self.col_stride == 1 && self.row_stride == cols.len();
+        if self.float != Float::Bf16 || !whole {
+            return None;
+        }
+        let (start, size) = (self.first + rows.start * self.row_stride, self.float.bytes());
+        // A file may put a tensor at any byte.
+        bytemuck::try_cast_slice(&self.bytes[start * size..][..rows.len() * cols.len() * size]).ok()
+    }
+
     /// Bytes of some contiguous columns of a row.
     fn run(&self, row: usize, cols: Range<usize>) -> &'a [u8] {
         let start = self.first + row * self.row_stride + cols.start;

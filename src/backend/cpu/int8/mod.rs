@@ -30,7 +30,7 @@ const GATE_UP_BIAS: usize = 4;
 const DOWN_BIAS: usize = 5;
 
 /// See [`crate::backend::Backend::pack_mlp`]; `biases` are packed already.
-pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp, biases: Vec<Tensor>) -> Result<Mlp> {
+pub(super) fn pack_mlp(backend: &CpuBackend, host: &HostMlp<'_>, biases: Vec<Tensor>) -> Result<Mlp> {
     let (intermediate, hidden) = (host.gate.n, host.gate.k);
     let widest = intermediate.max(hidden);
     assert!(

@@ -53,7 +53,7 @@ impl<'a> Panels<'a> {
 ///
 /// # Errors
 /// [`crate::Error::Memory`] when a tensor cannot be allocated.
-pub fn pack(backend: &CpuBackend, matrices: &[&HostMatrix]) -> Result<(Tensor, Tensor)> {
+pub fn pack(backend: &CpuBackend, matrices: &[&HostMatrix<'_>]) -> Result<(Tensor, Tensor)> {
     let (n, k, count) = (matrices[0].n, matrices[0].k, matrices.len());
     let bytes = packed_bytes(n, k, DType::I8).saturating_mul(count);
     let mut packed = memory::lasting_tensor(DType::I8, 1, bytes)?;

@@ -24,7 +24,7 @@ impl Noise {
     fn vec(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.next()).collect()
     }
-    fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> HostMatrix {
+    fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> HostMatrix<'static> {
         let data = self.vec(n * k).into_iter().map(|x| x / (k as f32).sqrt());
         let data = match dtype {
             DType::Bf16 => HostData::Bf16(data.map(bf16::from_f32).collect()),
@@ -32,7 +32,7 @@ impl Noise {
         };
         HostMatrix { n, k, data }
     }
-    fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp {
+    fn mlp(&mut self, hidden: usize, intermediate: usize, bias: bool, dtype: DType) -> HostMlp<'static> {
         HostMlp {
             gate: self.matrix(intermediate, hidden, dtype),
             up: self.matrix(intermediate, hidden, dtype),
@@ -69,7 +69,7 @@ fn backends() -> Vec<CpuBackend> {
     isas.flat_map(|isa| [1, 3].map(|threads| CpuBackend::new(threads, isa).unwrap())).collect()
 }
 
-fn element(m: &HostMatrix, at: usize) -> f32 {
+fn element(m: &HostMatrix<'_>, at: usize) -> f32 {
     match &m.data {
         HostData::F32(data) => data[at],
         HostData::Bf16(data) => data[at].to_f32(),
@@ -84,7 +84,7 @@ fn quantized(row: &[f32]) -> (Vec<i8>, f32) {
 }
 
 /// The formula of [`crate::backend::int8`], sums in 64 bits.
-fn plain_product(x: &[f32], w: &HostMatrix, bias: Option<&[f32]>) -> Vec<f32> {
+fn plain_product(x: &[f32], w: &HostMatrix<'_>, bias: Option<&[f32]>) -> Vec<f32> {
     let (x, x_scale) = quantized(x);
     (0..w.n)
         .map(|j| {
@@ -97,7 +97,7 @@ fn plain_product(x: &[f32], w: &HostMatrix, bias: Option<&[f32]>) -> Vec<f32> {
         .collect()
 }
 
-fn plain_mlp(x: &[f32], w: &HostMlp, activation: Activation, dtype: DType) -> Vec<f32> {
+fn plain_mlp(x: &[f32], w: &HostMlp<'_>, activation: Activation, dtype: DType) -> Vec<f32> {
     let bias = w.bias.as_ref();
     let gate = plain_product(x, &w.gate, bias.map(|b| &b.gate[..]));
     let up = plain_product(x, &w.up, bias.map(|b| &b.up[..]));

@@ -25,7 +25,7 @@ impl CudaBackend {
     /// Parts: `kv_b` as it is, and W_k of each head transposed, `[heads * latent, nope]`.
     pub(super) fn pack_kv_b(
         &self,
-        kv_b: &HostMatrix,
+        kv_b: &HostMatrix<'_>,
         heads: usize,
         nope_dim: usize,
         v_dim: usize,

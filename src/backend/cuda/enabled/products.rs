@@ -27,7 +27,7 @@ pub fn padded(k: usize) -> usize {
 }
 
 /// The type and bytes of a host matrix of floating point numbers.
-fn host_bytes(host: &HostMatrix) -> (DType, &[u8]) {
+fn host_bytes(host: &HostMatrix<'_>) -> (DType, &[u8]) {
     match &host.data {
         HostData::F32(values) => (DType::F32, bytemuck::cast_slice(values)),
         HostData::Bf16(values) => (DType::Bf16, bytemuck::cast_slice(values)),
@@ -99,26 +99,26 @@ fn in_steps(x: &View<'_>) -> bool {
 }
 
 impl CudaBackend {
-    pub(super) fn pack_rows(&self, host: &HostMatrix, dtype: DType) -> Result<Tensor> {
+    pub(super) fn pack_rows(&self, host: &HostMatrix<'_>, dtype: DType) -> Result<Tensor> {
         let mut data = tensor(&self.gpu, dtype, host.n, padded(host.k))?;
         self.place(host, data.view_mut().cols_range(0..host.k), None)?;
         Ok(data)
     }
 
-    fn place(&self, host: &HostMatrix, dst: ViewMut<'_>, half: Option<u8>) -> Result<()> {
+    fn place(&self, host: &HostMatrix<'_>, dst: ViewMut<'_>, half: Option<u8>) -> Result<()> {
         let (dtype, bytes) = host_bytes(host);
         // Interleaved rows go to twice as many.
         let dst = ffi::Matrix { rows: ffi::int(host.n), ..ffi::Matrix::of(&dst.as_view()) };
         upload(&self.gpu, &mut self.staging.lock_now(), Upload { bytes, dtype, half }, dst)
     }
 
-    pub(super) fn pack_matrix(&self, host: &HostMatrix, dtype: DType) -> Result<Matrix> {
+    pub(super) fn pack_matrix(&self, host: &HostMatrix<'_>, dtype: DType) -> Result<Matrix> {
         check::host_matrix("matrix", host);
         Ok(Matrix { data: self.pack_rows(host, dtype)?, n: host.n, k: host.k })
     }
 
     /// Parts: gate and up dealt by rows, down, then their biases where there are any.
-    pub(super) fn pack_mlp(&self, host: &HostMlp, dtype: DType) -> Result<Mlp> {
+    pub(super) fn pack_mlp(&self, host: &HostMlp<'_>, dtype: DType) -> Result<Mlp> {
         check::pack_mlp(host);
         let (hidden, intermediate) = (host.gate.k, host.gate.n);
         let mut parts = if is_quantized(dtype) {
