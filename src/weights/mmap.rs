@@ -31,6 +31,20 @@ impl FileBytes {
     }
 }
 
+/// Has the system read part of a map in one go, if it is not in memory: page after page, as they are touched, would take a slow disk
+/// much longer. Does not wait.
+pub fn will_need(bytes: &[u8]) {
+    #[cfg(unix)]
+    {
+        /// The smallest page there is: larger ones make this a hint that is refused, or one that starts a little late.
+        const PAGE: usize = 4096;
+        let start = bytes.as_ptr() as usize / PAGE * PAGE;
+        let len = bytes.as_ptr() as usize + bytes.len() - start;
+        // SAFETY: this advice changes no contents, of whatever memory it is given for.
+        unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_WILLNEED) };
+    }
+}
+
 impl Deref for FileBytes {
     type Target = [u8];
 

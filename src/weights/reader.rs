@@ -5,6 +5,7 @@
 use super::checkpoint::Checkpoint;
 use super::finder::{Finder, MlpMatrix};
 use super::inventory::{RoleShape, expert_shape, role_shape};
+use super::mmap;
 use super::names::{MlpNames, Role, TensorNames, fill};
 use super::stored::{StoredMatrix, StoredVector};
 use crate::backend::{DType, HostData, HostMatrix, HostMlp, HostMlpBias};
@@ -269,7 +270,10 @@ impl<'a> WeightReader<'a> {
         let data = match dtype {
             DType::F8 | DType::I4x2 => stored.block_quantized(rows, cols, dtype).map(HostData::Quantized),
             DType::Bf16 => match stored.bf16_in_place(rows.clone(), cols.clone()) {
-                Some(here) => Ok(HostData::Bf16(here.into())),
+                Some(here) => {
+                    mmap::will_need(bytemuck::cast_slice(here));
+                    Ok(HostData::Bf16(here.into()))
+                }
                 None => {
                     let mut out = vec![bf16::ZERO; n * k];
                     stored.block_bf16(rows, cols, &mut out).map(|()| HostData::Bf16(out.into()))

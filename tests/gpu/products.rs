@@ -86,7 +86,13 @@ fn linear_of_strided_rows() {
     }
 }
 
-pub fn host_mlp(numbers: &mut Numbers, hidden: usize, width: usize, bias: bool, dtype: DType) -> HostMlp<'static> {
+pub fn host_mlp(
+    numbers: &mut Numbers,
+    hidden: usize,
+    width: usize,
+    bias: bool,
+    dtype: DType,
+) -> HostMlp<'static> {
     HostMlp {
         gate: host_matrix(numbers, width, hidden, dtype),
         up: host_matrix(numbers, width, hidden, dtype),
