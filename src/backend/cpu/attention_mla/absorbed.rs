@@ -127,8 +127,8 @@ where
                     self.attend(span, (queries.clone(), 0..usize::MAX), q, parts);
                     for (i, parts) in queries.zip(own.chunks_exact_mut(part_width)) {
                         // SAFETY: a query is in one task.
-                        self.backend
-                            .dispatch(Mean { parts, out: unsafe { means.of(before + i, self.heads) } });
+                        let out = unsafe { means.of(before + i, self.heads) };
+                        self.backend.dispatch(Mean { parts, out });
                     }
                 });
             });
