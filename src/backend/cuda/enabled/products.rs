@@ -27,7 +27,7 @@ pub fn padded(k: usize) -> usize {
 }
 
 /// The type and bytes of a host matrix of floating point numbers.
-fn host_bytes(host: &HostMatrix<'_>) -> (DType, &[u8]) {
+fn host_bytes<'a>(host: &'a HostMatrix<'_>) -> (DType, &'a [u8]) {
     match &host.data {
         HostData::F32(values) => (DType::F32, bytemuck::cast_slice(values)),
         HostData::Bf16(values) => (DType::Bf16, bytemuck::cast_slice(values)),
