@@ -8,14 +8,16 @@ use moeyard::engine::request::{Capture, Event, FinishReason, Finished, Request, 
 use moeyard::engine::scripted::{Fault, LAYERS, Script, TOP_K, options, setups};
 use moeyard::engine::stats::{RequestTiming, StepTiming};
 use moeyard::engine::{
-    Engine, EngineHandle, EngineOptions, EngineStats, Hooks, RequestStream, StepObserver, TimingObserver,
+    Engine, EngineHandle, EngineOptions, Hooks, RequestStream, StepObserver, TimingObserver,
 };
 use moeyard::model::StepOutput;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Nothing in these tests takes as long; a hang becomes a failure.
-const PATIENCE: Duration = Duration::from_secs(120);
+#[path = "support/patience.rs"]
+mod patience;
+
+use patience::{PATIENCE, eventually};
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request::greedy(prompt, max_tokens)
@@ -53,19 +55,6 @@ fn collect(mut stream: RequestStream) -> (Vec<TokenEvent>, Finished) {
 
 fn ids(tokens: &[TokenEvent]) -> Vec<u32> {
     tokens.iter().map(|event| event.token).collect()
-}
-
-/// Waits until the engine's numbers are as wanted.
-fn wait_for(engine: &EngineHandle, wanted: impl Fn(&EngineStats) -> bool) -> EngineStats {
-    let started = Instant::now();
-    loop {
-        let stats = engine.stats();
-        if wanted(&stats) {
-            return stats;
-        }
-        assert!(started.elapsed() < PATIENCE, "still {stats:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Holds every step back until the gate opens, so that a test decides what happens during a step.
@@ -290,7 +279,8 @@ fn who_leaves_frees_blocks_and_harms_nobody() {
     gate.open();
     let (tokens, _) = collect(stays);
     assert_eq!(ids(&tokens), Script::of(&options).greedy(&prompt(0, 20), 100));
-    let stats = wait_for(&engine, |stats| stats.running == 0);
+    eventually("it rests", || engine.stats().running == 0);
+    let stats = engine.stats();
     assert_eq!((stats.kv.used, stats.waiting), (0, 0));
     assert_eq!((stats.outcomes.aborted, stats.outcomes.length), (7, 1));
 }
@@ -443,9 +433,7 @@ fn shutdown_drains_or_aborts() {
         gate.wait_reached();
         let other = engine.clone();
         let ending = std::thread::spawn(move || other.shutdown(drain));
-        while engine.is_open() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        eventually("nothing more is taken", || !engine.is_open());
         assert!(matches!(engine.submit(request(vec![1], 1)), Err(Error::Stopped(_))));
         gate.open();
         ending.join().unwrap();
@@ -464,11 +452,7 @@ fn an_engine_without_handles_ends() {
     let engine = start(&options(), (2, 1), gate.hooks());
     drop(engine.submit(request(prompt(0, 4), 100)).unwrap());
     drop(engine);
-    let started = Instant::now();
-    while Arc::strong_count(&gate) > 1 {
-        assert!(started.elapsed() < PATIENCE, "threads live on");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    eventually("the threads end", || Arc::strong_count(&gate) == 1);
 }
 
 #[test]

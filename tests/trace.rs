@@ -4,7 +4,6 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use moeyard::config::RawOptions;
 use moeyard::config::flags::DtypeChoice;
@@ -14,6 +13,7 @@ use moeyard::metrics::LoadSource;
 use router_sim::load::{LoadWindow, Phase};
 use router_sim::trace::{Record, RowInfo, StepJoiner, StepRecord, TraceHeader, TraceReader};
 use support::launch::{Answer, Launch, greedy, options};
+use support::patience::eventually;
 use support::{Golden, ids, model_dir};
 
 /// The steps of a trace, each put together from what its ranks recorded.
@@ -179,11 +179,7 @@ fn a_failing_disk_stops_the_trace_and_not_the_serving() {
     }
     // The writing thread is apart from the serving ones: it may still be about to fail.
     let counters = engine.prepared.recorder.as_ref().expect("a trace was asked for").counters();
-    let deadline = std::time::Instant::now() + Duration::from_secs(120);
-    while counters.errors() == 0 {
-        assert!(std::time::Instant::now() < deadline, "the failed write was never counted");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    eventually("the failed write is counted", || counters.errors() > 0);
     assert_eq!((counters.errors(), counters.written_records()), (1, 0));
     engine.finish();
 }

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::process::eventually;
+use crate::patience::eventually;
 
 /// The thread is held until the drop.
 pub struct Frozen {

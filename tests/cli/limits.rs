@@ -8,7 +8,8 @@ use tempfile::TempDir;
 
 use crate::client::Client;
 use crate::frozen::Frozen;
-use crate::process::{Served, eventually};
+use crate::patience::eventually;
+use crate::process::Served;
 
 const SMALL: [&str; 4] = ["--threads", "1", "--kv-cache-memory", "16MiB"];
 

@@ -18,3 +18,5 @@ mod log;
 mod moving;
 mod serve;
 mod verify;
+
+use support::patience;

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::process::{Served, eventually};
+use crate::patience::eventually;
+use crate::process::Served;
 use crate::support::{Golden, model_dir};
 
 /// Layers, experts, ranks and slots per rank of the embedded model here.

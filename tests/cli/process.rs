@@ -10,9 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::client::Client;
-
-/// Nothing in these tests takes as long; a hang becomes a failure.
-const PATIENCE: Duration = Duration::from_secs(300);
+use crate::patience::{PATIENCE, eventually};
 
 /// What a run came to.
 #[derive(Debug)]
@@ -90,16 +88,6 @@ pub fn end_of(child: &mut Child) -> Option<i32> {
             child.kill().expect("a child");
         }
         std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Waits until `condition` holds, and fails when it never does.
-#[track_caller]
-pub fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

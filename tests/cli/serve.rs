@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::frozen::Frozen;
-use crate::process::{Served, eventually};
+use crate::patience::eventually;
+use crate::process::Served;
 use crate::support::{Golden, ids, model_dir};
 
 /// Requests of the golden file; the rest are left to tests/demo.rs.

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use crate::harness::{EOS, Server, eventually, greedy};
+use crate::harness::{EOS, Server, greedy};
+use crate::patience::eventually;
 
 const PROMPT: &str = "The old house stood";
 

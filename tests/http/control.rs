@@ -10,7 +10,8 @@ use router_sim::placement::Placement;
 use serde_json::{Value, json};
 
 use crate::client::Response;
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 const RANKS: usize = 2;
 /// Per layer, over all ranks.

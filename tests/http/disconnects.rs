@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 /// What runs when a client leaves is held until the server has noticed: the engine frees its blocks before the next step.
 fn left(server: &Server, aborted: usize) {

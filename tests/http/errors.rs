@@ -3,7 +3,8 @@
 use moeyard::engine::scripted::Fault;
 use serde_json::{Value, json};
 
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 #[test]
 fn refusals_name_their_field() {

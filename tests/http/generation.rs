@@ -8,7 +8,8 @@ use moeyard::engine::scripted::{LAYERS, Script, TOP_K};
 use serde_json::{Value, json};
 
 use crate::client::Response;
-use crate::harness::{Config, Server, eventually};
+use crate::harness::{Config, Server};
+use crate::patience::eventually;
 
 const PROMPT: &str = "The old house stood";
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moeyard::backend::Backend;
 use moeyard::backend::reference::ReferenceBackend;
@@ -22,12 +22,10 @@ use moeyard::tokenizer::{Tokenizer, TokenizerFiles};
 use serde_json::{Value, json};
 
 use crate::client::{Client, Response};
+use crate::patience::{PATIENCE, eventually};
 
 /// EOS of the demo checkpoint whose tokenizer is used.
 pub const EOS: u32 = 1;
-
-/// Nothing in these tests takes as long; a hang becomes a failure.
-pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What a test may want to differ. No limit of time ends anything that a test does not want to end.
 pub struct Config {
@@ -214,15 +212,6 @@ pub fn greedy(fields: Value) -> Value {
         request[name] = value.clone();
     }
     request
-}
-
-/// Waits until `condition` holds, and fails when it never does.
-pub fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn spawn(state: AppState) -> (SocketAddr, JoinHandle<moeyard::Result<()>>) {

@@ -3,6 +3,10 @@
 #[allow(dead_code, reason = "the tests of tests/cli use the rest")]
 mod client;
 mod harness;
+#[path = "../support/numbers.rs"]
+mod numbers;
+#[path = "../support/patience.rs"]
+mod patience;
 
 mod auth;
 mod chat;

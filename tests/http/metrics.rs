@@ -12,7 +12,8 @@ use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use serde_json::json;
 
 use crate::experts::table;
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 fn served() -> Server {
     let server = Server::with(Config { load: Some(table()), ..Config::default() });

@@ -7,7 +7,9 @@ use moeyard::server::Stage;
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::numbers::Numbers;
+use crate::patience::eventually;
 
 /// A KV pool far too small for what is asked of it at the same time.
 fn tight() -> Config {
@@ -116,25 +118,15 @@ fn a_hung_step_is_503_an_error_chunk_and_the_end() {
     assert!(server.ended().is_err());
 }
 
-/// A pseudo-random sequence by Knuth's multiplicative generator: the scene is the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % sides
-    }
-}
-
-fn random_request(dice: &mut Dice) -> Value {
+fn random_request(dice: &mut Numbers) -> Value {
     let prompts: Vec<String> =
-        (0..1 + dice.roll(2)).map(|_| "lorem ipsum ".repeat(1 + dice.roll(12))).collect();
-    let (n, temperature) = if dice.roll(3) == 0 { (1 + dice.roll(4), 1) } else { (1, 0) };
-    json!({"model": "demo", "prompt": prompts, "n": n, "temperature": temperature, "max_tokens": 1 + dice.roll(80),
-        "stream": dice.roll(2) == 0, "priority": dice.roll(5) as i64 - 2, "ignore_eos": true,
-        "logprobs": if dice.roll(4) == 0 { json!(dice.roll(5)) } else { Value::Null },
-        "echo": dice.roll(5) == 0, "routed_experts": dice.roll(6) == 0,
-        "stop": if dice.roll(4) == 0 { json!("e") } else { Value::Null }})
+        (0..1 + dice.below(2)).map(|_| "lorem ipsum ".repeat(1 + dice.below(12))).collect();
+    let (n, temperature) = if dice.below(3) == 0 { (1 + dice.below(4), 1) } else { (1, 0) };
+    json!({"model": "demo", "prompt": prompts, "n": n, "temperature": temperature, "max_tokens": 1 + dice.below(80),
+        "stream": dice.below(2) == 0, "priority": dice.below(5) as i64 - 2, "ignore_eos": true,
+        "logprobs": if dice.below(4) == 0 { json!(dice.below(5)) } else { Value::Null },
+        "echo": dice.below(5) == 0, "routed_experts": dice.below(6) == 0,
+        "stop": if dice.below(4) == 0 { json!("e") } else { Value::Null }})
 }
 
 /// Random connects, aborts, lengths and priorities: when all have left, every block is back and nothing runs.
@@ -148,12 +140,12 @@ fn a_soak_of_random_clients_leaves_nothing_behind() {
     let statuses = at_once(
         8,
         |seed| {
-            let mut dice = Dice(seed as u64 * 7919 + 1);
+            let mut dice = Numbers(seed as u64 * 7919 + 1);
             let mut answered = [0, 0];
             for _ in 0..25 {
                 let mut client: Client = server.client();
                 client.send_json("/v1/completions", &random_request(&mut dice));
-                match dice.roll(5) {
+                match dice.below(5) {
                     // Leaves before, or in the middle of, its answer.
                     0 => {}
                     1 => drop(client.head()),

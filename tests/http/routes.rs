@@ -4,7 +4,8 @@ use moeyard::server::{ServerOptions, Stage, while_loading};
 use serde_json::json;
 
 use crate::client::Client;
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 #[test]
 fn models_are_listed_and_found_by_name() {

@@ -6,7 +6,8 @@ use moeyard::engine::scripted::Fault;
 use moeyard::server::{Shutdown, Stage};
 use serde_json::{Value, json};
 
-use crate::harness::{Config, Server, eventually, greedy};
+use crate::harness::{Config, Server, greedy};
+use crate::patience::eventually;
 
 /// Nobody waits as long: whatever ends does not wait for the end of the drain time.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);

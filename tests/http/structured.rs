@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::chat::{chat, streamed};
-use crate::harness::{Config, Server, eventually};
+use crate::harness::{Config, Server};
+use crate::patience::eventually;
 
 fn schema() -> Value {
     json!({"type": "object", "additionalProperties": false, "required": ["name", "age", "tags"], "properties": {

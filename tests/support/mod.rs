@@ -28,6 +28,7 @@ use router_sim::split::Split;
 
 pub mod fixtures;
 pub mod numbers;
+pub mod patience;
 pub mod placements;
 pub mod threads;
 
