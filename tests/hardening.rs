@@ -185,7 +185,7 @@ const FAULTS: &[(u32, &str, Tests)] = &[
     (
         19,
         "a request larger than the KV cache",
-        &[("tests/engine.rs", "what_can_never_run_is_refused_with_its_numbers")],
+        &[("tests/engine/refusals.rs", "what_can_never_run_is_refused_with_its_numbers")],
     ),
     (
         20,

@@ -64,6 +64,7 @@ fn measure(name: &str, layers: usize, experts: usize, top_k: usize, bytes_per_to
             StepInfo { step, start_us: 30_000 * step, duration_us: 29_000, placement_version: 0, rows };
         // A serving engine computes between two steps; here the thread is given the time to write.
         while counters.written_records() < step {
+            assert_eq!(counters.errors(), 0, "a step was not written");
             std::thread::yield_now();
         }
         let begin = Instant::now();
