@@ -78,7 +78,7 @@ pub(super) fn find_span(spans: &[SeqSpan], task: usize, tasks: impl Fn(&SeqSpan)
     panic!("task {task} is {left} after the last")
 }
 
-/// Storing an element of a single key, each pair or so in a cache line of its own, takes as long as streaming so many.
+/// Storing an element of a single key, whose words are in a cache line each, takes as long as streaming so many.
 const SCATTER: usize = 8;
 
 /// Where a row of a batch goes.
@@ -222,6 +222,7 @@ struct Latents<'a, T> {
 
 impl<T: Float> Layout for Latents<'_, T> {
     fn cost(&self, _: bool) -> usize {
+        // The row is fetched before it is written.
         self.cache.cols() * 2
     }
 

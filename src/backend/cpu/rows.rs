@@ -9,8 +9,9 @@ use super::simd::{Float, Simd};
 /// Elements worth a task of their own: a few microseconds of streaming, more than waking a thread costs.
 const GRAIN: usize = 8 * 1024;
 
-/// Runs `body` on ranges that together are `0..rows`, on all threads where `rows * cols` elements are worth it. For
-/// operations that treat every row by itself, so that the division cannot show in the result.
+/// Runs `body` on ranges that together are `0..rows`, on all threads where `rows * cols` elements are worth it: a row mostly on the
+/// thread that had it in the operation before. For operations that treat every row by itself, so that the division cannot show in
+/// the result.
 pub(super) fn for_rows(backend: &CpuBackend, rows: usize, cols: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
     let per_task = (GRAIN / cols.max(1)).max(1);
     let tasks = u32::try_from(rows.div_ceil(per_task)).expect("fewer tasks than 2^32");
