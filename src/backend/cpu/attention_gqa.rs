@@ -6,7 +6,7 @@ use super::elementwise::{FloatRows, FloatRowsMut};
 use super::kv::{block_table, find_span, padded};
 use super::memory::{Rows, with_local_scratch};
 use super::product::Operand;
-use super::rows::with_float;
+use super::rows::{for_tasks, with_float};
 use crate::backend::{GqaArgs, SeqSpan, ViewMut, check};
 use crate::error::Result;
 
@@ -54,9 +54,8 @@ fn attend_all<T: Operand<T>>(
     let [keys, values] = &args.cache.parts[..] else { panic!("a GQA cache has two parts") };
     let (keys, values) = (Rows::<T>::new(keys.view()), Rows::<T>::new(values.view()));
 
-    backend.pool().run(tasks, &|task| {
-        // Backwards: later rows see more, and what is long should not start last.
-        let (span, task) = find_span(args.batch.spans, tasks - 1 - task, |span| kv_heads * tiles(span));
+    let attend = |task: usize| {
+        let (span, task) = find_span(args.batch.spans, task, |span| kv_heads * tiles(span));
         let span = &args.batch.spans[span];
         // Tiles of one KV head follow each other, so that threads share its keys in the cache.
         let (head, first) = (task / tiles(span), task % tiles(span) * tile);
@@ -93,5 +92,11 @@ fn attend_all<T: Operand<T>>(
                 unsafe { out.write(backend, row, columns, from) };
             }
         });
-    });
+    };
+    if args.batch.rows() == args.batch.spans.len() {
+        for_tasks(backend, tasks, &attend);
+    } else {
+        // Backwards: later rows see more, and what is long should not start last.
+        backend.pool().run(tasks, &|task| attend(tasks - 1 - task));
+    }
 }

@@ -1,6 +1,7 @@
 //! A fork-join pool: one per rank, the calling thread included. Made for steps of a few microseconds to a few
 //! milliseconds that follow each other closely, on machines where ranks x threads may exceed the cores:
-//! * a run allocates nothing; tasks are dealt by one atomic counter, so a slow core simply takes fewer;
+//! * a run allocates nothing; tasks are dealt by one atomic counter, so a slow core simply takes fewer, or by those who run
+//!   them ([`Pool::run_each`]), who then need no counter;
 //! * the caller never waits for a worker that has not started: a worker joins a run only while it is open, and
 //!   a caller who has dealt the last task closes it;
 //! * workers spin for a short, adaptive while and then park.
@@ -36,7 +37,18 @@ type Body = *const (dyn Fn(usize) + Sync);
 #[derive(Clone, Copy)]
 struct Job {
     body: Option<Body>,
+    /// Tasks, or threads where each has its own.
     tasks: usize,
+    dealing: Dealing,
+}
+
+/// Who runs which task.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Dealing {
+    /// Whoever is free takes the next.
+    Next,
+    /// Each thread the one of its number.
+    Own,
 }
 
 /// Keeps a hot atomic in a cache line of its own.
@@ -86,7 +98,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             run: OwnLine(Run {
                 state: AtomicU64::new(0),
-                job: UnsafeCell::new(Job { body: None, tasks: 0 }),
+                job: UnsafeCell::new(Job { body: None, tasks: 0, dealing: Dealing::Next }),
             }),
             next: OwnLine(AtomicUsize::new(0)),
             panic: Mutex::new(None),
@@ -98,7 +110,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let worker = thread::Builder::new()
                 .name(format!("compute-{number}"))
-                .spawn(move || shared.serve())
+                .spawn(move || shared.serve(number))
                 .map_err(|why| Error::Memory {
                     device: "cpu".into(),
                     sum: format!("thread {number} of {threads}: {why}"),
@@ -119,27 +131,48 @@ impl Pool {
     /// # Panics
     /// With the first panic of a task, once no task is running; tasks not yet started are dropped. The pool stays usable.
     pub fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        if !self.start(tasks, Dealing::Next, body) {
+            (0..tasks).for_each(body);
+        }
+    }
+
+    /// Calls `body(0)` on this thread and, meanwhile, each other number below `threads` once at most, on a thread of its own: a
+    /// thread that comes too late is not waited for, so `body(0)` must see to it that nothing is left undone. Where [`Pool::run`] would
+    /// stay on its caller, this does.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn run_each(&self, threads: usize, body: &(dyn Fn(usize) + Sync)) {
+        if !self.start(threads, Dealing::Own, body) && threads > 0 {
+            body(0);
+        }
+    }
+
+    /// Runs it with the workers, unless they are not there, not needed, or busy.
+    fn start(&self, tasks: usize, dealing: Dealing, body: &(dyn Fn(usize) + Sync)) -> bool {
         if self.workers.is_empty() || tasks <= 1 {
-            return (0..tasks).for_each(body);
+            return false;
         }
         let Some(_caller) = try_lock(&self.caller) else {
-            return (0..tasks).for_each(body);
+            return false;
         };
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. The pointer is followed by workers inside this run only, and this
         // function returns (or unwinds) only after `close` has seen the last of them leave.
         let body: Body = unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
-        shared.open(Job { body: Some(body), tasks });
+        let job = Job { body: Some(body), tasks, dealing };
+        shared.open(job);
         for worker in self.workers.iter().take(tasks - 1) {
             worker.thread().unpark();
         }
-        shared.work(Job { body: Some(body), tasks });
+        shared.work(job, 0);
         shared.close();
         let panic = lock(&shared.panic).take();
         if let Some(panic) = panic {
             drop(_caller);
             resume_unwind(panic);
         }
+        true
     }
 }
 
@@ -157,7 +190,9 @@ impl Drop for Pool {
 impl Shared {
     /// Starts a run. The state is closed and nobody is inside.
     fn open(&self, job: Job) {
-        self.next.0.store(0, Ordering::Relaxed);
+        if job.dealing == Dealing::Next {
+            self.next.0.store(0, Ordering::Relaxed);
+        }
         // SAFETY: see `unsafe impl Sync`: nobody else reads or writes while the state is closed and empty.
         unsafe { *self.run.0.job.get() = job };
         let state = self.run.0.state.load(Ordering::Relaxed);
@@ -186,18 +221,20 @@ impl Shared {
         }
     }
 
-    /// Takes tasks until none is left.
-    fn work(&self, job: Job) {
+    /// What thread `number` has to do in a run: tasks until none is left, or its own.
+    fn work(&self, job: Job, number: usize) {
         let body = job.body.expect("an open run has a body");
-        let deal = || {
-            loop {
-                let task = self.next.0.fetch_add(1, Ordering::Relaxed);
-                if task >= job.tasks {
-                    return;
-                }
-                // SAFETY: the run is open or this thread is inside it, so its caller is still in `run` and the body lives.
+        let call = |task: usize| {
+            let there_is = task < job.tasks;
+            if there_is {
+                // SAFETY: the run is open or this thread is inside it, so its caller is still in `start` and the body lives.
                 unsafe { (*body)(task) };
             }
+            there_is
+        };
+        let deal = || match job.dealing {
+            Dealing::Next => while call(self.next.0.fetch_add(1, Ordering::Relaxed)) {},
+            Dealing::Own => _ = call(number),
         };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(deal)) {
             // Deal no more; far from overflow, however many threads still count up.
@@ -207,14 +244,14 @@ impl Shared {
     }
 
     /// The life of a worker.
-    fn serve(&self) {
+    fn serve(&self, number: usize) {
         let mut last_run = 0;
         let mut patience = MAX_YIELDS;
         while let Some(run) = self.enter(last_run, &mut patience) {
             last_run = run;
             // SAFETY: this thread is inside an open run; see `unsafe impl Sync`.
             let job = unsafe { *self.run.0.job.get() };
-            self.work(job);
+            self.work(job, number);
             let before = self.run.0.state.fetch_sub(ACTIVE, Ordering::Release);
             if before & (OPEN | ACTIVE_MASK) == ACTIVE {
                 // Taking the lock makes sure that the caller is either not yet looking or already waiting.
@@ -301,6 +338,26 @@ mod tests {
     }
 
     #[test]
+    fn each_thread_has_a_number_of_its_own() {
+        for threads in [1, 2, 3, 7] {
+            let pool = Pool::new(threads).unwrap();
+            for wanted in [0, 1, 2, 5, 9] {
+                for _ in 0..100 {
+                    let calls: Vec<AtomicUsize> =
+                        (0..threads.max(wanted)).map(|_| AtomicUsize::new(0)).collect();
+                    pool.run_each(wanted, &|number| {
+                        calls[number].fetch_add(1, Ordering::Relaxed);
+                    });
+                    let calls: Vec<_> = calls.iter().map(|n| n.load(Ordering::Relaxed)).collect();
+                    assert!(calls.iter().all(|&n| n <= 1), "{calls:?}");
+                    assert_eq!(calls.first().copied().unwrap_or(0), wanted.min(1));
+                    assert!(calls[wanted..].iter().all(|&n| n == 0), "{calls:?} of {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_parked_pool_wakes() {
         let pool = Pool::new(3).unwrap();
         for _ in 0..3 {
@@ -321,6 +378,8 @@ mod tests {
                 assert!(message.contains(&format!("task {bad} fails")), "{message}");
                 count_each(&pool, 16);
             }
+            assert!(catch_unwind(AssertUnwindSafe(|| pool.run_each(2, &|_| panic!("each")))).is_err());
+            count_each(&pool, 16);
         }
     }
 

@@ -14,17 +14,21 @@ const GRAIN: usize = 8 * 1024;
 /// the result.
 pub(super) fn for_rows(backend: &CpuBackend, rows: usize, cols: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
     let per_task = (GRAIN / cols.max(1)).max(1);
-    let tasks = u32::try_from(rows.div_ceil(per_task)).expect("fewer tasks than 2^32");
-    let each = |tasks: Range<u32>| {
-        for task in tasks {
-            let first = task as usize * per_task;
-            body(first..rows.min(first + per_task));
-        }
-    };
+    for_tasks(backend, rows.div_ceil(per_task), &|task| {
+        let first = task * per_task;
+        body(first..rows.min(first + per_task));
+    });
+}
+
+/// Calls `body(0)`, ..., `body(tasks - 1)` on the backend's threads. Each starts with a share of its own, so that what belongs to a row
+/// or a sequence stays in the cache of one core from operation to operation.
+pub(super) fn for_tasks(backend: &CpuBackend, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+    let count = u32::try_from(tasks).expect("fewer tasks than 2^32");
+    let each = |tasks: Range<u32>| tasks.for_each(|task| body(task as usize));
     // Inside another operation on rows the threads are at work.
     match try_lock(&backend.scratch.rows) {
-        Some(mut shares) if tasks > 1 => shares.deal(backend.pool(), tasks, &each),
-        _ => each(0..tasks),
+        Some(mut shares) if tasks > 1 => shares.deal(backend.pool(), count, &each),
+        _ => each(0..count),
     }
 }
 

@@ -74,7 +74,8 @@ impl Shares {
         for (thread, share) in shares.iter().enumerate() {
             share.fill(border(thread)..border(thread + 1));
         }
-        pool.run(threads, &|thread| {
+        // Whoever does not come has its share stolen.
+        pool.run_each(threads, &|thread| {
             let (before, from) = shares.split_at(thread);
             let (own, after) = from.split_first().expect("a share for each thread");
             loop {

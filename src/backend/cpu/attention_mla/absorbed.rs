@@ -14,6 +14,7 @@ use super::super::memory::with_local_scratch;
 use super::super::mla_weights::COLUMNS;
 use super::super::operand::{Form, row_stride};
 use super::super::product::{Operand, Strided};
+use super::super::rows::for_tasks;
 use super::super::simd::Float;
 use super::{Call, Pieces, absorbed_rows, expanded_rows};
 use crate::backend::{DType, SeqSpan};
@@ -47,7 +48,7 @@ where
             with_local_scratch::<T, _>((queries + SPARE_ROWS) * width, |q| {
                 let by_head = |round: &(dyn Fn(usize, Range<usize>) + Sync)| {
                     let chunks = count.div_ceil(ROWS);
-                    self.backend.pool().run(self.heads * chunks, &|task| {
+                    for_tasks(self.backend, self.heads * chunks, &|task| {
                         let first = task % chunks * ROWS;
                         round(task / chunks, first..count.min(first + ROWS));
                     });
@@ -100,12 +101,12 @@ where
 
     /// From queries to mean latents.
     fn attend_absorbed(&self, q: &[T], means: &MeanLatents<'_, T>) {
-        let (spans, pool) = (self.batch.spans, self.backend.pool());
-        let division = Division::new(spans, pool.threads(), |span| self.shape(span));
+        let spans = self.batch.spans;
+        let division = Division::new(spans, self.backend.pool().threads(), |span| self.shape(span));
         let part_width = part_width(self.latent);
         with_local_scratch::<f32, _>(division.parts(spans) * part_width, |parts| {
             let parts = Pieces::new(parts, part_width);
-            pool.run(spans.iter().map(|span| division.tasks(span)).sum(), &|task| {
+            for_tasks(self.backend, spans.iter().map(|span| division.tasks(span)).sum(), &|task| {
                 let (index, task) = find_span(spans, task, |span| division.tasks(span));
                 let (span, shape) = (&spans[index], self.shape(&spans[index]));
                 let (groups, runs) = (division.groups(span), division.runs(span));
@@ -136,7 +137,7 @@ where
                 1 => 0,
                 _ => self.shape(span).queries(),
             };
-            pool.run(spans.iter().map(divided).sum(), &|task| {
+            for_tasks(self.backend, spans.iter().map(divided).sum(), &|task| {
                 let (index, i) = find_span(spans, task, divided);
                 let first = division.parts(&spans[..index]) + i * division.groups(&spans[index]);
                 let groups = self.shape(&spans[index]).groups(i);
