@@ -485,7 +485,8 @@ impl Loader<'_> {
     }
 }
 
-/// Threads that read the experts of one rank: each holds an unpacked one, so that machines with few cores get one.
+/// Threads that read the experts of one rank: each holds an unpacked one, where it does not lie in the file as it is wanted, so that
+/// machines with few cores get one.
 fn readers(ranks: usize) -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     (cores / ranks.max(1) / 4).clamp(1, 4)

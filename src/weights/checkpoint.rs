@@ -324,7 +324,7 @@ impl Checkpoint {
         if self.shards.iter().any(|shard| shard.file == SINGLE) { SINGLE } else { INDEX }
     }
 
-    /// So many bytes more have been copied out, by any thread.
+    /// So many bytes more have been read, or will be at once, by any thread.
     pub fn count_read(&self, bytes: u64) {
         let before = self.read.fetch_add(bytes, Ordering::Relaxed);
         if before / FORGET_EVERY != (before + bytes) / FORGET_EVERY {

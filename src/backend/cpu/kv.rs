@@ -12,12 +12,9 @@ use super::CpuBackend;
 use super::elementwise::FloatRows;
 use super::memory::{self, RowsMut, with_local_scratch};
 use super::rows::{for_rows, with_float};
-use super::simd::{Float, Kernel, MAX_LANES, Simd};
+use super::simd::{Float, Kernel, LINE, MAX_LANES, Simd};
 use crate::backend::{AttentionBatch, DType, KvCache, KvShape, SeqSpan, View, check};
 use crate::error::Result;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A vector of `dim` elements with its padding.
 pub(super) fn padded(dim: usize) -> usize {

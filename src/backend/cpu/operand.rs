@@ -8,15 +8,13 @@ use half::bf16;
 use super::CpuBackend;
 use super::memory::{Rows, RowsMut, ScratchGuard};
 use super::panel::{PANEL, padded_k};
-use super::simd::{Float, Kernel, Simd};
+use super::simd::{Float, Kernel, LINE, Simd};
 use super::tile;
 use crate::backend::{DType, View, ViewMut};
 use crate::error::Result;
 
 /// Elements converted by one task; a smaller conversion stays on the calling thread.
 const TASK_ELEMENTS: usize = 1 << 16;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 /// Up to so many rows, or panels that they are multiplied with, a copy is not worth its time, however far apart the rows are.
 const FEW_ROWS: usize = 8;
 const FEW_PANELS: usize = 4;

@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::memory::{self, Element, Rows, RowsMut};
 use super::pool::Pool;
-use super::simd::MAX_LANES;
+use super::simd::{LINE, MAX_LANES};
 use crate::backend::{DType, HostData, HostMatrix, Tensor, View};
 use crate::error::Result;
 
@@ -178,8 +178,6 @@ fn scatter<F: Copy, T: Packed>(
 /// [`scatter`] of pairs that stay what they are, which is most of the work of loading: each moves as 32 bits, a cache line of a column
 /// at a time.
 fn scatter_pairs(columns: &[bf16], k: usize, (to, width): (&mut [bf16], usize)) {
-    /// Bytes of a cache line.
-    const LINE: usize = 64;
     const PAIRS: usize = LINE / size_of::<[bf16; 2]>();
     let (cells, _) = to.as_chunks_mut::<2>();
     for (first, cells) in (0..k).step_by(2 * PAIRS).zip(cells.chunks_mut(PAIRS * width)) {

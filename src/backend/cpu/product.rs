@@ -8,7 +8,7 @@
 
 use half::bf16;
 
-use super::simd::{Float, Simd};
+use super::simd::{Float, LINE, Simd};
 
 /// Bytes of one block of a panel at most: it, the next one and the rows fit into a first-level cache of 48 KiB, and sums seldom leave the
 /// registers.
@@ -428,8 +428,6 @@ unsafe fn tile<S: Simd, P: Product<S>, const ONCE: bool, const R: usize, const V
     panel: Panel<P::W>,
     sums: Sums,
 ) {
-    /// Bytes of a cache line.
-    const LINE: usize = 64;
     let Panel { start, k, pitch, ahead } = panel;
     let mut acc = [[simd.zero(); V]; R];
     // SAFETY: the caller vouches for R rows of k activations, the panel and R rows of sums.

@@ -8,7 +8,7 @@
 use half::bf16;
 
 use super::super::product::{Operand, Strided};
-use super::super::simd::Simd;
+use super::super::simd::{LINE, Simd};
 
 /// Rows of the tallest tile: queries lie in buffers of a multiple of [`MIN_ROWS`] rows.
 const MAX_ROWS: usize = 8;
@@ -243,8 +243,6 @@ unsafe fn value_tile<S: Simd, T: Latent, const R: usize, const N: usize>(
     (tokens, next, d): (&[*const T], &[*const T], usize),
     means: &Means,
 ) {
-    /// Bytes of a cache line.
-    const LINE: usize = 64;
     assert!(next.len() == tokens.len(), "{} tokens, then {}", tokens.len(), next.len());
     let mut sums = [[[simd.zero(); 2]; N]; R];
     let whole = tokens.len() / T::GROUP * T::GROUP;

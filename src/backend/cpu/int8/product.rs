@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::pack::Panel;
 use super::rows::QuantizedRows;
 use crate::backend::cpu::panel::PANEL;
-use crate::backend::cpu::simd::{Kernel, Simd};
+use crate::backend::cpu::simd::{Kernel, LINE, Simd};
 
 /// Inputs that lie side by side.
 const QUAD: usize = 4;
@@ -15,9 +15,6 @@ const QUAD: usize = 4;
 const BLOCK_QUADS: usize = 96;
 /// How far ahead a single strip of rows fetches weights.
 const AHEAD_BYTES: usize = 8 << 10;
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// `sums[r][j] = sum_k rows[r][k] * panel[k][j]` for all columns of the panel.
 pub struct PanelProduct<'a> {
     a: *const i8,

@@ -4,14 +4,11 @@ use std::ops::Range;
 
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::rows::load_next;
-use crate::backend::cpu::simd::{Float, Kernel, Simd};
+use crate::backend::cpu::simd::{Float, Kernel, LINE, Simd};
 use crate::backend::int8::Scale;
 
 /// Elements quantised by one task; fewer stay on the calling thread.
 const TASK_ELEMENTS: usize = 1 << 15;
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// Some rows in memory of the caller's, to be written and read by many threads.
 #[derive(Clone, Copy)]
 pub struct QuantizedRows {

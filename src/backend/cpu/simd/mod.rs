@@ -89,6 +89,8 @@ pub trait Kernel {
 
 /// The largest [`Simd::LANES`].
 pub const MAX_LANES: usize = 16;
+/// Bytes of a cache line, what one [`Simd::prefetch`] asks for.
+pub const LINE: usize = 64;
 
 /// Vectors of f32 and of bf16 pairs on one instruction set. A value proves that the machine has it.
 ///
