@@ -36,6 +36,7 @@ extern crate self as moeyard;
 #[path = "../tests/support"]
 mod support {
     pub mod collectives;
+    pub mod draws;
     pub mod moe_rank;
     pub mod numbers;
     pub mod placements;

@@ -6,6 +6,7 @@ use super::{
     KvCache, KvShape, MOST_CHOICES, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PaddedShape, PlannedArgs,
     Precision, Replicas, ReturnedArgs, RopeArgs, View, ViewMut, WorldArgs,
 };
+use crate::backend::draw::{Draw, MOST_TOKENS};
 use crate::spec::{GroupScore, NormKind, Router, Score};
 
 /// Asserts the shape of a view.
@@ -355,12 +356,17 @@ pub fn attention_mla(args: &MlaArgs<'_>, out: &ViewMut<'_>) -> (usize, usize) {
     (latent, rope_dim)
 }
 
-/// [`super::Backend::best`].
-pub fn best(x: &View<'_>, out: &ViewMut<'_>) {
-    dtype("best of", x, DType::F32);
-    dtype("best", &out.as_view(), DType::I32);
-    shape("best", &out.as_view(), x.rows(), 2);
-    assert!(x.cols() > 0 && i32::try_from(x.cols()).is_ok(), "the best of {} columns", x.cols());
+/// [`super::Backend::sample`].
+pub fn sample(x: &View<'_>, draws: &[Draw], out: &ViewMut<'_>) {
+    dtype("sample x", x, DType::F32);
+    dtype("sample out", &out.as_view(), DType::I32);
+    shape("sample out", &out.as_view(), x.rows(), 2);
+    assert!((1..=MOST_TOKENS).contains(&x.cols()), "a token of {}, expected 1 to {MOST_TOKENS}", x.cols());
+    assert!(draws.len() == x.rows(), "{} draws for {} rows", draws.len(), x.rows());
+    for draw in draws {
+        let Draw { temperature, top_p, min_p, .. } = *draw;
+        assert!(temperature >= 0.0 && top_p > 0.0 && (0.0..=1.0).contains(&min_p), "{draw:?}");
+    }
 }
 
 /// [`super::Backend::route`].

@@ -5,7 +5,8 @@ use super::mover::{Orders, SliceAnswer};
 use super::options::EngineOptions;
 use super::plan::{RowResult, StepPlan, SubPlan};
 use super::request::TokenEvent;
-use super::sampler::{Sampler, wants_best};
+use super::sampler::{Sampler, draw_of};
+use crate::backend::draw::Draw;
 use crate::backend::{Backend, DType, Tensor};
 use crate::error::{Error, Result};
 use crate::metrics::{self, RankMeter};
@@ -153,9 +154,7 @@ impl Ranks {
                 observer: hooks.steps.clone(),
                 sampler: Sampler::default(),
                 logits: Vec::new(),
-                device_best: None,
-                found: Vec::new(),
-                best: Vec::new(),
+                chosen: Chosen::default(),
             };
             let answers = sender.clone();
             let thread = std::thread::Builder::new()
@@ -208,11 +207,19 @@ struct Rank {
     sampler: Sampler,
     /// Some logit rows in host memory; `[rows][vocab]`.
     logits: Vec<f32>,
-    /// The best token of each logit row, and its elements that are not finite: on the device, and copied to the host.
-    device_best: Option<Tensor>,
+    chosen: Chosen,
+}
+
+/// What the device chose.
+#[derive(Default)]
+struct Chosen {
+    /// How the token of each logit row is drawn; that of one that asks for more is greedy, and does not count.
+    draws: Vec<Draw>,
+    /// The token of each logit row, and its elements that are not finite: on the device, and copied to the host.
+    on_device: Option<Tensor>,
     found: Vec<[i32; 2]>,
-    /// The best token of each logit row that wants no more.
-    best: Vec<Option<u32>>,
+    /// The token of each logit row that asks for no more.
+    tokens: Vec<Option<u32>>,
 }
 
 /// Logits that are copied to the host at once: enough that a GPU is asked rarely, few enough for the caches of a CPU.
@@ -286,24 +293,25 @@ impl Rank {
         Ok(())
     }
 
-    /// Does the jobs of the logit rows that this rank owns. Logits come to the host for those alone that want more than the best token.
+    /// Does the jobs of the logit rows that this rank owns. Logits come to the host for those alone that ask for more than a token.
     fn sample(&mut self, plan: &StepPlan, report: &mut RankReport) -> Result<()> {
-        self.find_best(plan)?;
+        self.choose(plan)?;
         let RankSetup { backend, output, dp_rank, .. } = &self.setup;
         let sub = &plan.sub_plans[*dp_rank];
+        let tokens = &self.chosen.tokens;
         let vocab = output.logits.cols();
         let at_once = (LOGIT_BYTES / (vocab * DType::F32.bytes())).max(1);
         report.rows.clear();
         let mut next = 0;
         while let Some(&row) = output.logit_rows.get(next) {
-            if let Some(token) = self.best[next] {
+            if let Some(token) = tokens[next] {
                 let event = TokenEvent { token, logprob: None, rank: 0, top: Vec::new() };
                 let job = job_of(self.index, sub, row) as u32;
                 report.rows.push(RowResult { job, outcome: Ok(Some(event)), logits: None });
                 next += 1;
                 continue;
             }
-            let rows = self.best[next..].iter().take(at_once).take_while(|best| best.is_none()).count();
+            let rows = tokens[next..].iter().take(at_once).take_while(|token| token.is_none()).count();
             self.logits.resize(rows * vocab, 0.0);
             let logits = output.logits.view().rows_range(next..next + rows);
             backend.download(logits, bytemuck::cast_slice_mut(&mut self.logits))?;
@@ -318,29 +326,34 @@ impl Rank {
         Ok(())
     }
 
-    /// Lets the device find the best tokens of rows that want no more, if there are any.
-    fn find_best(&mut self, plan: &StepPlan) -> Result<()> {
+    /// Lets the device choose the tokens of rows that ask for no more, if there are any.
+    fn choose(&mut self, plan: &StepPlan) -> Result<()> {
         let RankSetup { backend, output, dp_rank, .. } = &self.setup;
         let sub = &plan.sub_plans[*dp_rank];
+        let Chosen { draws, on_device, found, tokens } = &mut self.chosen;
         let rows = output.logit_rows.len();
-        let wants = |row: u32| wants_best(&sub.jobs[job_of(self.index, sub, row)]);
-        self.best.clear();
-        self.best.resize(rows, None);
-        if !output.logit_rows.iter().any(|&row| wants(row)) {
+        draws.clear();
+        tokens.clear();
+        for &row in &output.logit_rows {
+            let draw = draw_of(&sub.jobs[job_of(self.index, sub, row)]);
+            let draw = draw.filter(|draw| draw.is_greedy() || backend.draws());
+            draws.push(draw.unwrap_or(Draw::GREEDY));
+            // A placeholder where the device will say.
+            tokens.push(draw.map(|_| 0));
+        }
+        if tokens.iter().all(Option::is_none) {
             return Ok(());
         }
-        if self.device_best.as_ref().is_none_or(|best| best.rows() < rows) {
-            self.device_best = Some(backend.alloc(DType::I32, output.logits.rows(), 2)?);
+        if on_device.as_ref().is_none_or(|chosen| chosen.rows() < rows) {
+            *on_device = Some(backend.alloc(DType::I32, output.logits.rows(), 2)?);
         }
-        let device_best = self.device_best.as_mut().expect("made above");
-        backend.best(output.logits.head(rows), device_best.head_mut(rows))?;
-        self.found.resize(rows, [0; 2]);
-        backend.download(device_best.head(rows), bytemuck::cast_slice_mut(&mut self.found))?;
-        for ((best, &row), &[token, infinite]) in
-            self.best.iter_mut().zip(&output.logit_rows).zip(&self.found)
-        {
+        let on_device = on_device.as_mut().expect("made above");
+        backend.sample(output.logits.head(rows), draws, on_device.head_mut(rows))?;
+        found.resize(rows, [0; 2]);
+        backend.download(on_device.head(rows), bytemuck::cast_slice_mut(found))?;
+        for (token, &[chosen, infinite]) in tokens.iter_mut().zip(found.iter()) {
             // What is wrong with a row, its logits tell.
-            *best = (infinite == 0 && wants(row)).then_some(token as u32);
+            *token = token.and_then(|_| (infinite == 0).then_some(chosen as u32));
         }
         Ok(())
     }

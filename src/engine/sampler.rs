@@ -5,22 +5,21 @@
 //! 1. log-probabilities, from the logits as the model gave them;
 //! 2. `adjust`: constraint, allowed tokens, bad words, stop tokens before `min_tokens`, logit bias, penalties for
 //!    repetition, frequency, presence;
-//! 3. temperature 0: the best token. Else temperature, min_p, top_k, top_p (of what the two before left), and a draw.
+//! 3. temperature 0: the best token. Else temperature, min_p, top_k, top_p (of what the two before left), and a draw, as
+//!    [`crate::backend::draw`] says.
 //!
 //! One tie-break everywhere: a higher logit is better, then a lower id; so temperature 0, top_k 1 and a tiny top_p choose
-//! the same token. Nothing sorts the whole vocabulary: the best tokens are selected in O(vocab) and only those are
-//! sorted. Nothing calls the system's `exp`, whose last bits differ from machine to machine. Scratch memory is kept, so
-//! choosing a token allocates nothing once it has its size.
+//! the same token. Where a request asks for the last step alone, the device that has the logits does it, with the same token
+//! ([`draw_of`]). Scratch memory is kept, so choosing a token allocates nothing once it has its size.
 
 mod adjust;
-mod draw;
-mod select;
+mod random;
 
 use super::plan::{RowJob, RowResult, RowTask};
 use super::request::{Request, Sampling, TokenEvent};
+use crate::backend::draw::{Draw, Drawer, ONE, Weights, argmax, rank, select_best};
 use adjust::Adjuster;
-use draw::{Weights, pick, uniform};
-use select::{argmax, nucleus, select_best};
+use random::random;
 
 /// A row that no token can be chosen from.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -57,20 +56,31 @@ pub enum RowError {
     },
 }
 
-/// Whether the job asks for the best token of its row and nothing else.
-pub fn wants_best(job: &RowJob) -> bool {
+/// How the job's token is drawn from its row, where the job asks for nothing else.
+pub fn draw_of(job: &RowJob) -> Option<Draw> {
     let request = &job.request;
-    job.task == RowTask::Sample
+    let alone = job.task == RowTask::Sample
         && !job.capture
         && request.logprobs.is_none()
-        && request.sampling.temperature == 0.0
-        && !adjust::changes(request, job.position)
+        && !adjust::changes(request, job.position);
+    alone.then(|| drawn(&request.sampling, job.position))
+}
+
+fn drawn(sampling: &Sampling, position: u32) -> Draw {
+    let &Sampling { temperature, top_p, top_k, min_p, seed, .. } = sampling;
+    if temperature == 0.0 {
+        return Draw::GREEDY;
+    }
+    // More tokens than u32 counts are all of them.
+    let top_k = u32::try_from(top_k).unwrap_or(0);
+    Draw { random: random(seed, position), temperature, top_p, min_p, top_k }
 }
 
 /// Chooses tokens; holds only scratch memory.
 #[derive(Debug, Default)]
 pub struct Sampler {
     adjuster: Adjuster,
+    drawer: Drawer,
     weights: Weights,
     /// Token ids, best first.
     ids: Vec<u32>,
@@ -103,15 +113,7 @@ impl Sampler {
         if adjusted[best as usize] == f32::NEG_INFINITY {
             return Err(RowError::NothingAllowed { position });
         }
-        let sampling = &request.sampling;
-        let token = if sampling.temperature == 0.0 {
-            best
-        } else {
-            self.weights.weigh(adjusted, adjusted[best as usize], sampling.temperature);
-            self.weights.drop_below(sampling.min_p);
-            let u = uniform(sampling.seed, position);
-            draw(adjusted, &self.weights, &mut self.ids, sampling, u)
-        };
+        let token = self.drawer.draw(adjusted, best, &drawn(&request.sampling, position));
         Ok(self.score(logits, token, request.logprobs))
     }
 
@@ -121,39 +123,13 @@ impl Sampler {
             return TokenEvent { token, logprob: None, rank: 0, top: Vec::new() };
         };
         let max = logits[argmax(logits) as usize];
-        self.weights.weigh(logits, max, 1.0);
-        let normalizer = f64::from(max) + self.weights.mass().ln();
+        self.weights.weigh(logits, max, 1.0, 0.0);
+        let normalizer = f64::from(max) + (self.weights.mass() as f64 / ONE as f64).ln();
         let logprob = |id: u32| (f64::from(logits[id as usize]) - normalizer) as f32;
         select_best(&mut self.ids, logits, n);
         let top = self.ids.iter().map(|&id| (id, logprob(id))).collect();
-        TokenEvent { token, logprob: Some(logprob(token)), rank: select::rank(logits, token), top }
+        TokenEvent { token, logprob: Some(logprob(token)), rank: rank(logits, token), top }
     }
-}
-
-/// Draws from the weights, limited by top_k and top_p, with `u` in [0, 1). Walks the kept tokens in id order, whichever way
-/// they were found.
-fn draw(logits: &[f32], weights: &Weights, ids: &mut Vec<u32>, sampling: &Sampling, u: f64) -> u32 {
-    let vocab = logits.len();
-    let top_p = f64::from(sampling.top_p);
-    let limited = sampling.top_k > 0 && sampling.top_k < vocab;
-    if !limited && top_p >= 1.0 {
-        return weights.pick(u);
-    }
-    let mass = if limited {
-        select_best(ids, logits, sampling.top_k);
-        weights.mass_of(ids)
-    } else {
-        let mass = weights.mass();
-        // Together, all tokens below this weigh less than what top_p leaves out; it is at most 1, the best's weight.
-        weights.select_above(ids, (1.0 - top_p) * mass / vocab as f64);
-        mass
-    };
-    if top_p < 1.0 {
-        let kept = nucleus(ids, logits, weights, top_p * mass);
-        ids.truncate(kept);
-    }
-    ids.sort_unstable();
-    pick(ids.iter().copied(), weights, u * weights.mass_of(ids))
 }
 
 /// Refuses NaNs and infinities.

@@ -70,6 +70,39 @@ fn a_seed_gives_the_same_text_in_any_company() {
     }
 }
 
+/// A device draws what the host draws, which a request that asks for log-probabilities makes it do.
+#[test]
+fn a_text_does_not_depend_on_who_samples() {
+    let engine = start(&options(), (1, 2), Hooks::default());
+    let warm = Sampling { temperature: 1.3, ..Sampling::GREEDY };
+    for (i, sampling) in [
+        Sampling::GREEDY,
+        warm.clone(),
+        Sampling { top_k: 7, ..warm.clone() },
+        Sampling { top_p: 0.8, ..warm.clone() },
+        Sampling { min_p: 0.1, ..warm.clone() },
+        Sampling { top_k: 300, top_p: 0.95, min_p: 0.01, ..warm },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let streams: Vec<_> = (0..6u32)
+            .map(|n| {
+                let sampling = Sampling { seed: n.into(), ..sampling.clone() };
+                let request = Request { sampling, ..request(prompt(n, 9 + i), 20) };
+                let on_host = Request { logprobs: Some(0), ..request.clone() };
+                [request, on_host].map(|request| engine.submit(request).unwrap())
+            })
+            .collect();
+        for (n, [on_device, on_host]) in streams.into_iter().enumerate() {
+            let (on_device, on_host) = (collect(on_device).0, collect(on_host).0);
+            assert_eq!(ids(&on_device), ids(&on_host), "{sampling:?}, seed {n}");
+            assert!(on_device.iter().all(|event| event.logprob.is_none()));
+            assert!(on_host.iter().all(|event| event.logprob.is_some()));
+        }
+    }
+}
+
 #[tokio::test]
 async fn streams_are_async_too() {
     use tokio_stream::StreamExt;

@@ -26,6 +26,7 @@ use router_sim::load::LoadWindow;
 use router_sim::placement::{ClusterShape, Linear, Placement, PlacementPolicy};
 use router_sim::split::Split;
 
+pub mod draws;
 pub mod fixtures;
 pub mod numbers;
 pub mod patience;

@@ -11,6 +11,7 @@ impl Numbers {
         Numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
+    /// 64 bits, the upper ones better than the lower.
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         self.0
@@ -19,6 +20,11 @@ impl Numbers {
     /// Uniform in `0..n`.
     pub fn below(&mut self, n: usize) -> usize {
         ((self.next() >> 33) as usize) % n
+    }
+
+    /// Uniform over all numbers of 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.next() & !0 << 32 | self.next() >> 32
     }
 
     /// Uniform in [-1, 1).

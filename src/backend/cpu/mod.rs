@@ -12,7 +12,6 @@ mod attention;
 mod attention_gqa;
 mod attention_latent;
 mod attention_mla;
-mod best;
 mod combine;
 mod elementwise;
 mod experts;
@@ -27,12 +26,14 @@ mod product;
 mod rope;
 mod route;
 mod rows;
+mod sample;
 mod share;
 mod tile;
 mod work;
 
 use std::sync::Mutex;
 
+use crate::backend::draw::Draw;
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix,
     HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut,
@@ -41,6 +42,7 @@ use crate::error::Result;
 use crate::spec::{Activation, Router};
 use memory::Scratch;
 use pool::Pool;
+use sample::Drawers;
 use share::Shares;
 use simd::{Isa, Kernel};
 use work::WorkList;
@@ -61,6 +63,8 @@ struct Buffers {
     intermediate: Scratch,
     /// The items of a product.
     work: WorkList,
+    /// For rows of logits.
+    drawers: Mutex<Drawers>,
     /// The tasks of an operation on rows.
     rows: Mutex<Shares>,
 }
@@ -228,7 +232,13 @@ impl Backend for CpuBackend {
         route::route(self, logits, bias, router, ids, weights)
     }
     fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        best::best(self, x, out)
+        sample::best(self, x, out)
+    }
+    fn draws(&self) -> bool {
+        true
+    }
+    fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
+        sample::sample(self, x, draws, out)
     }
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         experts::experts(self, args, out)

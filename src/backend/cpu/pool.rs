@@ -301,7 +301,8 @@ impl Shared {
 }
 
 /// Locks a mutex whose data stays valid whatever happens: a panic elsewhere is no reason to fail.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks it, whatever became of the last who held it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -10,11 +10,13 @@ mod host;
 mod moe;
 mod quantized;
 mod route;
+mod sample;
 #[cfg(test)]
 mod tests;
 mod world;
 
 use super::cpu::memory;
+use super::draw::Draw;
 use super::{
     AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, ExpertsArgs, GqaArgs, HostMatrix,
     HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs, RopeArgs, Tensor,
@@ -296,15 +298,16 @@ impl Backend for ReferenceBackend {
     }
 
     fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        check::best(&x, &out);
+        self.sample(x, &vec![Draw::GREEDY; x.rows()], out)
+    }
+    fn draws(&self) -> bool {
+        true
+    }
+    fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
+        check::sample(&x, draws, &out);
         let x = Host::read(x);
-        let best = (0..x.rows).flat_map(|i| {
-            let row = x.row(i);
-            let better = |best: usize, d: usize| if row[d] > row[best] { d } else { best };
-            let infinite = row.iter().filter(|x| !x.is_finite()).count();
-            [(0..x.cols).fold(0, better) as i32, infinite as i32]
-        });
-        host::write_ints(&best.collect::<Vec<_>>(), out);
+        let chosen = draws.iter().enumerate().flat_map(|(i, draw)| sample::sample(x.row(i), draw));
+        host::write_ints(&chosen.collect::<Vec<_>>(), out);
         Ok(())
     }
 

@@ -1,8 +1,7 @@
 //! Each step against a slow version of itself: full sorts, f64, one token at a time.
 
-use super::draw::exp_nonpositive;
-use super::select::order;
 use super::*;
+use crate::backend::draw::weight;
 use crate::engine::request::Constraint;
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -17,44 +16,6 @@ fn request(sampling: Sampling) -> Request {
 
 fn token(logits: &[f32], sampling: Sampling, position: u32) -> u32 {
     Sampler::default().sample(logits, &request(sampling), position, &[]).unwrap().token
-}
-
-/// The same rules by a full sort: (token, weight) of all kept tokens, best first.
-fn kept_slowly(logits: &[f32], s: &Sampling) -> Vec<(u32, f64)> {
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    ids.sort_by(|&a, &b| order(logits, a, b));
-    let max = logits[ids[0] as usize];
-    let weight = |id: u32| f64::from(exp_nonpositive((logits[id as usize] - max) / s.temperature));
-    ids.retain(|&id| weight(id) >= f64::from(s.min_p));
-    if s.top_k > 0 {
-        ids.truncate(s.top_k);
-    }
-    let mass: f64 = ids.iter().map(|&id| weight(id)).sum();
-    let mut sum = 0.0;
-    let mut kept = Vec::new();
-    for id in ids {
-        kept.push((id, weight(id)));
-        sum += weight(id);
-        if sum >= f64::from(s.top_p) * mass {
-            break;
-        }
-    }
-    kept
-}
-
-#[test]
-fn exp_is_accurate() {
-    assert_eq!(exp_nonpositive(0.0), 1.0);
-    assert_eq!(exp_nonpositive(-0.0), 1.0);
-    for x in [-87.0, -1000.0, f32::MIN, f32::NEG_INFINITY] {
-        assert_eq!(exp_nonpositive(x), 0.0);
-    }
-    for i in 1..200_000 {
-        let x = -86.9 * i as f32 / 200_000.0;
-        let exact = f64::from(x).exp();
-        let error = (f64::from(exp_nonpositive(x)) - exact).abs() / exact;
-        assert!(error < 2.5e-7, "exp({x}): relative error {error:e}");
-    }
 }
 
 fn logit_rows() -> impl Strategy<Value = Vec<f32>> {
@@ -76,49 +37,7 @@ proptest! {
         prop_assert_eq!(greedy as usize, first_best);
         // min_p 1 keeps every token as good as the best.
         let tied = token(&logits, Sampling { min_p: 1.0, ..sampling(1.0, 0, 1.0, seed) }, 3);
-        prop_assert!(exp_nonpositive(logits[tied as usize] - logits[first_best]) == 1.0);
-    }
-
-    #[test]
-    fn only_kept_tokens_are_drawn(
-        logits in logit_rows(), seed: u64, t in 0.1f32..10.0, k in 0usize..200, p in 0.01f32..=1.0, m in 0.0f32..0.5,
-    ) {
-        let s = Sampling { min_p: if seed % 2 == 0 { m } else { 0.0 }, ..sampling(t, k, p, seed) };
-        let kept = kept_slowly(&logits, &s);
-        let mut sampler = Sampler::default();
-        for position in 0..20 {
-            let token = sampler.sample(&logits, &request(s.clone()), position, &[]).unwrap().token;
-            prop_assert!(kept.iter().any(|&(id, _)| id == token));
-        }
-    }
-
-    /// A draw is the first token, by id, whose running share exceeds the number drawn.
-    #[test]
-    fn a_draw_walks_the_kept_tokens_by_id(logits in logit_rows(), seed: u64, k in 0usize..40, p in 0.2f32..=1.0) {
-        let s = Sampling { min_p: 0.01, ..sampling(0.8, k, p, seed) };
-        let mut kept = kept_slowly(&logits, &s);
-        kept.sort_by_key(|&(id, _)| id);
-        let target = uniform(seed, 9) * kept.iter().map(|&(_, w)| w).sum::<f64>();
-        let mut sum = 0.0;
-        let expected = kept.iter().find(|&&(_, w)| { sum += w; sum > target }).unwrap_or(kept.last().unwrap()).0;
-        let found = token(&logits, s, 9);
-        // Sums in another order may differ by their last bits: then the neighbour is as right.
-        let place = |id| kept.iter().position(|&(kept, _)| kept == id).expect("kept") as i64;
-        prop_assert!((place(found) - place(expected)).abs() <= 1, "{} {}", found, expected);
-    }
-
-    /// Insertion and quickselect are one order.
-    #[test]
-    fn the_best_are_those_of_a_full_sort(logits in logit_rows(), n in 0usize..600) {
-        let mut found = Vec::new();
-        select_best(&mut found, &logits, n);
-        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        ids.sort_by(|&a, &b| order(&logits, a, b));
-        for (place, &id) in ids.iter().enumerate().step_by(17) {
-            prop_assert_eq!(select::rank(&logits, id), place as u32 + 1);
-        }
-        ids.truncate(n);
-        prop_assert_eq!(&found, &ids);
+        prop_assert!(weight(logits[tied as usize], logits[first_best], 1.0, 0.0) == 1.0);
     }
 
     #[test]
@@ -126,7 +45,7 @@ proptest! {
         let asked = Request { logprobs: Some(n), ..request(sampling(1.0, 0, 1.0, seed)) };
         let sampled = Sampler::default().sample(&logits, &asked, 0, &[]).unwrap();
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        ids.sort_by(|&a, &b| order(&logits, a, b));
+        ids.sort_by_key(|&id| rank(&logits, id));
         prop_assert_eq!(ids[sampled.rank as usize - 1], sampled.token);
         ids.truncate(n);
         prop_assert_eq!(sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(), ids);
@@ -210,14 +129,14 @@ proptest! {
 #[test]
 fn draws_follow_the_distribution() {
     let logits = [0.0f32, 1.0, 2.0, -1.0, 0.5, 2.0];
-    for s in [
-        sampling(0.7, 0, 1.0, 0),
-        sampling(1.3, 4, 1.0, 0),
-        sampling(1.0, 0, 0.8, 0),
-        Sampling { min_p: 0.2, ..sampling(1.0, 0, 1.0, 0) },
+    for (s, kept) in [
+        (sampling(0.7, 0, 1.0, 0), vec![0, 1, 2, 3, 4, 5]),
+        (sampling(1.3, 4, 1.0, 0), vec![1, 2, 4, 5]),
+        (sampling(1.0, 0, 0.8, 0), vec![1, 2, 5]),
+        (Sampling { min_p: 0.2, ..sampling(1.0, 0, 1.0, 0) }, vec![1, 2, 4, 5]),
     ] {
-        let kept = kept_slowly(&logits, &s);
-        let mass: f64 = kept.iter().map(|k| k.1).sum();
+        let weight = |id: usize| (f64::from(logits[id]) / f64::from(s.temperature)).exp();
+        let mass: f64 = kept.iter().map(|&id| weight(id)).sum();
         let draws = 20_000;
         let mut counts = [0u32; 6];
         let mut sampler = Sampler::default();
@@ -226,15 +145,14 @@ fn draws_follow_the_distribution() {
             let token = sampler.sample(&logits, &asked, seed as u32 % 7, &[]).unwrap().token;
             counts[token as usize] += 1;
         }
-        let chi2: f64 = kept
-            .iter()
-            .map(|&(id, w)| {
-                let expected = w / mass * draws as f64;
-                (f64::from(counts[id as usize]) - expected).powi(2) / expected
-            })
-            .sum();
+        let chi2 = |&id: &usize| {
+            let expected = weight(id) / mass * draws as f64;
+            (f64::from(counts[id]) - expected).powi(2) / expected
+        };
         // 99.9 % quantile of chi-square with 5 degrees of freedom: 20.5.
-        assert!(chi2 < 20.5, "{s:?}: {counts:?} chi2 {chi2}");
+        let sum: f64 = kept.iter().map(chi2).sum();
+        assert!(sum < 20.5, "{s:?}: {counts:?} chi2 {sum}");
+        assert_eq!(kept.iter().map(|&id| counts[id]).sum::<u32>(), draws as u32, "{s:?}: {counts:?}");
     }
 }
 
@@ -242,10 +160,49 @@ fn draws_follow_the_distribution() {
 /// ChaCha8 starts with the bytes 3e 00 ef 2f 89 5f 40 d6 (draft-strombergson-chacha-test-vectors, TC1).
 #[test]
 fn the_generator_is_pinned() {
-    let first = u64::from_le_bytes([0x3e, 0x00, 0xef, 0x2f, 0x89, 0x5f, 0x40, 0xd6]);
-    assert_eq!(uniform(0, 0), (first >> 11) as f64 / 2f64.powi(53));
-    assert_eq!(uniform(42, 7), 0.424_899_019_997_450_6);
-    assert_ne!(uniform(0, 1), uniform(1, 0));
+    assert_eq!(random(0, 0), u64::from_le_bytes([0x3e, 0x00, 0xef, 0x2f, 0x89, 0x5f, 0x40, 0xd6]));
+    assert_eq!((random(42, 7) >> 11) as f64 / 2f64.powi(53), 0.424_899_019_997_450_6);
+    assert_ne!(random(0, 1), random(1, 0));
+}
+
+/// What a device is asked for is all that the request asks for.
+#[test]
+fn only_draws_alone_are_left_to_a_device() {
+    let job = |request: Request, task| RowJob {
+        request_id: 1,
+        request: Arc::new(request),
+        position: 9,
+        task,
+        history: (0, 0),
+        capture: false,
+    };
+    let s = Sampling { min_p: 0.1, ..sampling(0.5, 7, 0.9, 42) };
+    let plain = job(request(s.clone()), RowTask::Sample);
+    let draw = Draw { random: random(42, 9), temperature: 0.5, top_p: 0.9, min_p: 0.1, top_k: 7 };
+    assert_eq!(draw_of(&plain), Some(draw));
+    assert_eq!(draw_of(&job(request(Sampling::GREEDY), RowTask::Sample)), Some(Draw::GREEDY));
+    assert_eq!(draw_of(&job(request(sampling(0.5, usize::MAX, 0.9, 42)), RowTask::Sample)).unwrap().top_k, 0);
+    let asks_more = [
+        RowJob { capture: true, ..plain.clone() },
+        job(request(s.clone()), RowTask::Nothing),
+        job(request(s.clone()), RowTask::Score(3)),
+        job(Request { logprobs: Some(0), ..request(s.clone()) }, RowTask::Sample),
+        job(Request { constraint: Some(Arc::new(Widening)), ..request(s.clone()) }, RowTask::Sample),
+        job(request(Sampling { presence_penalty: 0.1, ..s.clone() }), RowTask::Sample),
+        job(request(Sampling { logit_bias: vec![(1, 2.0)], ..s.clone() }), RowTask::Sample),
+        job(request(Sampling { allowed_tokens: Some([1, 2].into()), ..s.clone() }), RowTask::Sample),
+        job(request(Sampling { bad_words: vec![vec![1]], ..s.clone() }), RowTask::Sample),
+        job(
+            Request { stop_tokens: vec![2], ..request(Sampling { min_tokens: 20, ..s.clone() }) },
+            RowTask::Sample,
+        ),
+    ];
+    for job in asks_more {
+        assert_eq!(draw_of(&job), None, "{job:?}");
+    }
+    // Once there are enough tokens, stop tokens are like any other.
+    let enough = Request { stop_tokens: vec![2], ..request(Sampling { min_tokens: 8, ..s }) };
+    assert_eq!(draw_of(&job(enough, RowTask::Sample)), Some(draw));
 }
 
 #[test]

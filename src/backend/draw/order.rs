@@ -1,13 +1,17 @@
 //! The best tokens of a row, without sorting it.
 
-use super::draw::Weights;
 use std::cmp::Ordering;
+
+use super::weights::Weights;
 
 /// Up to this many best tokens are found by insertion in one pass; more by quickselect.
 const FEW: usize = 256;
 
 /// The token with the highest logit, the lowest id among equals.
-pub(super) fn argmax(logits: &[f32]) -> u32 {
+///
+/// # Panics
+/// When there is none: in a row that is empty or holds a NaN.
+pub fn argmax(logits: &[f32]) -> u32 {
     // One maximum per lane: the compiler turns this into vector instructions, which a single running maximum forbids.
     const LANES: usize = 16;
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -27,8 +31,8 @@ pub(super) fn order(logits: &[f32], a: u32, b: u32) -> Ordering {
     by_logit.expect("logits are no NaN").then(a.cmp(&b))
 }
 
-/// How many tokens are at least as good as `token`.
-pub(super) fn rank(logits: &[f32], token: u32) -> u32 {
+/// The place of `token` among all, from 1: how many are at least as good.
+pub fn rank(logits: &[f32], token: u32) -> u32 {
     let own = logits[token as usize];
     let (before, after) = logits.split_at(token as usize);
     let better = before.iter().filter(|&&x| x >= own).count() + after.iter().filter(|&&x| x > own).count();
@@ -36,7 +40,7 @@ pub(super) fn rank(logits: &[f32], token: u32) -> u32 {
 }
 
 /// Selects the `n` best tokens (all, when there are fewer), best first.
-pub(super) fn select_best(ids: &mut Vec<u32>, logits: &[f32], n: usize) {
+pub fn select_best(ids: &mut Vec<u32>, logits: &[f32], n: usize) {
     ids.clear();
     if n > FEW {
         ids.extend(0..logits.len() as u32);
@@ -62,16 +66,16 @@ pub(super) fn select_best(ids: &mut Vec<u32>, logits: &[f32], n: usize) {
     }
 }
 
-/// Moves the smallest set of best tokens that reaches `mass` to the front of `ids`; returns its size, at least one.
-/// Quickselect by weight: halves the candidates until few are left to sort, O(ids) in all.
-pub(super) fn nucleus(ids: &mut [u32], logits: &[f32], weights: &Weights, mass: f64) -> usize {
+/// Moves the fewest best tokens whose weights reach `mass` to the front of `ids`; returns how many, at least one; all, where they do
+/// not. Quickselect by weight: halves the candidates until few are left to sort, O(ids) in all.
+pub fn fewest(ids: &mut [u32], logits: &[f32], weights: &Weights, mass: u64) -> usize {
     let better = |&a: &u32, &b: &u32| order(logits, a, b);
-    // Those before `start` are in; those from `end` on are out, unless rounding hides that the rest suffices.
-    let (mut start, mut end, mut sum) = (0, ids.len(), 0.0);
+    // Those before `start` are in; those from `end` on are out.
+    let (mut start, mut end, mut sum) = (0, ids.len(), 0);
     while end - start > 32 {
         let half = start + (end - start) / 2;
         ids[start..end].select_nth_unstable_by(half - start, better);
-        let more: f64 = ids[start..half].iter().map(|&id| weights.of(id)).sum();
+        let more = weights.mass_of(&ids[start..half]);
         if sum + more >= mass {
             end = half;
         } else {
