@@ -123,6 +123,16 @@ pub struct ExpertsArgs<'a> {
     pub activation: Activation,
 }
 
+/// A shared expert beside those of [`ExpertsArgs`]: all rows through one MLP.
+pub struct SharedArgs<'a> {
+    /// Activations `[rows, hidden]`, of the type of the routed ones.
+    pub rows: View<'a>,
+    /// The expert, with weights of the type of the others.
+    pub mlp: &'a Mlp,
+    /// What happens between its matrices.
+    pub activation: Activation,
+}
+
 /// Arguments of [`super::Backend::combine`].
 pub struct CombineArgs<'a> {
     /// Expert outputs `[_, hidden]`, in any order.

@@ -4,7 +4,7 @@
 use super::{
     AddNormArgs, AttentionBatch, CombineArgs, DType, ExpertsArgs, GqaArgs, HostData, HostMatrix, HostMlp,
     KvCache, KvShape, MOST_CHOICES, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PaddedShape, PlannedArgs,
-    Precision, Replicas, ReturnedArgs, RopeArgs, View, ViewMut, WorldArgs,
+    Precision, Replicas, ReturnedArgs, RopeArgs, SharedArgs, View, ViewMut, WorldArgs,
 };
 use crate::backend::draw::{Draw, MOST_TOKENS};
 use crate::spec::{GroupScore, NormKind, Router, Score};
@@ -468,6 +468,21 @@ pub fn mlp(x: &View<'_>, w: &Mlp, out: &ViewMut<'_>) {
     float("mlp out", &out.as_view());
     shape("mlp out", &out.as_view(), x.rows(), x.cols());
     mlp_rows(x, w, out);
+}
+
+/// [`super::Backend::experts_and_shared`].
+pub fn experts_and_shared(
+    (routed, out): (&ExpertsArgs<'_>, &ViewMut<'_>),
+    (shared, shared_out): (&SharedArgs<'_>, &ViewMut<'_>),
+) {
+    experts(routed, out);
+    mlp(&shared.rows, shared.mlp, shared_out);
+    dtype("shared rows", &shared.rows, routed.rows.dtype());
+    assert!(shared.rows.cols() == routed.rows.cols(), "shared rows of {} columns", shared.rows.cols());
+    let own = shared.mlp.parts[0].dtype();
+    if let Some(other) = routed.slots.iter().flatten().next().map(|w| w.parts[0].dtype()) {
+        assert!(own == other, "a shared expert of {own:?} beside others of {other:?}");
+    }
 }
 
 /// [`super::DevicePlan::planned_experts`]. The ids themselves are out of reach here: [`super::Backend::route`] writes none beyond the

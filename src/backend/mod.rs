@@ -26,6 +26,7 @@ use crate::error::Result;
 use crate::spec::{Activation, Router};
 pub use args::{
     AddNormArgs, AttentionBatch, CombineArgs, ExpertsArgs, GqaArgs, MlaArgs, NormArgs, RopeArgs, SeqSpan,
+    SharedArgs,
 };
 use draw::Draw;
 pub use event::{Event, RawStream};
@@ -454,6 +455,17 @@ pub trait Backend: Send + Sync {
 
     /// [`Backend::experts`] with a single slot and all rows: a dense MLP or a shared expert.
     fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()>;
+
+    /// [`Backend::experts`] of routed rows and [`Backend::mlp`] of a shared expert, each with its output: two calls for a backend that gains
+    /// nothing from knowing both.
+    fn experts_and_shared(
+        &self,
+        (routed, out): (ExpertsArgs<'_>, ViewMut<'_>),
+        (shared, shared_out): (SharedArgs<'_>, ViewMut<'_>),
+    ) -> Result<()> {
+        self.experts(routed, out)?;
+        self.mlp(shared.rows, shared.mlp, shared.activation, shared_out)
+    }
 
     /// Experts of rows that this backend groups by itself, where it can.
     fn device_plan(&self) -> Option<&dyn DevicePlan> {

@@ -4,7 +4,8 @@ use router_sim::placement::Placement;
 use router_sim::split::{Split, SplitPlan};
 
 use crate::backend::{
-    Backend, CombineArgs, DType, DevicePlan, ExpertsArgs, Mlp, PlannedArgs, View, ViewMut, WorldPlan,
+    Backend, CombineArgs, DType, DevicePlan, ExpertsArgs, Mlp, PlannedArgs, SharedArgs, View, ViewMut,
+    WorldPlan,
 };
 use crate::error::Result;
 use crate::layers::linear::Linear;
@@ -37,6 +38,22 @@ pub struct Shared {
     pub mlp: GatedMlp,
     /// `[1, hidden]` in f32: the output is multiplied by the sigmoid of its product with the row.
     pub gate: Option<Linear>,
+}
+
+impl Shared {
+    /// Multiplies its output by its gate, where it has one.
+    fn apply_gate(
+        &self,
+        backend: &dyn Backend,
+        rows: MoeRows<'_>,
+        buffers: &mut SharedBuffers,
+    ) -> Result<()> {
+        let Some(linear) = &self.gate else { return Ok(()) };
+        let SharedBuffers { output, gate } = buffers;
+        let n = rows.rounded.rows();
+        linear.forward(backend, rows.exact, gate.head_mut(n))?;
+        backend.sigmoid_gate(gate.head(n), output.head_mut(n))
+    }
 }
 
 /// Buffers of one step, shared by all layers.
@@ -170,7 +187,7 @@ impl MoeLayer {
         self.plan(rank, placement, scratch)?;
         self.count(rows.phases, load, scratch);
         load.set_computed(self.index, &scratch.dispatch.offsets);
-        self.exchange(rank, rows.rounded, scratch)?;
+        self.exchange(rank, rows, !behind, scratch)?;
         if rows.rounded.rows() == 0 {
             rank.lap(Work::Combine);
             return Ok(());
@@ -185,9 +202,6 @@ impl MoeLayer {
             out.reborrow(),
         )?;
         rank.lap(Work::Combine);
-        if !behind {
-            self.compute_shared(backend, rows, &mut scratch.shared)?;
-        }
         self.add_shared(backend, &scratch.shared, out)?;
         rank.lap(Work::Expert);
         Ok(())
@@ -288,9 +302,18 @@ impl MoeLayer {
         }
     }
 
-    /// Ships rows to their experts, computes there, and ships results home into `scratch.returned`, in the order sent.
-    fn exchange(&self, rank: &mut Rank, x: View<'_>, scratch: &mut MoeScratch) -> Result<()> {
-        let MoeScratch { dispatch, send, arrived, grouped, computed, returned, .. } = scratch;
+    /// Ships rows to their experts, computes there, and ships results home into `scratch.returned`, in the order sent. The shared
+    /// expert is computed beside them where `with_shared`.
+    fn exchange(
+        &self,
+        rank: &mut Rank,
+        rows: MoeRows<'_>,
+        with_shared: bool,
+        scratch: &mut MoeScratch,
+    ) -> Result<()> {
+        let x = rows.rounded;
+        let MoeScratch { dispatch, send, arrived, grouped, computed, returned, shared, .. } = scratch;
+        let shared = with_shared.then_some((rows, shared));
         let backend = rank.backend.clone();
         let backend = backend.as_ref();
         let (out, here) = (dispatch.send_tokens.len(), dispatch.computed_rows());
@@ -300,7 +323,7 @@ impl MoeLayer {
             // Nobody to ship to, and what would leave is already grouped by slot.
             backend.gather_rows(x, &dispatch.send_tokens, grouped.head_mut(here))?;
             rank.lap(Work::Dispatch);
-            self.compute(backend, dispatch, grouped.head(here), returned.head_mut(here))?;
+            self.compute(backend, dispatch, (grouped.head(here), returned.head_mut(here)), shared)?;
             rank.lap(Work::Expert);
             return Ok(());
         }
@@ -312,7 +335,7 @@ impl MoeLayer {
         rank.world.all_to_all_rows(send.head(out), sent, arrived.head_mut(here), received)?;
         backend.gather_rows(arrived.head(here), &dispatch.group, grouped.head_mut(here))?;
         rank.lap(Work::Dispatch);
-        self.compute(backend, dispatch, grouped.head(here), computed.head_mut(here))?;
+        self.compute(backend, dispatch, (grouped.head(here), computed.head_mut(here)), shared)?;
         rank.lap(Work::Expert);
         backend.gather_rows(computed.head(here), &dispatch.ungroup, arrived.head_mut(here))?;
         rank.world.all_to_all_rows(arrived.head(here), received, returned.head_mut(out), sent)?;
@@ -326,16 +349,26 @@ impl MoeLayer {
         Ok(())
     }
 
-    /// Runs this rank's experts over the grouped rows.
+    /// Runs this rank's experts over the grouped rows, and the shared one over those that are given with its buffers.
     fn compute(
         &self,
         backend: &dyn Backend,
         dispatch: &Dispatch,
-        rows: View<'_>,
-        out: ViewMut<'_>,
+        (rows, out): (View<'_>, ViewMut<'_>),
+        shared: Option<(MoeRows<'_>, &mut SharedBuffers)>,
     ) -> Result<()> {
         let (offsets, slots) = (dispatch.offsets.as_slice(), self.slots.as_slice());
-        backend.experts(ExpertsArgs { rows, offsets, slots, activation: self.activation }, out)
+        let routed = ExpertsArgs { rows, offsets, slots, activation: self.activation };
+        match (&self.shared, shared) {
+            (Some(expert), Some((rows, buffers))) if rows.rounded.rows() > 0 => {
+                let GatedMlp { weights, activation } = &expert.mlp;
+                let args = SharedArgs { rows: rows.rounded, mlp: weights, activation: *activation };
+                let shared_out = buffers.output.head_mut(args.rows.rows());
+                backend.experts_and_shared((routed, out), (args, shared_out))?;
+                expert.apply_gate(backend, rows, buffers)
+            }
+            _ => backend.experts(routed, out),
+        }
     }
 
     /// Runs the shared expert.
@@ -350,13 +383,8 @@ impl MoeLayer {
         if n == 0 {
             return Ok(());
         }
-        let SharedBuffers { output, gate } = buffers;
-        shared.mlp.forward(backend, rows.rounded, output.head_mut(n))?;
-        if let Some(linear) = &shared.gate {
-            linear.forward(backend, rows.exact, gate.head_mut(n))?;
-            backend.sigmoid_gate(gate.head(n), output.head_mut(n))?;
-        }
-        Ok(())
+        shared.mlp.forward(backend, rows.rounded, buffers.output.head_mut(n))?;
+        shared.apply_gate(backend, rows, buffers)
     }
 
     /// Adds what the shared expert made to `out`.

@@ -36,13 +36,12 @@ pub(super) fn linear(
         return Ok(());
     }
     let weights = Panels::new(w.data.view(), 1, w.n, w.k);
-    let activations = Activations::new(backend, x, (rows, panels(w.n)), w.data.dtype())?;
+    let activations =
+        Activations::new(backend, &backend.scratch.activations, x, (rows, panels(w.n)), w.data.dtype())?;
     let a = activations.rows();
     let out = Output::new(out);
-    let mut work = backend.scratch.work.lock();
     let all = Segment { slot: 0, rows: 0..rows, units: panels(w.n) };
-    work.plan(backend, std::iter::once(all));
-    work.run(backend, &|Items { rows, units, .. }| {
+    backend.scratch.work.lock().run(backend, std::iter::once(all), &|Items { rows, units, .. }| {
         with_local_scratch::<f32, _>(rows.len() * PANEL + WIDE_LEN, |scratch| {
             let (wide, sums) = scratch.split_at_mut(WIDE_LEN);
             let a = a.skip(rows.start);

@@ -23,6 +23,7 @@ mod norm;
 mod operand;
 mod panel;
 mod product;
+mod progress;
 mod rope;
 mod route;
 mod rows;
@@ -36,7 +37,8 @@ use std::sync::Mutex;
 use crate::backend::draw::Draw;
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, ExpertsArgs, GqaArgs, HostMatrix,
-    HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, Tensor, View, ViewMut,
+    HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, RopeArgs, SharedArgs, Tensor,
+    View, ViewMut,
 };
 use crate::error::Result;
 use crate::spec::{Activation, Router};
@@ -59,6 +61,8 @@ pub struct CpuBackend {
 struct Buffers {
     /// Activations converted for a product.
     activations: Scratch,
+    /// Those of a shared expert beside them.
+    shared: Scratch,
     /// What experts hold between their two matrices.
     intermediate: Scratch,
     /// The items of a product.
@@ -245,6 +249,13 @@ impl Backend for CpuBackend {
     }
     fn mlp(&self, x: View<'_>, w: &Mlp, activation: Activation, out: ViewMut<'_>) -> Result<()> {
         experts::mlp(self, x, w, activation, out)
+    }
+    fn experts_and_shared(
+        &self,
+        routed: (ExpertsArgs<'_>, ViewMut<'_>),
+        shared: (SharedArgs<'_>, ViewMut<'_>),
+    ) -> Result<()> {
+        experts::experts_and_shared(self, routed, shared)
     }
     fn combine(&self, args: CombineArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         combine::combine(self, args, out)

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::CpuBackend;
-use super::memory::{Rows, RowsMut, ScratchGuard};
+use super::memory::{Rows, RowsMut, Scratch, ScratchGuard};
 use super::panel::{PANEL, padded_k};
 use super::simd::{Float, Kernel, LINE, Simd};
 use super::tile;
@@ -78,12 +78,13 @@ pub struct Activations<'a> {
 
 impl<'a> Activations<'a> {
     /// Prepares `x` for weights of a type, where at most `tallest` rows pass together over each of so many panels: every row has
-    /// [`padded_k`] elements, zero beyond its width.
+    /// [`padded_k`] elements, zero beyond its width. A copy goes to `scratch`.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when scratch for a converted copy cannot grow.
     pub fn new(
-        backend: &'a CpuBackend,
+        backend: &CpuBackend,
+        scratch: &'a Scratch,
         x: View<'a>,
         (tallest, panels): (usize, usize),
         weights: DType,
@@ -101,16 +102,16 @@ impl<'a> Activations<'a> {
                 let rows = tile::Rows::Pairs { start: Rows::<bf16>::new(x).as_ptr(), stride: x.stride() };
                 Ok(Activations { rows, _copy: None })
             }
-            (DType::F32, form) => Self::copied::<f32>(backend, x, form),
-            (DType::Bf16, form) => Self::copied::<bf16>(backend, x, form),
+            (DType::F32, form) => Self::copied::<f32>(backend, scratch, x, form),
+            (DType::Bf16, form) => Self::copied::<bf16>(backend, scratch, x, form),
             (DType::I32 | DType::I8 | DType::F8 | DType::I4x2, _) => panic!("activations are F32 or Bf16"),
         }
     }
 
     /// A copy in scratch, padded with zeros, widened where the form asks for it.
-    fn copied<X: Float>(backend: &'a CpuBackend, x: View<'_>, form: Form) -> Result<Self> {
+    fn copied<X: Float>(backend: &CpuBackend, scratch: &'a Scratch, x: View<'_>, form: Form) -> Result<Self> {
         let stride = row_stride(x.cols(), form);
-        let mut copy = backend.scratch.activations.lock(x.rows() * stride * form.bytes())?;
+        let mut copy = scratch.lock(x.rows() * stride * form.bytes())?;
         let rows = match form {
             Form::F32 => {
                 let to = copy.as_mut_slice::<f32>();

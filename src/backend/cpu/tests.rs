@@ -7,7 +7,8 @@ use super::memory::{Element, Rows, RowsMut};
 use super::simd::{Float, Isa};
 use super::{CpuBackend, experts, gemm, memory};
 use crate::backend::{
-    Backend, DType, ExpertsArgs, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Precision, Tensor, View,
+    Backend, DType, ExpertsArgs, HostData, HostMatrix, HostMlp, HostMlpBias, Mlp, Precision, SharedArgs,
+    Tensor, View,
 };
 use crate::spec::Activation;
 
@@ -342,6 +343,54 @@ fn a_row_does_not_see_its_neighbours_slots() {
                     let first = offsets[slot];
                     for (r, want) in want[expert][first..offsets[slot + 1]].iter().enumerate() {
                         assert_eq!(&bits(out.view(), first + r), want, "row {r} of slot {slot}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_shared_expert_and_routed_ones_do_not_see_each_other() {
+    let mut noise = Noise(7);
+    let (hidden, tokens) = (70, 21);
+    let offsets = [0, 5, 5, 42];
+    let quantised = Precision::BF16.with_experts(DType::I8);
+    for Precision { experts: weights, activations, .. } in Precision::ALL.into_iter().chain([quantised]) {
+        let routed_rows = noise.tensor(42, hidden, activations);
+        let shared_rows = noise.tensor(tokens, hidden, activations);
+        let hosts: Vec<_> = (0..2).map(|_| noise.mlp(hidden, 99, true, DType::F32)).collect();
+        let shared_host = noise.mlp(hidden, 131, false, DType::F32);
+        for backend in backends() {
+            let pack = |host| experts::pack_mlp(&backend, host, weights).unwrap();
+            let slots = [Some(pack(&hosts[0])), None, Some(pack(&hosts[1]))];
+            let mlp = pack(&shared_host);
+            for (rows, tokens) in [(42, tokens), (42, 0), (0, tokens), (0, 0)] {
+                let offsets = offsets.map(|offset| offset.min(rows));
+                let routed = || ExpertsArgs {
+                    rows: routed_rows.view().rows_range(0..rows),
+                    offsets: &offsets,
+                    slots: &slots,
+                    activation: CLAMPED,
+                };
+                let shared = SharedArgs {
+                    rows: shared_rows.view().rows_range(0..tokens),
+                    mlp: &mlp,
+                    activation: Activation::SiluMul,
+                };
+                let outputs = || {
+                    let out = memory::tensor(activations, rows, hidden).unwrap();
+                    (out, memory::tensor(DType::F32, tokens, hidden).unwrap())
+                };
+                let (mut want, mut shared_want) = outputs();
+                experts::experts(&backend, routed(), want.view_mut()).unwrap();
+                experts::mlp(&backend, shared.rows, &mlp, shared.activation, shared_want.view_mut()).unwrap();
+                let (mut got, mut shared_got) = outputs();
+                let (out, shared_out) = (got.view_mut(), shared_got.view_mut());
+                experts::experts_and_shared(&backend, (routed(), out), (shared, shared_out)).unwrap();
+                for (rows, got, want) in [(rows, &got, &want), (tokens, &shared_got, &shared_want)] {
+                    for r in 0..rows {
+                        assert_eq!(bits(got.view(), r), bits(want.view(), r), "{weights:?} row {r}");
                     }
                 }
             }

@@ -1,18 +1,20 @@
 //! Experts with weights in 8 bits; [`crate::backend::int8`] says what the numbers are. The work is shared out as that of other types is:
-//! a pass over gate and up, one over down. Before each, rows are quantised.
+//! a pass over gate and up, one over down. Rows are quantised before the first, and those of a slot again before its second.
 
 mod pack;
 mod product;
 mod rows;
 
+use std::ops::Range;
+
 use super::CpuBackend;
-use super::experts::{Between, Grouped, activate};
+use super::experts::{Between, Grouped, Sides, activate};
 use super::memory::{Rows, with_local_scratch};
 use super::operand::{Form, Output, row_stride};
 use super::panel::{PANEL, panels};
 use super::rows::with_float;
 use super::simd::{Float, Kernel, Simd};
-use super::work::Items;
+use super::work::{Items, TwoPasses};
 use crate::backend::{DType, HostMlp, Mlp, Tensor, View, ViewMut, int8};
 use crate::error::Result;
 use crate::spec::Activation;
@@ -51,46 +53,67 @@ pub(super) fn scale_bytes(hidden: usize, intermediate: usize) -> usize {
     scales.saturating_mul(PANEL * DType::F32.bytes())
 }
 
-/// See [`crate::backend::Backend::experts`].
+/// See [`crate::backend::Backend::experts`]; so many rows, and the width of the widest MLP.
 pub(super) fn experts(
     backend: &CpuBackend,
     grouped: &Grouped<'_>,
-    width: usize,
-    x: View<'_>,
-    out: ViewMut<'_>,
+    (rows, width): (usize, usize),
+    x: Sides<View<'_>>,
+    out: Sides<ViewMut<'_>>,
 ) -> Result<()> {
-    let form = if x.dtype() == DType::Bf16 { Form::Pairs } else { Form::F32 };
+    let first = x.any().expect("rows that are used");
+    let (dtype, cols) = (first.dtype(), first.cols());
+    let form = if dtype == DType::Bf16 { Form::Pairs } else { Form::F32 };
     let stride = row_stride(width, form);
-    let mut between = backend.scratch.intermediate.lock(x.rows() * stride * form.bytes())?;
+    let out = out.map(Output::new);
     // The rows of the second product take the place of those of the first.
-    let widest = width.max(x.cols());
-    let mut scratch = backend.scratch.activations.lock(QuantizedRows::bytes(x.rows(), widest))?;
-    let quantized = QuantizedRows::new(scratch.as_mut_slice::<i32>(), x.rows(), widest);
-    with_float!(x.dtype(), T => {
+    let widest = width.max(cols);
+    let mut scratch = backend.scratch.activations.lock(QuantizedRows::bytes(rows, widest))?;
+    let quantized = QuantizedRows::new(scratch.as_mut_slice::<i32>(), rows, widest);
+    let mut between = backend.scratch.intermediate.lock(rows * stride * form.bytes())?;
+    with_float!(dtype, T => {
         let between = Between { start: between.as_mut_slice::<T>().as_mut_ptr(), stride };
-        let x = Rows::<T>::new(x);
+        let x = x.map(Rows::<T>::new);
+        let row = |row| {
+            let (x, row) = x.of(row);
+            x.row(row)
+        };
         // SAFETY: nobody else uses the rows until the call returns.
-        unsafe { quantized.fill(backend, |row| x.row(row)) };
-        gate_up(backend, grouped, quantized, between);
-        let width = |row| grouped.of(grouped.slot_of(row)).intermediate;
-        // SAFETY: as above; the first pass has written every row as wide as its expert is.
-        unsafe { quantized.fill(backend, |row| between.row(row, width(row))) };
+        unsafe { quantized.fill(backend, row) };
+        Products { backend, grouped, rows: quantized, between, out }.run();
     });
-    down(backend, grouped, quantized, Output::new(out));
     Ok(())
 }
 
-/// `between = act(gate x, up x)`.
-fn gate_up<T: Float>(backend: &CpuBackend, grouped: &Grouped<'_>, x: QuantizedRows, between: Between<T>) {
-    let mut work = backend.scratch.work.lock();
-    work.plan(backend, grouped.segments(|w| panels(w.intermediate)));
-    work.run(backend, &|Items { slot, rows, units }| {
-        let w = grouped.of(slot);
+/// The products of one call.
+struct Products<'a, T> {
+    backend: &'a CpuBackend,
+    grouped: &'a Grouped<'a>,
+    /// Those of the product that a slot is at.
+    rows: QuantizedRows,
+    /// `act(gate x, up x)`, of all rows.
+    between: Between<T>,
+    out: Sides<Output<'a>>,
+}
+
+impl<T: Float> Products<'_, T> {
+    fn run(&self) {
+        let passes = TwoPasses {
+            first: &|items| self.gate_up(items),
+            between: &|slot, rows| self.quantize(slot, rows),
+            second: &|items| self.down(items),
+        };
+        self.backend.scratch.work.lock().run_both(self.backend, self.grouped.segments(), &passes);
+    }
+
+    /// `between = act(gate x, up x)`.
+    fn gate_up(&self, Items { slot, rows, units }: Items) {
+        let w = self.grouped.of(slot);
         let weights = Panels::new(&w.parts[GATE_UP], 2, w.intermediate, w.hidden);
         let scales = vector(&w.parts[GATE_UP_SCALES]);
         let bias = w.parts.get(GATE_UP_BIAS).map(vector);
-        // SAFETY: the rows are as wide as the matrices' k, and nobody writes them now.
-        let row_scales = unsafe { x.scales(rows.clone()) };
+        // SAFETY: the rows are as wide as the matrices' k, and nobody writes those of this slot now.
+        let row_scales = unsafe { self.rows.scales(rows.clone()) };
         let block = rows.len() * PANEL;
         with_local_scratch::<i32, _>(2 * block, |sums| {
             let (gate, up) = sums.split_at_mut(block);
@@ -98,46 +121,57 @@ fn gate_up<T: Float>(backend: &CpuBackend, grouped: &Grouped<'_>, x: QuantizedRo
                 for (matrix, sums) in [&mut *gate, &mut *up].into_iter().enumerate() {
                     let panel = weights.get(unit, matrix);
                     // SAFETY: as above.
-                    backend.dispatch(unsafe { PanelProduct::new(x, rows.clone(), panel, sums) });
+                    let product = unsafe { PanelProduct::new(self.rows, rows.clone(), panel, sums) };
+                    self.backend.dispatch(product);
                 }
                 let pair = 2 * unit * PANEL..2 * (unit + 1) * PANEL;
-                backend.dispatch(Activate {
+                self.backend.dispatch(Activate {
                     gate,
                     up,
                     row_scales,
                     scales: &scales[pair.clone()],
                     bias: bias.map(|bias| &bias[pair]),
-                    activation: grouped.activation,
-                    to: between.skip(rows.start, unit * PANEL),
+                    activation: self.grouped.activation(slot),
+                    to: self.between.skip(rows.start, unit * PANEL),
                     columns: (w.intermediate - unit * PANEL).min(PANEL),
                 });
             }
         });
-    });
-}
+    }
 
-/// `out = down between`.
-fn down(backend: &CpuBackend, grouped: &Grouped<'_>, x: QuantizedRows, out: Output<'_>) {
-    let mut work = backend.scratch.work.lock();
-    work.plan(backend, grouped.segments(|w| panels(w.hidden)));
-    work.run(backend, &|Items { slot, rows, units }| {
-        let w = grouped.of(slot);
+    /// The rows of a slot for its second product.
+    fn quantize(&self, slot: usize, rows: Range<usize>) {
+        let width = self.grouped.of(slot).intermediate;
+        for row in rows {
+            // SAFETY: the first pass over this slot is over: it has written every row as wide as its expert is, and needs those in
+            // whose place they are put no more. No other slot has them.
+            unsafe { self.rows.quantize(self.backend, row, self.between.row(row, width)) };
+        }
+    }
+
+    /// `out = down between`.
+    fn down(&self, Items { slot, rows, units }: Items) {
+        let w = self.grouped.of(slot);
         let weights = Panels::new(&w.parts[DOWN], 1, w.hidden, w.intermediate);
         let scales = vector(&w.parts[DOWN_SCALES]);
         let bias = w.parts.get(DOWN_BIAS).map(vector);
-        // SAFETY: the rows are as wide as the matrix's k, and nobody writes them now.
-        let row_scales = unsafe { x.scales(rows.clone()) };
+        let (out, first) = self.out.of(rows.start);
+        // SAFETY: the rows are as wide as the matrix's k, and nobody writes them any more.
+        let row_scales = unsafe { self.rows.scales(rows.clone()) };
         with_local_scratch::<f32, _>(rows.len() * PANEL, |sums| {
             for unit in units {
                 let ints = bytemuck::cast_slice_mut(sums);
+                let panel = weights.get(unit, 0);
                 // SAFETY: as above.
-                backend.dispatch(unsafe { PanelProduct::new(x, rows.clone(), weights.get(unit, 0), ints) });
-                backend.dispatch(Scaled { sums, row_scales, scales: &scales[unit * PANEL..][..PANEL] });
+                let product = unsafe { PanelProduct::new(self.rows, rows.clone(), panel, ints) };
+                self.backend.dispatch(product);
+                let scales = &scales[unit * PANEL..][..PANEL];
+                self.backend.dispatch(Scaled { sums, row_scales, scales });
                 // SAFETY: nobody else has these rows and this panel.
-                unsafe { out.write(backend, sums, rows.start, unit, bias) };
+                unsafe { out.write(self.backend, sums, first, unit, bias) };
             }
         });
-    });
+    }
 }
 
 /// A packed vector.

@@ -67,19 +67,27 @@ impl QuantizedRows {
         let rows_per_task = TASK_ELEMENTS.div_ceil(self.stride);
         let this = &self;
         backend.pool().run(self.rows.div_ceil(rows_per_task), &|task| {
-            let QuantizedRows { scales, sums, start, stride, rows } = *this;
-            for r in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
-                let from = row(r);
-                assert!(from.len() <= stride, "{} elements in a row of {stride}", from.len());
-                // SAFETY: row r, its scale and its sum, which no other task touches.
-                unsafe {
-                    let to = std::slice::from_raw_parts_mut(start.add(r * stride), stride);
-                    let (scale, sum) = backend.dispatch(Quantize { from, to });
-                    *scales.add(r) = scale;
-                    *sums.add(r) = sum;
-                }
+            for r in task * rows_per_task..this.rows.min((task + 1) * rows_per_task) {
+                // SAFETY: row r, which no other task touches; the rest is the caller's promise.
+                unsafe { this.quantize(backend, r, row(r)) };
             }
         });
+    }
+
+    /// Quantises `from` into row `row`.
+    ///
+    /// # Safety
+    /// The memory is still there, and nobody else touches this row meanwhile.
+    pub unsafe fn quantize<T: Float>(self, backend: &CpuBackend, row: usize, from: &[T]) {
+        let QuantizedRows { scales, sums, start, stride, rows } = self;
+        assert!(row < rows && from.len() <= stride, "row {row} of {rows}: {} of {stride}", from.len());
+        // SAFETY: a row that exists, its scale and its sum, by the caller's promise our own.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(start.add(row * stride), stride);
+            let (scale, sum) = backend.dispatch(Quantize { from, to });
+            *scales.add(row) = scale;
+            *sums.add(row) = sum;
+        }
     }
 
     /// Address of the first element of a row; rows are this many bytes apart.
