@@ -36,6 +36,8 @@ typedef struct {
 MOEYARD_API int moeyard_device_count(void);
 // Name of a cudaError_t (host string, static).
 MOEYARD_API const char* moeyard_error_name(int error);
+// What is launched after this starts when all that was launched before is done, however early it may start otherwise.
+MOEYARD_API int moeyard_settle(void* stream);
 
 // ---- rows.cu
 
@@ -149,7 +151,9 @@ typedef struct {
   int32_t row_tiles; // over all slots
   int32_t activation;
   float limit, alpha;
-  int32_t reserved;
+  // Whether weights and offsets may be read before the kernel before has ended: nothing that could still run writes them. Then that kernel
+  // lets this one start only when what ran before it is done.
+  int32_t ahead;
 } MoeyardGemm;
 MOEYARD_API int moeyard_gemm_f32(const MoeyardGemm* args, void* stream);
 // Few outputs of any number of rows, x and w in f32, without offsets, batches and activation. Sums over k in another order, which is the

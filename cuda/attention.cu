@@ -108,8 +108,7 @@ template <class T> int launch(const MoeyardAttention& a, void* stream) {
                                      : a.value.dim <= 128 ? attention<T, 4>
                                      : a.value.dim <= 256 ? attention<T, 8>
                                                           : attention<T, 16>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error) return int(error);
+  if (cudaError_t error = allow(kernel, bytes)) return int(error);
   kernel<<<grid, THREADS, bytes, stream_of(stream)>>>(a);
   return launched();
 }

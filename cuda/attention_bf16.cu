@@ -149,8 +149,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
 
 template <int D> int launch(const MoeyardAttention& a, void* stream) {
   constexpr int BYTES = Layout<D>::SHARED_BYTES;
-  cudaError_t error = cudaFuncSetAttribute(attention<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-  if (error) return int(error);
+  if (cudaError_t error = allow(attention<D>, BYTES)) return int(error);
   attention<D><<<a.span_count * a.kv_heads, THREADS, BYTES, stream_of(stream)>>>(a);
   return launched();
 }

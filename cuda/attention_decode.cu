@@ -1,7 +1,7 @@
 // Attention of single rows over a paged bf16 cache on the tensor cores: grouped queries with heads of 64 or 128, windows, sinks.
 //
 // A block takes one chunk of 512 positions for one KV head and up to 16 of its query heads. Keys and values are read once, three
-// tiles deep. Of a tile each of four warps computes the scores of 16 positions, and the values of a quarter of the columns; in between
+// tiles deep, or six where there are few blocks. Of a tile each of four warps computes the scores of 16 positions, and the values of a quarter of the columns; in between
 // they exchange maxima, sums and weights through shared memory.
 #include "merge.cuh"
 
@@ -9,7 +9,7 @@ using namespace moeyard;
 
 namespace {
 
-constexpr int WARPS = TILE / 16, THREADS = WARPS * WARP, UNITS = 16, STAGES = 3;
+constexpr int WARPS = TILE / 16, THREADS = WARPS * WARP, UNITS = 16;
 
 // What warps tell each other of a tile.
 struct Exchange {
@@ -18,7 +18,8 @@ struct Exchange {
   float maxima[WARPS][UNITS];
 };
 
-template <int D> struct Shape {
+template <int D_, int STAGES_> struct Shape {
+  static constexpr int D = D_, STAGES = STAGES_;
   static constexpr int PIECES = D / 8;  // of 16 bytes in a row
   static constexpr int TILE_BYTES = TILE * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + int(sizeof(Exchange));
@@ -29,14 +30,13 @@ template <int D> struct Shape {
 };
 
 // A warp's share of the copies of a tile: 16 rows, of which the block copies WARPS * AT_ONCE at a time.
-template <int D> struct Copies {
-  using S = Shape<D>;
+template <class S> struct Copies {
   static constexpr int AT_ONCE = WARP / S::PIECES, TIMES = TILE / (WARPS * AT_ONCE);
   const MoeyardAttention& a;
   const MoeyardSpan& span;
   const bf16* keys;
   int64_t to_values;  // bytes from a key to its value
-  int end, block;     // of the cache, for the next tile: lane l knows the one of this warp's row l % 16
+  int end;
 
   __device__ Copies(const MoeyardAttention& a, const MoeyardSpan& span, int kv_head, int end) : a(a), span(span), end(end) {
     int piece = threadIdx.x % S::PIECES;
@@ -49,13 +49,14 @@ template <int D> struct Copies {
     return i / AT_ONCE * WARPS * AT_ONCE + warp * AT_ONCE + i % AT_ONCE;
   }
 
-  // Some time before `issue`, so that the block table does not hold up the copies.
-  __device__ void look_up(int start) {
+  // The block of the cache of this warp's row l % 16 in a tile, for lane l. Some time before `issue`, so that the block table does not hold
+  // up the copies.
+  __device__ int look_up(int start) const {
     int position = start + row_in_tile(threadIdx.x % 16);
-    block = position < end ? look_up_block(a, span, position) : 0;
+    return position < end ? look_up_block(a, span, position) : 0;
   }
 
-  __device__ void issue(int start, uint32_t stage) {
+  __device__ void issue(int start, int block, uint32_t stage) const {
     int lane = threadIdx.x % WARP, position = start + row_in_tile(lane % 16);
     int row = position < end ? row_in_block(a, block, position) : 0;
 #pragma unroll
@@ -69,8 +70,8 @@ template <int D> struct Copies {
   }
 };
 
-template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
-  using S = Shape<D>;
+template <class S> __global__ void __launch_bounds__(THREADS) attention(MoeyardAttention a) {
+  constexpr int D = S::D, STAGES = S::STAGES;
   extern __shared__ __align__(1024) unsigned char shared[];
   Exchange& exchange = *reinterpret_cast<Exchange*>(shared + STAGES * S::STAGE_BYTES);
   const MoeyardSpan span = a.spans[blockIdx.x];
@@ -84,24 +85,29 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   uint32_t base = shared_address(shared);
 
-  Copies<D> copies(a, span, kv_head, end);
-  copies.look_up(first);
+  Copies<S> copies(a, span, kv_head, end);
+  int blocks[STAGES];
+#pragma unroll
+  for (int t = 0; t < STAGES; ++t) blocks[t] = copies.look_up(first + t * TILE);
   start_in_turn();  // spans and the block table are no kernel's work
+#pragma unroll
   for (int t = 0; t < STAGES - 1; ++t) {
-    if (t < tiles) copies.issue(first + t * TILE, base + t * S::STAGE_BYTES);
+    if (t < tiles) copies.issue(first + t * TILE, blocks[t], base + t * S::STAGE_BYTES);
     copy_commit();
-    copies.look_up(first + (t + 1) * TILE);
   }
+  int block = blocks[STAGES - 1];  // of the tile copied next
 
   int unit[2] = {first_unit + lane / 4, first_unit + lane / 4 + 8};
   uint32_t query[D / 16][4];
+  const void* pairs[D / 16][4];
 #pragma unroll
   for (int i = 0; i < D / 16; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       int head = kv_head * group + unit[e % 2], d = i * 16 + e / 2 * 8 + lane % 4 * 2;
-      query[i][e] = unit[e % 2] < group ? load_pair(a.query[0], span.row, int64_t(head) * a.query_stride[0] + d) : 0;
+      pairs[i][e] = unit[e % 2] < group ? address_of(a.query[0], span.row, int64_t(head) * a.query_stride[0] + d) : nullptr;
     }
+  load_pairs(query, a.query[0].type, pairs);
 
   Sight sight = {{oldest, oldest}, {position, position}};
   float scale = a.scale * LOG2E;
@@ -111,9 +117,9 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
     copy_wait<STAGES - 2>();
     __syncthreads();
     int ahead = t + STAGES - 1, start = first + t * TILE;
-    if (ahead < tiles) copies.issue(first + ahead * TILE, base + ahead % STAGES * S::STAGE_BYTES);
+    if (ahead < tiles) copies.issue(first + ahead * TILE, block, base + ahead % STAGES * S::STAGE_BYTES);
     copy_commit();
-    copies.look_up(first + (ahead + 1) * TILE);
+    block = copies.look_up(first + (ahead + 1) * TILE);
     uint32_t keys = base + t % STAGES * S::STAGE_BYTES, values = keys + S::TILE_BYTES;
     float score[2][4] = {}, top[2], at[2], keep[2], sum[2][1];
 #pragma unroll
@@ -186,14 +192,18 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention(MoeyardAtt
   }
 }
 
+template <class S> int launch(const MoeyardAttention& a, dim3 grid, void* stream) {
+  if (cudaError_t error = allow(attention<S>, S::SHARED_BYTES)) return int(error);
+  int code = launch_early(attention<S>, grid, THREADS, S::SHARED_BYTES, stream, a);
+  return code || a.chunks == 1 ? code : merge_chunks<S::D>(a, stream);
+}
+
+// A block that has a multiprocessor to itself may have its shared memory too: then most of a chunk is under way at once.
 template <int D> int launch(const MoeyardAttention& a, void* stream) {
-  constexpr int BYTES = Shape<D>::SHARED_BYTES;
-  cudaError_t error = cudaFuncSetAttribute(attention<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-  if (error) return int(error);
   int group = a.heads / a.kv_heads;
   dim3 grid(a.span_count, a.kv_heads * ((group + UNITS - 1) / UNITS), a.chunks);
-  int code = launch_early(attention<D>, grid, THREADS, BYTES, stream, a);
-  return code || a.chunks == 1 ? code : merge_chunks<D>(a, stream);
+  bool few = int64_t(grid.x) * grid.y * grid.z <= 132;
+  return few ? launch<Shape<D, 6>>(a, grid, stream) : launch<Shape<D, 3>>(a, grid, stream);
 }
 
 }  // namespace

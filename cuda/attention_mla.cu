@@ -339,8 +339,7 @@ extern "C" int moeyard_attention_mla(const MoeyardAttention* a, void* stream) {
   if (a->span_count == 0) return 0;
   if (a->key[0].dim != LATENT || a->key[1].dim != ROPE || a->window || a->sinks || a->query[0].type != a->query[1].type)
     return int(cudaErrorInvalidValue);
-  cudaError_t error = cudaFuncSetAttribute(attention, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
-  if (error) return int(error);
+  if (cudaError_t error = allow(attention, SHARED_BYTES)) return int(error);
   dim3 grid(a->span_count * ((a->heads + HEADS - 1) / HEADS), a->chunks ? a->chunks : 1);
   int code = launch_early(attention, grid, THREADS, SHARED_BYTES, stream, *a);
   return code || a->chunks <= 1 ? code : merge_chunks<LATENT>(*a, stream);

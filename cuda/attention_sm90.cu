@@ -349,8 +349,7 @@ template <int KEY, int VALUE> __global__ void __launch_bounds__(THREADS, 1) atte
 
 template <int KEY, int VALUE> int launch(const MoeyardAttention& a, void* stream) {
   constexpr int BYTES = Shape<KEY, VALUE>::SHARED_BYTES;
-  cudaError_t error = cudaFuncSetAttribute(attention<KEY, VALUE>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-  if (error) return int(error);
+  if (cudaError_t error = allow(attention<KEY, VALUE>, BYTES)) return int(error);
   attention<KEY, VALUE><<<a.span_count * a.kv_heads, THREADS, BYTES, stream_of(stream)>>>(a);
   return launched();
 }

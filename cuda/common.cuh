@@ -13,14 +13,24 @@ constexpr unsigned FULL = 0xffffffffu;
 inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 inline int launched() { return int(cudaGetLastError()); }
 
-// From compute capability 9.0 on a kernel given to a stream by `launch_early` may start while the one before it still runs. Such a kernel
-// calls this before it reads or writes memory that others write: it returns when all of the kernel before is done and seen. Then
-// the next one may start. A kernel that is launched otherwise may call it too.
-__device__ inline void start_in_turn() {
+// From compute capability 9.0 on a kernel given to a stream by `launch_early` may start while the one before it still runs, once all
+// blocks of that one have said so or are done. `wait_for_turn` returns when all of the kernel before is done and seen: it comes before what
+// reads or writes memory that others write, and at least one thread of every kernel calls it, so that a kernel never ends before the one
+// before it. Kernels that are launched otherwise may call both.
+__device__ inline void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+__device__ inline void wait_for_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+// The next kernel is let in first: its blocks find their places, and fetch what they may, while this one waits.
+__device__ inline void start_in_turn() {
+  let_next_start();
+  wait_for_turn();
 }
 
 // Brings `count` elements into the second-level cache, by the whole block. That cache shows what other kernels write, so this may come
@@ -34,6 +44,18 @@ template <class T> __device__ inline void to_cache(const T* from, int count) {
 inline bool starts_early() {
   int device = 0, major = 0;
   return !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && major >= 9;
+}
+
+// Lets a kernel's launches have so much shared memory, and every amount that the GPU gives: the bound belongs to the kernel, and another
+// rank's thread may be about to launch it with more.
+template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
+  if (bytes <= 32 * 1024) return cudaSuccess;  // with what a kernel has of its own, less than every kernel may have anyway
+  int device = 0, most = 0;
+  cudaFuncAttributes own{};
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  if (cudaError_t error = cudaFuncGetAttributes(&own, kernel)) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(own.sharedSizeBytes));
 }
 
 template <class... Parameters, class... Arguments>
@@ -66,6 +88,17 @@ __device__ inline void store(const MoeyardMatrix& m, int64_t row, int64_t col, f
   int64_t at = row * m.stride + col;
   if (m.type == MOEYARD_BF16) static_cast<bf16*>(m.data)[at] = narrow<bf16>(x);
   else static_cast<float*>(m.data)[at] = x;
+}
+
+// Elements `first + i * step`, as far as they are below `end`. All loads are under way at once: a branch on the type around each one would make
+// it wait for the one before.
+template <int N, class T> __device__ inline void load_all(float (&x)[N], const T* from, int first, int step, int end) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = first + i * step < end ? widen(from[first + i * step]) : 0.0f;
+}
+template <int N> __device__ inline void load_all(float (&x)[N], const MoeyardMatrix& m, int64_t row, int first, int step, int end) {
+  if (m.type == MOEYARD_BF16) load_all(x, static_cast<const bf16*>(m.data) + row * m.stride, first, step, end);
+  else load_all(x, static_cast<const float*>(m.data) + row * m.stride, first, step, end);
 }
 
 // Not __expf, and no fast division: the CPU's answer is the semantics.

@@ -1,4 +1,4 @@
-// Rows that are copied from one matrix to another of the same type and width, and what kernels that do so are launched with.
+// Rows that are copied from one matrix to another of the same type and width.
 #pragma once
 #include "common.cuh"
 
@@ -21,12 +21,6 @@ inline int words_of(const MoeyardMatrix& from, const MoeyardMatrix& to) {
     return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * bytes % 16 == 0;
   };
   return fits(from) && fits(to) && from.cols * bytes % 16 == 0 ? from.cols * bytes / 16 : 0;
-}
-
-// Lets a kernel have so much shared memory.
-template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
 }  // namespace moeyard

@@ -1,6 +1,6 @@
 // Products of bf16 on the tensor cores, grouped or not. k runs in steps of 16 in ascending order in every configuration, so all of them
 // give an element the same bits, whatever the tile, the group or the rows beside it.
-#include "shape.cuh"
+#include "gemm_few.cuh"
 
 using namespace moeyard;
 
@@ -39,13 +39,22 @@ __device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t
   }
 }
 
+// Whether the first stages of the weights are on their way before the rows are there: with few rows reading weights is all that counts.
+template <class S> constexpr bool WEIGHTS_FIRST = S::R <= 16;
+
 template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  Tile tile = find_tile(a, blockIdx.x, S::R);
-  if (tile.rows == 0) return;
+  Tile tile = find_tile(a, blockIdx.x, S::R, [&] {
+    if (!a.ahead) wait_for_turn();
+    let_next_start();
+  });
+  if (tile.rows == 0) {
+    wait_for_turn();
+    return;
+  }
   int col = blockIdx.y * S::N;
   const bf16* x = static_cast<const bf16*>(a.x.data) + blockIdx.z * a.x_batch + int64_t(tile.row) * a.x.stride;
-  const bf16* w = static_cast<const bf16*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
+  const bf16* w = static_cast<const bf16*>(tile.weight) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   uint32_t base = shared_address(shared);
   int steps = (a.k + DEPTH - 1) / DEPTH;
   Source<S::N, S::THREADS> weights(w, a.ldw, a.n - col, a.k);
@@ -58,7 +67,17 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
     }
     copy_commit();  // an empty group keeps the count of groups even
   };
-  for (int step = 0; step < S::STAGES - 1; ++step) issue(step);
+  if constexpr (WEIGHTS_FIRST<S>) {
+    for (int step = 0; step < S::STAGES - 1; ++step) {
+      if (step < steps) weights.copy(base + step * STAGE_BYTES<S>);
+      copy_commit();
+    }
+    wait_for_turn();
+    rows.template store<S::STAGES - 1>(base + S::N * DEPTH * 2, STAGE_BYTES<S>);
+  } else {
+    wait_for_turn();
+    for (int step = 0; step < S::STAGES - 1; ++step) issue(step);
+  }
   float acc[S::TILES_N][S::TILES_R][4] = {};
   for (int step = 0; step < steps; ++step) {
     copy_wait<S::STAGES - 2>();
@@ -73,14 +92,16 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
 template <class S> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
   int shared = STAGE_BYTES<S> * S::STAGES;
-  cudaError_t error = cudaFuncSetAttribute(gemm<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error) return int(error);
-  gemm<S><<<grid, S::THREADS, shared, stream_of(stream)>>>(a);
-  return launched();
+  if (cudaError_t error = allow(gemm<S>, shared)) return int(error);
+  return launch_early(gemm<S>, grid, S::THREADS, shared, stream, a);
 }
 
 template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
   return fills_the_gpu<Wide>(a) ? launch<Wide>(a, stream) : launch<Narrow>(a, stream);
+}
+
+template <class Wide, class Narrow, class Warps> int launch_decode(const MoeyardGemm& a, void* stream) {
+  return few_serves<Warps>(a) ? launch_few<Warps>(a, stream) : launch_either<Wide, Narrow>(a, stream);
 }
 
 }  // namespace
@@ -88,8 +109,8 @@ template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void
 extern "C" int moeyard_gemm_bf16(const MoeyardGemm* a, void* stream) {
   if (a->row_tiles == 0 || a->n == 0 || a->batches == 0) return 0;
   switch (a->row_tile) {
-    case 8: return launch_either<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 8>>(*a, stream);
-    case 16: return launch_either<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 8>>(*a, stream);
+    case 8: return launch_decode<Shape<4, 1, 1, 1, 8>, Shape<2, 1, 1, 1, 8>, Few<8, 16>>(*a, stream);
+    case 16: return launch_decode<Shape<4, 1, 1, 2, 8>, Shape<2, 1, 1, 2, 8>, Few<16, 8>>(*a, stream);
     case 32: return launch_either<Shape<4, 1, 1, 4, 6>, Shape<2, 1, 1, 4, 6>>(*a, stream);
     case 64: return launch_either<Shape<4, 1, 1, 8, 6>, Shape<2, 2, 1, 4, 6>>(*a, stream);
     case 128: return launch_either<Shape<2, 4, 4, 4, 4>, Shape<2, 4, 2, 4, 4>>(*a, stream);

@@ -10,11 +10,11 @@ constexpr int ROWS = 64, COLS = 64, DEPTH = 16, THREADS = 256, EACH = 4;
 
 template <class X, class W> __global__ void __launch_bounds__(THREADS) gemm(MoeyardGemm a) {
   __shared__ float xs[DEPTH][ROWS + 4], ws[DEPTH][COLS + 4];
-  Tile tile = find_tile(a, blockIdx.x, ROWS);
+  Tile tile = find_tile(a, blockIdx.x, ROWS, start_in_turn);
   if (tile.rows == 0) return;
   int col = blockIdx.y * COLS;
   const X* x = static_cast<const X*>(a.x.data) + blockIdx.z * a.x_batch + int64_t(tile.row) * a.x.stride;
-  const W* w = static_cast<const W*>(weight_of(a, tile)) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
+  const W* w = static_cast<const W*>(tile.weight) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
   int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   float acc[EACH][EACH] = {};
   for (int k0 = 0; k0 < a.k; k0 += DEPTH) {

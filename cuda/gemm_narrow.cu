@@ -11,7 +11,8 @@ constexpr int WIDTH = 4 * WARP;  // k of a warp's step
 // A warp computes COLS outputs of ROWS rows; a block has DOWN warps below each other and ACROSS side by side.
 template <int ROWS_, int COLS_, int DOWN_, int ACROSS_> struct Shape {
   static constexpr int ROWS = ROWS_, COLS = COLS_, DOWN = DOWN_, ACROSS = ACROSS_, THREADS = DOWN * ACROSS * WARP;
-  static constexpr int AHEAD = ROWS + COLS < 16 ? 16 / (ROWS + COLS) : 1;  // steps whose loads are under way at once
+  // Steps whose loads are under way at once: what the registers hold.
+  static constexpr int LOADS = THREADS <= 128 ? 32 : 16, AHEAD = ROWS + COLS < LOADS ? LOADS / (ROWS + COLS) : 1;
 };
 
 template <bool ALIGNED> __device__ inline float4 four(const float* x, int k, int end) {

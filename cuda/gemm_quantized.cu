@@ -72,11 +72,14 @@ __device__ void multiply_stage(float (&acc)[S::TILES_N][S::TILES_R][4], uint32_t
 
 template <class S, class C> __global__ void __launch_bounds__(S::THREADS, 1) gemm(MoeyardGemm a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  Tile tile = find_tile(a, blockIdx.x, S::R);
+  Tile tile = find_tile(a, blockIdx.x, S::R, [] {
+    wait_for_turn();
+    let_next_start();
+  });
   if (tile.rows == 0) return;
   int col = blockIdx.y * S::N, first = blockIdx.y * TILES<S>;
   const bf16* x = static_cast<const bf16*>(a.x.data) + int64_t(tile.row) * a.x.stride;
-  const unsigned char* w = static_cast<const unsigned char*>(weight_of(a, tile)) + int64_t(first) * a.ldw;
+  const unsigned char* w = static_cast<const unsigned char*>(tile.weight) + int64_t(first) * a.ldw;
   uint32_t base = shared_address(shared);
   int steps = (a.k + TILE_DEPTH - 1) / TILE_DEPTH;
   TileSource<S, C> weights(w, a.ldw, (a.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS - first);
@@ -111,10 +114,8 @@ template <class S, class C> __global__ void __launch_bounds__(S::THREADS, 1) gem
 template <class S, class C> int launch(const MoeyardGemm& a, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N);
   int shared = STAGE_BYTES<S, C> * S::STAGES;
-  cudaError_t error = cudaFuncSetAttribute(gemm<S, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error) return int(error);
-  gemm<S, C><<<grid, S::THREADS, shared, stream_of(stream)>>>(a);
-  return launched();
+  if (cudaError_t error = allow(gemm<S, C>, shared)) return int(error);
+  return launch_early(gemm<S, C>, grid, S::THREADS, shared, stream, a);
 }
 
 template <class C, class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {

@@ -8,15 +8,20 @@ struct Tile {
   int slot;
   int row;   // first row
   int rows;  // rows of the tile that exist
+  const void* weight;
 };
 
-// Tile number `tile` when every slot's rows are cut into tiles of `size`. Called by the whole block.
-__device__ inline Tile find_tile(const MoeyardGemm& a, int tile, int size) {
+// Tile number `tile` when every slot's rows are cut into tiles of `size`. Called by the whole block. `turn` is called before the offsets are
+// read: where the weights of slots lie is known earlier, and on its way by then.
+template <class Turn> __device__ inline Tile find_tile(const MoeyardGemm& a, int tile, int size, Turn turn) {
   if (!a.offsets) {
+    turn();
     int row = tile * size;
-    return {0, row, min(size, a.x.rows - row)};
+    return {0, row, min(size, a.x.rows - row), a.weight};
   }
   __shared__ Tile found;
+  const void* early = threadIdx.x < min(WARP, a.slots) ? a.weights[threadIdx.x] : nullptr;
+  turn();
   if (threadIdx.x < WARP) {
     int before = 0;
     for (int base = 0; base < a.slots; base += WARP) {
@@ -31,21 +36,18 @@ __device__ inline Tile find_tile(const MoeyardGemm& a, int tile, int size) {
       bool here = tile >= first && tile < first + own;
       if (here) {
         int row = start + (tile - first) * size;
-        found = {slot, row, min(size, end - row)};
+        found = {slot, row, min(size, end - row), base == 0 ? early : a.weights[slot]};
       }
       before += __shfl_sync(FULL, sum, WARP - 1);
       if (__any_sync(FULL, here)) break;
     }
     // A grid sized for the worst case has tiles that nobody fills.
-    if (tile >= before && threadIdx.x == 0) found = {0, 0, 0};
+    if (tile >= before && threadIdx.x == 0) found = {0, 0, 0, nullptr};
   }
   __syncthreads();
   return found;
 }
 
-__device__ inline const void* weight_of(const MoeyardGemm& a, const Tile& tile) {
-  return a.offsets ? a.weights[tile.slot] : a.weight;
-}
 __device__ inline const float* bias_of(const MoeyardGemm& a, const Tile& tile) {
   return !a.offsets ? a.bias : a.biases ? a.biases[tile.slot] : nullptr;
 }

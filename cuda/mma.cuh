@@ -37,6 +37,12 @@ __device__ inline uint32_t load_shared(uint32_t from) {
 __device__ inline void load_shared_x4(uint32_t (&r)[4], uint32_t from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
 }
+__device__ inline void store_shared(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ inline void store_shared(uint32_t to, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
+}
 
 // word & mask | bits, in one instruction: the compiler takes two where both are constants.
 __device__ inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {

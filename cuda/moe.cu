@@ -16,30 +16,27 @@ __global__ void gate(MoeyardGate a) {
   }
 }
 
-// Router: one warp per row. `score` and `choice` are arrays of `n` floats in shared memory, `taken` of n flags.
+// Router: one warp per row, and more for the scores of groups. `score` and `choice` are arrays of `n` floats in shared memory, `taken` of n
+// flags.
+
+// Unsigned numbers in the order of floats, all above 0. NaN counts as -inf, -0 as 0.
+__device__ inline unsigned in_order(float x) {
+  unsigned bits = __float_as_uint(x == x ? x + 0.0f : -INFINITY);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 
 // Index of the largest of `x[first..first + n]` whose flag is not set; ties go to the lowest. Every NaN counts as -inf, so an index
 // within bounds comes back whatever the input is. -1 when all are taken.
 __device__ int best_of(const float* x, const unsigned char* taken, int first, int n) {
-  float best = -INFINITY;
-  int at = INT_MAX;
-  for (int i = first + int(threadIdx.x); i < first + n; i += WARP) {
-    float v = x[i];
-    if (!taken[i] && (at == INT_MAX || v > best)) {
-      best = v == v ? v : -INFINITY;
-      at = i;
-    }
+  unsigned best = 0, at = INT_MAX;
+  for (int i = first + int(threadIdx.x % WARP); i < first + n; i += WARP) {
+    unsigned v = taken[i] ? 0 : in_order(x[i]);
+    if (v > best) best = v, at = i;
   }
-  for (int o = WARP / 2; o; o >>= 1) {
-    float v = __shfl_xor_sync(FULL, best, o);
-    int i = __shfl_xor_sync(FULL, at, o);
-    if (i != INT_MAX && (at == INT_MAX || v > best || (v == best && i < at))) {
-      best = v;
-      at = i;
-    }
-  }
-  __syncwarp();  // shuffles order no memory, and what was read may be written next
-  return at == INT_MAX ? -1 : at;
+  unsigned top = __reduce_max_sync(FULL, best);
+  int found = int(__reduce_min_sync(FULL, best == top ? at : INT_MAX));
+  __syncwarp();  // reductions order no memory, and what was read may be written next
+  return top == 0 ? -1 : found;
 }
 
 // x -> softmax(x) over n, in place of `out`.
@@ -53,24 +50,25 @@ __device__ void softmax(const float* x, float* out, int n) {
   for (int i = threadIdx.x; i < n; i += WARP) out[i] = expf(x[i] - max) / sum;
 }
 
-// Takes experts outside the best groups out of `choice`.
-__device__ void keep_groups(const MoeyardRoute& a, const float* score, float* choice, unsigned char* taken, float* group,
-                            int n) {
-  int size = n / a.groups;
-  for (int g = 0; g < a.groups; ++g) {
-    const float* x = a.group_score == MOEYARD_GROUP_MAX ? score : choice;
+// The scores of the groups, by the whole block: a group is a warp's.
+__device__ void score_groups(const MoeyardRoute& a, const float* x, unsigned char* taken, float* group, int n) {
+  int size = n / a.groups, lane = threadIdx.x % WARP;
+  for (int g = threadIdx.x / WARP; g < a.groups; g += blockDim.x / WARP) {
     int first = best_of(x, taken, g * size, size);
     float sum = x[first];
     if (a.group_score == MOEYARD_GROUP_TOP2_SUM && size > 1) {
-      if (threadIdx.x == 0) taken[first] = 1;
+      if (lane == 0) taken[first] = 1;
       __syncwarp();
       sum += x[best_of(x, taken, g * size, size)];
-      __syncwarp();
-      if (threadIdx.x == 0) taken[first] = 0;
+      if (lane == 0) taken[first] = 0;
     }
-    if (threadIdx.x == 0) group[g] = sum;
-    __syncwarp();
+    if (lane == 0) group[g] = sum;
   }
+}
+
+// Takes experts outside the best groups out of `choice`. From here on one warp works.
+__device__ void keep_groups(const MoeyardRoute& a, float* choice, unsigned char* taken, const float* group, int n) {
+  int size = n / a.groups;
   for (int kept = 0; kept < a.keep; ++kept) {  // `taken` serves as flags of groups, then is cleared
     int g = best_of(group, taken, 0, a.groups);
     if (threadIdx.x == 0) taken[g] = 1;
@@ -102,24 +100,30 @@ __global__ void route(MoeyardRoute a) {
   unsigned char* taken = reinterpret_cast<unsigned char*>(group + n);
   start_in_turn();
   int64_t row = blockIdx.x;
-  for (int e = threadIdx.x; e < n; e += WARP) {
-    logits[e] = load(a.logits, row, e);
+  const float* from = static_cast<const float*>(a.logits.data) + row * a.logits.stride;
+  for (int e = threadIdx.x; e < n; e += blockDim.x) {
+    logits[e] = from[e];
     taken[e] = 0;
   }
-  __syncwarp();
+  __syncthreads();
   bool by_logit = a.score == MOEYARD_SOFTMAX_OVER_CHOSEN || a.score == MOEYARD_SPARSE_MIXER;
-  if (a.score == MOEYARD_SOFTMAX) softmax(logits, score, n);
+  if (a.score == MOEYARD_SOFTMAX && threadIdx.x < WARP) softmax(logits, score, n);
   if (a.score == MOEYARD_SIGMOID)
-    for (int e = threadIdx.x; e < n; e += WARP) score[e] = sigmoid(logits[e]);
-  __syncwarp();
-  for (int e = threadIdx.x; e < n; e += WARP)
+    for (int e = threadIdx.x; e < n; e += blockDim.x) score[e] = sigmoid(logits[e]);
+  __syncthreads();
+  for (int e = threadIdx.x; e < n; e += blockDim.x)
     choice[e] = by_logit ? logits[e] : score[e] + (a.bias ? a.bias[e] : 0.0f);
-  __syncwarp();
-  if (a.group_score != MOEYARD_NO_GROUPS) keep_groups(a, score, choice, taken, group, n);
+  __syncthreads();
+  if (a.group_score != MOEYARD_NO_GROUPS) {
+    score_groups(a, a.group_score == MOEYARD_GROUP_MAX ? score : choice, taken, group, n);
+    __syncthreads();
+  }
+  if (threadIdx.x >= WARP) return;
+  if (a.group_score != MOEYARD_NO_GROUPS) keep_groups(a, choice, taken, group, n);
 
   int32_t* ids = static_cast<int32_t*>(a.ids.data) + row * a.ids.stride;
   float* weights = static_cast<float*>(a.weights.data) + row * a.weights.stride;
-  float first = 0.0f, sum = 0.0f;
+  float first = 0.0f, sum = 0.0f, *chosen = group;  // the groups' scores have served
   for (int j = 0; j < k; ++j) {
     int e = best_of(choice, taken, 0, n);
     float w;
@@ -133,15 +137,14 @@ __global__ void route(MoeyardRoute a) {
     if (threadIdx.x == 0) {
       taken[e] = 1;
       ids[j] = e;
-      weights[j] = w;
+      chosen[j] = w;
     }
     __syncwarp();
   }
   float divisor = 1.0f;
   if (a.score == MOEYARD_SOFTMAX_OVER_CHOSEN) divisor = sum;
   else if (a.score != MOEYARD_SPARSE_MIXER && a.renormalize) divisor = sum + a.renormalize_eps;
-  if (threadIdx.x == 0)
-    for (int j = 0; j < k; ++j) weights[j] = weights[j] / divisor * a.scale;
+  for (int j = threadIdx.x; j < k; j += WARP) weights[j] = chosen[j] / divisor * a.scale;
 }
 
 __global__ void combine(MoeyardCombine a) {
@@ -160,29 +163,42 @@ __global__ void combine(MoeyardCombine a) {
   }
 }
 
-constexpr int WIDE = 8;  // columns of a thread, 16 bytes of bf16
+constexpr int WIDE = 8;     // columns of a thread, 16 bytes of bf16
+constexpr int AT_ONCE = 8;  // rows that are under way at once
 
 // The same sums of bf16 rows that lie in 16-byte steps.
 __global__ void combine_wide(MoeyardCombine a) {
   start_in_turn();
   int k = a.weights.cols;
   int64_t t = blockIdx.x;
-  const uint32_t* index = a.index + t * k * a.parts;
+  int parts = a.parts, all = k * parts;
+  const uint32_t* index = a.index + t * all;
+  const float* weights = static_cast<const float*>(a.weights.data) + t * a.weights.stride;
   const bf16* rows = static_cast<const bf16*>(a.rows.data);
   for (int d = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE; d < a.out.cols; d += gridDim.y * blockDim.x * WIDE) {
-    float sum[WIDE] = {};
-#pragma unroll 4
-    for (int j = 0; j < k; ++j) {
-      float output[WIDE] = {};
-      for (int x = 0; x < a.parts; ++x) {
-        uint4 part = *reinterpret_cast<const uint4*>(rows + index[j * a.parts + x] * a.rows.stride + d);
-        const bf16* values = reinterpret_cast<const bf16*>(&part);
+    float sum[WIDE] = {}, output[WIDE] = {};
+    for (int first = 0; first < all; first += AT_ONCE) {
+      uint4 part[AT_ONCE];
+      float weight[AT_ONCE];
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p)
+        if (first + p < all) {
+          part[p] = *reinterpret_cast<const uint4*>(rows + index[first + p] * a.rows.stride + d);
+          weight[p] = weights[parts == 1 ? first + p : (first + p) / parts];
+        }
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p) {
+        if (first + p >= all) break;
+        const bf16* values = reinterpret_cast<const bf16*>(&part[p]);
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) output[i] += widen(values[i]);
-      }
-      float weight = load(a.weights, t, j);
+        if (parts > 1 && (first + p + 1) % parts != 0) continue;
 #pragma unroll
-      for (int i = 0; i < WIDE; ++i) sum[i] += weight * output[i];
+        for (int i = 0; i < WIDE; ++i) {
+          sum[i] += weight[p] * output[i];
+          output[i] = 0.0f;
+        }
+      }
     }
     float4* out = reinterpret_cast<float4*>(static_cast<float*>(a.out.data) + t * a.out.stride + d);
     out[0] = {sum[0], sum[1], sum[2], sum[3]};
@@ -254,11 +270,9 @@ extern "C" int moeyard_gate(const MoeyardGate* a, void* stream) {
 extern "C" int moeyard_route(const MoeyardRoute* a, void* stream) {
   if (a->logits.rows == 0) return 0;
   size_t bytes = size_t(a->logits.cols) * (4 * sizeof(float) + 1);
-  if (bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(route, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-    if (error) return int(error);
-  }
-  return launch_early(route, dim3(a->logits.rows), WARP, bytes, stream, *a);
+  if (cudaError_t error = allow(route, bytes)) return int(error);
+  int warps = a->group_score == MOEYARD_NO_GROUPS ? 1 : a->groups < 8 ? a->groups : 8;
+  return launch_early(route, dim3(a->logits.rows), warps * WARP, bytes, stream, *a);
 }
 
 extern "C" int moeyard_best(const MoeyardBest* a, void* stream) {

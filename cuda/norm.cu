@@ -12,43 +12,55 @@ template <bool ALL_HELD> __global__ void norm(MoeyardNorm a) {
   int groups = a.x.cols / a.width;
   int64_t row = blockIdx.x / groups;
   int first = int(blockIdx.x % groups) * a.width;
-  float held[HELD];
+  float held[HELD], weight[HELD], bias[HELD];
   to_cache(a.weight, a.width);
   start_in_turn();
+  // body(element, its column in the vector, its weight, its bias)
   auto each = [&](auto body) {
     if constexpr (ALL_HELD) {
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
         int c = threadIdx.x + i * blockDim.x;
-        if (c < a.width) body(held[i], c);
+        if (c < a.width) body(held[i], c, weight[i], bias[i]);
       }
     } else {
       for (int c = threadIdx.x; c < a.width; c += blockDim.x) {
         held[0] = load(a.x, row, first + c);
-        body(held[0], c);
+        body(held[0], c, a.weight[c], a.bias ? a.bias[c] : 0.0f);
       }
     }
   };
-  if constexpr (ALL_HELD) each([&](float& x, int c) { x = load(a.x, row, first + c); });
-  if (a.addend.data) {
-    each([&](float& x, int c) {
+  if constexpr (ALL_HELD) {
+    // Everything is asked for before anything is written, which loads would wait for.
+    int start = first + int(threadIdx.x), step = blockDim.x, end = first + a.width;
+    float addend[HELD];
+    load_all(held, a.x, row, start, step, end);
+    if (a.addend.data) load_all(addend, a.addend, row, start, step, end);
+    load_all(weight, a.weight, threadIdx.x, step, a.width);
+    if (a.bias) load_all(bias, a.bias, threadIdx.x, step, a.width);
+    if (a.addend.data) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i) held[i] += addend[i] * a.factor;
+      each([&](float& x, int c, float, float) { store(a.x, row, first + c, x); });
+    }
+  } else if (a.addend.data) {
+    each([&](float& x, int c, float, float) {
       x += load(a.addend, row, first + c) * a.factor;
-      if (!ALL_HELD) store(a.x, row, first + c, x);
+      store(a.x, row, first + c, x);
     });
-    if (ALL_HELD) each([&](float& x, int c) { store(a.x, row, first + c, x); });
   }
   float mean = 0.0f;
   if (a.centred) {
     float sum = 0.0f;
-    each([&](float& x, int) { sum += x; });
+    each([&](float& x, int, float, float) { sum += x; });
     mean = block_sum(sum) / float(a.width);
   }
   float squares = 0.0f;
-  each([&](float& x, int) { squares += (x - mean) * (x - mean); });
+  each([&](float& x, int, float, float) { squares += (x - mean) * (x - mean); });
   float inverse = 1.0f / sqrtf(block_sum(squares) / float(a.width) + a.eps);
-  each([&](float& x, int c) {
-    float y = (x - mean) * inverse * a.weight[c];
-    if (a.bias) y += a.bias[c];
+  each([&](float& x, int c, float weight, float bias) {
+    float y = (x - mean) * inverse * weight;
+    if (a.bias) y += bias;
     store(a.out, row, first + c, y);
     if (a.exact.data) store(a.exact, row, first + c, y);
   });

@@ -47,8 +47,14 @@ __global__ void transpose_heads(MoeyardTransposeHeads a) {
 __global__ void embed(MoeyardEmbed a) {
   start_in_turn();
   int64_t from = a.ids[blockIdx.x];
-  for (int c = threadIdx.x; c < a.table.cols; c += THREADS)
-    store(a.out, blockIdx.x, c, load(a.table, from, c) * a.scale);
+  constexpr int AHEAD = 8;
+  for (int first = threadIdx.x; first < a.table.cols; first += AHEAD * THREADS) {
+    float x[AHEAD];
+    load_all(x, a.table, from, first, THREADS, a.table.cols);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+      if (int c = first + i * THREADS; c < a.table.cols) store(a.out, blockIdx.x, c, x[i] * a.scale);
+  }
 }
 
 __global__ void map(MoeyardMap a) {

@@ -55,9 +55,9 @@ __device__ inline void finish_all(const MoeyardGemm& a, const Tile& tile, int co
   }
 }
 
+template <class S> int64_t blocks_of(const MoeyardGemm& a) { return int64_t(a.row_tiles) * ((a.n + S::N - 1) / S::N) * a.batches; }
+
 // With few tiles, narrower ones keep more multiprocessors busy.
-template <class Wide> bool fills_the_gpu(const MoeyardGemm& a) {
-  return int64_t(a.row_tiles) * ((a.n + Wide::N - 1) / Wide::N) * a.batches >= 264;
-}
+template <class Wide> bool fills_the_gpu(const MoeyardGemm& a) { return blocks_of<Wide>(a) >= 264; }
 
 }  // namespace moeyard

@@ -183,24 +183,23 @@ template <int N> __device__ inline void load_eights(uint4 (&x)[N], int type, con
   for (int i = 0; i < N; ++i)
     x[i] = {pack(low[i].x, low[i].y), pack(low[i].z, low[i].w), pack(high[i].x, high[i].y), pack(high[i].z, high[i].w)};
 }
-// Two elements from an even column of such a matrix, rounded to bf16.
-__device__ inline uint32_t load_pair(const MoeyardMatrix& m, int64_t row, int64_t col) {
-  int64_t at = row * m.stride + col;
-  if (m.type == MOEYARD_BF16) return *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(m.data) + at);
-  float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(m.data) + at);
-  return pack(x.x, x.y);
+// Pairs of elements, each from an even column of such a matrix, rounded to bf16, or zeros from null. All loads are under way at once.
+template <int N, int M> __device__ inline void load_pairs(uint32_t (&x)[N][M], int type, const void* const (&from)[N][M]) {
+  if (type == MOEYARD_BF16) {
+#pragma unroll
+    for (int i = 0; i < N * M; ++i) x[i / M][i % M] = from[i / M][i % M] ? *static_cast<const uint32_t*>(from[i / M][i % M]) : 0;
+    return;
+  }
+  float2 pair[N][M];
+#pragma unroll
+  for (int i = 0; i < N * M; ++i) pair[i / M][i % M] = from[i / M][i % M] ? *static_cast<const float2*>(from[i / M][i % M]) : float2{};
+#pragma unroll
+  for (int i = 0; i < N * M; ++i) x[i / M][i % M] = pack(pair[i / M][i % M].x, pair[i / M][i % M].y);
 }
 __device__ inline void store_pair(const MoeyardMatrix& m, int64_t row, int64_t col, float x, float y) {
   int64_t at = row * m.stride + col;
   if (m.type == MOEYARD_BF16) *reinterpret_cast<uint32_t*>(static_cast<bf16*>(m.data) + at) = pack(x, y);
   else *reinterpret_cast<float2*>(static_cast<float*>(m.data) + at) = {x, y};
-}
-
-__device__ inline void store_shared(uint32_t to, uint4 x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ inline void store_shared(uint32_t to, uint32_t x) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
 }
 
 }  // namespace moeyard

@@ -28,6 +28,26 @@ template <int ROWS, int THREADS> struct Source {
     first = from;
   }
 
+  // The first STAGES stages, `apart_bytes` apart, through registers: who waits for copies does not wait for these. A barrier shows them
+  // to the block.
+  template <int STAGES> __device__ void store(uint32_t stage, int apart_bytes) {
+    uint4 held[STAGES][COUNT];
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        bool there = s * DEPTH < k_left && i < valid;
+        held[s][i] = there ? *reinterpret_cast<const uint4*>(at + s * DEPTH + i * apart) : uint4{};
+      }
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        if (ROWS % APART == 0 || here) store_shared(stage + s * apart_bytes + to + i * APART * 128, held[s][i]);
+    at += STAGES * DEPTH;
+    k_left -= STAGES * DEPTH;
+  }
+
   // The next stage; what lies outside the matrix becomes 0.
   __device__ void copy(uint32_t stage) {
     int count = k_left > 0 ? valid : 0;

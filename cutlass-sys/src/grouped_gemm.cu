@@ -120,7 +120,10 @@ struct Work {
   int row, rows;  // within the group
   int tile;       // of outputs, of this block
 };
-__device__ __forceinline__ Work work_of(const Schedule& s, int groups, int tile, int rank) {
+// The chunks of a group's rows are shared out evenly over its tiles: full tiles and one of a few rows would take as long as one more full one.
+// And the tiles of rows are rotated from one pair of outputs to the next, lest a cluster, which takes every so-many-th tile, always meets the
+// larger ones.
+template <class F> __device__ __forceinline__ Work work_of(const Schedule& s, int groups, int tile, int rank) {
   int low = 0, high = groups;  // the last group whose first tile is not beyond `tile`
   while (high - low > 1) {
     int middle = (low + high) / 2;
@@ -129,8 +132,10 @@ __device__ __forceinline__ Work work_of(const Schedule& s, int groups, int tile,
   }
   int all = s.rows[low], row_tiles = divide_up(all, s.tile_rows), at = tile - s.first[low];
   int strip = at / (STRIP * s.pairs), within = at % (STRIP * s.pairs), width = min(STRIP, row_tiles - strip * STRIP);
-  int row = (strip * STRIP + within % width) * s.tile_rows;
-  return {low, row, min(s.tile_rows, all - row), within / width * BLOCKS + rank};
+  int pair = within / width, row_tile = strip * STRIP + (within + pair) % width;
+  int chunks = divide_up(all, F::CHUNK), each = chunks / row_tiles, more = chunks % row_tiles;
+  int row = (row_tile * each + min(row_tile, more)) * F::CHUNK, rows = (each + (row_tile < more)) * F::CHUNK;
+  return {low, row, min(rows, all - row), pair * BLOCKS + rank};
 }
 
 // Where the ring of stages stands.
@@ -146,7 +151,7 @@ template <int STAGES> struct Ring {
 template <class F>
 __device__ __forceinline__ void fetch_ahead(const Shared<F>& shared, const MoeyardGemm& a, const Maps& map, int cluster, int rank) {
   if (cluster >= shared.schedule.first[1]) return;
-  Work work = work_of(shared.schedule, 1, cluster, rank);
+  Work work = work_of<F>(shared.schedule, 1, cluster, rank);
   for (int step = 0; step < min(F::STAGES, divide_up(a.k, DEPTH)); ++step)
     cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&map.weights, step * DEPTH, work.tile * F::OUTPUTS);
 }
@@ -160,7 +165,7 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
   int groups = groups_of(a), steps = divide_up(a.k, DEPTH), known = -1, copier = threadIdx.x / WARP;
   Ring<F::STAGES> ring;
   for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
-    Work work = work_of(shared.schedule, groups, tile, rank);
+    Work work = work_of<F>(shared.schedule, groups, tile, rank);
     const Maps& map = maps[work.group];
     if (made_here && work.group != known) {
       cute::tma_descriptor_fence_acquire(&map.weights);
@@ -369,7 +374,7 @@ __device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a,
   int groups = groups_of(a), part = int(threadIdx.x) / GROUP_THREADS - 1;
   Ring<F::STAGES> ring;
   for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
-    Work work = work_of(shared.schedule, groups, tile, rank);
+    Work work = work_of<F>(shared.schedule, groups, tile, rank);
     Tile place = {a.offsets ? work.group : 0, shared.schedule.start[work.group] + work.row, work.rows};
     int64_t shift = a.offsets ? 0 : work.group * a.out_batch;
     switch (divide_up(work.rows, F::CHUNK)) {

@@ -213,9 +213,9 @@ impl CudaBackend {
 struct OpenStep<'a>(&'a Gpu);
 
 impl<'a> OpenStep<'a> {
-    fn begin(gpu: &'a Gpu) -> Self {
-        gpu.begin_step();
-        OpenStep(gpu)
+    fn begin(gpu: &'a Gpu) -> Result<Self> {
+        gpu.begin_step()?;
+        Ok(OpenStep(gpu))
     }
 
     fn end(self) -> Result<()> {
@@ -248,7 +248,7 @@ impl Backend for CudaBackend {
     }
 
     fn step(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let step = OpenStep::begin(&self.gpu);
+        let step = OpenStep::begin(&self.gpu)?;
         body()?;
         step.end()
     }

@@ -209,7 +209,7 @@ pub struct Gemm {
     pub row_tile: i32,
     pub row_tiles: i32,
     pub gate: Gate,
-    pub reserved: i32,
+    pub ahead: i32,
 }
 
 /// `MoeyardClusterForm`
@@ -441,6 +441,7 @@ pub unsafe extern "C" fn moeyard_gemm_grouped(args: *const GroupedGemm, stream: 
 unsafe extern "C" {
     pub fn moeyard_device_count() -> c_int;
     pub fn moeyard_error_name(error: c_int) -> *const c_char;
+    pub fn moeyard_settle(stream: *mut c_void) -> c_int;
     pub fn moeyard_copy(args: *const Copy, stream: *mut c_void) -> c_int;
     pub fn moeyard_transpose_heads(args: *const TransposeHeads, stream: *mut c_void) -> c_int;
     pub fn moeyard_embed(args: *const Embed, stream: *mut c_void) -> c_int;

@@ -271,15 +271,23 @@ impl Gpu {
         self.failure(format!("{what}: {}", runtime_error(code)))
     }
 
-    /// From here on launches are put off, all but the first few.
+    /// From here on launches are put off, all but the first few. None starts before all that was launched earlier is done: kernels of a
+    /// step may read weights before it is their turn.
     ///
     /// # Panics
     /// When a step is open.
-    pub fn begin_step(&self) {
+    pub fn begin_step(&self) -> Result<()> {
         let mut step = self.step.lock_now();
         assert!(!step.open, "a step within a step");
+        self.enter()?;
+        // SAFETY: the stream lives as long as `self`.
+        let code = unsafe { ffi::moeyard_settle(self.stream.cu_stream().cast::<c_void>()) };
+        if code != 0 {
+            return Err(self.launch_failure(Failed { what: "the beginning of a step", code }));
+        }
         step.open = true;
         step.head = STEP_HEAD;
+        Ok(())
     }
 
     /// Runs what was put off.

@@ -51,8 +51,9 @@ fn gate(activation: Activation) -> ffi::Gate {
 enum Weights {
     /// One matrix for all rows, and its bias or 0.
     One { matrix: usize, bias: usize },
-    /// A matrix for each slot: arrays of addresses, the array of biases or 0, and the offsets of the slots' rows.
-    Slots { matrices: usize, biases: usize, offsets: usize },
+    /// A matrix for each slot: arrays of addresses, the array of biases or 0, and the offsets of the slots' rows, which the kernel before
+    /// this product waited for where they are `known`.
+    Slots { matrices: usize, biases: usize, offsets: usize, known: bool },
 }
 
 /// The shape of a product, the same for every slot.
@@ -239,10 +240,12 @@ impl CudaBackend {
         } else {
             Tile::F32
         };
-        let (weight, bias, weights, biases, offsets) = match weights {
-            Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0),
-            Weights::Slots { matrices, biases, offsets } => (0, 0, matrices, biases, offsets),
+        let (weight, bias, weights, biases, offsets, known) = match weights {
+            Weights::One { matrix, bias } => (matrix, bias, 0, 0, 0, true),
+            Weights::Slots { matrices, biases, offsets, known } => (0, 0, matrices, biases, offsets, known),
         };
+        // In a step nothing writes weights, and what wrote them was done when it began.
+        let ahead = known && self.gpu.open_sequence().is_some();
         let args = ffi::Gemm {
             x: ffi::Matrix::of(&x),
             out: ffi::Matrix::of(&out.as_view()),
@@ -263,7 +266,7 @@ impl CudaBackend {
             row_tile: ffi::int(tile.rows()),
             row_tiles: ffi::int(groups.tiles(tile.rows().max(1))),
             gate,
-            reserved: 0,
+            ahead: i32::from(ahead),
         };
         match tile {
             Tile::F32 => self.gpu.launch("f32 product", ffi::moeyard_gemm_f32, &args),
@@ -324,7 +327,7 @@ impl CudaBackend {
     fn gated(
         &self,
         x: View<'_>,
-        [gate_up, down]: [Weights; 2],
+        [gate_up, mut down]: [Weights; 2],
         shape: MlpShape,
         groups: Groups<'_>,
         activation: Activation,
@@ -343,6 +346,10 @@ impl CudaBackend {
         let mut product = scratch.product.take(&self.gpu, x.dtype(), rows, width)?;
         if in_steps(&x) && shape.dtype != DType::F32 && shape.hidden.is_multiple_of(8) {
             self.multiply(x, gate_up, first, groups, Batches::ONE, gate(activation), product.reborrow())?;
+            // Its kernels let the next one start when they have seen the offsets.
+            if let Weights::Slots { known, .. } = &mut down {
+                *known = true;
+            }
         } else {
             let mut between = scratch.gate_up.take(&self.gpu, DType::F32, rows, 2 * width)?;
             self.multiply(x, gate_up, first, groups, Batches::ONE, none(), between.reborrow())?;
@@ -408,6 +415,7 @@ impl SlotTable {
             matrices: array(part),
             biases: if shape.bias { array(part + 2) } else { 0 },
             offsets,
+            known: false,
         })
     }
 }
