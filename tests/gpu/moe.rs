@@ -8,6 +8,7 @@ use crate::moe_rank::ROUTER;
 use crate::pair::{CLOSE, Device, EXACT, ROUNDED, gpu, host_matrix, poisoned, same, same_on, tensor, values};
 use crate::products::host_mlp;
 use crate::support::numbers::Numbers;
+use crate::support::threads::on_threads;
 use crate::trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -15,6 +16,10 @@ pub fn trials() -> Vec<Trial> {
         trial("moe::every_router", every_router),
         trial("moe::ties_go_to_the_lowest_id", ties_go_to_the_lowest_id),
         trial("moe::logits_that_are_no_numbers_choose_experts_that_exist", logits_that_are_no_numbers),
+        trial(
+            "moe::ranks_launch_one_kernel_with_different_memory",
+            ranks_launch_one_kernel_with_different_memory,
+        ),
         trial("moe::router_logits", router_logits),
         trial("moe::combine", combine),
         trial("moe::planned_experts", planned_experts),
@@ -132,6 +137,24 @@ fn logits_that_are_no_numbers() {
             assert_eq!(chosen.len(), 6, "{value}");
         }
     }
+}
+
+/// Whoever needs less shared memory takes none from the other.
+fn ranks_launch_one_kernel_with_different_memory() {
+    let wide = 6000;
+    on_threads([3000, wide, 2200, wide], |experts| {
+        let device = gpu();
+        let logits: Vec<f32> = (0..experts).map(|e| (e * 7 % experts) as f32).collect();
+        let logits = tensor(device.as_ref(), DType::F32, 1, experts, &logits);
+        for _ in 0..200 {
+            let mut ids = poisoned(device.as_ref(), DType::I32, 1, 1);
+            let mut weights = poisoned(device.as_ref(), DType::F32, 1, 1);
+            let router = router(Score::Softmax);
+            device.route(logits.view(), None, &router, ids.view_mut(), weights.view_mut()).unwrap();
+            let best = values(device.as_ref(), ids.view())[0] as usize;
+            assert_eq!(best * 7 % experts, experts - 1, "of {experts}");
+        }
+    });
 }
 
 /// Products with few outputs: a row has the same bits in any batch.
