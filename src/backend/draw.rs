@@ -89,7 +89,8 @@ impl Drawer {
         weights.weigh(logits, logits[best as usize], draw.temperature, draw.min_p);
         let limited = draw.kept_of(logits.len());
         if limited.is_none() && draw.top_p >= 1.0 {
-            return weights.pick(part(draw.random, weights.mass()));
+            let target = part(draw.random, weights.mass());
+            return weights.pick(target);
         }
         let mass = match limited {
             Some(kept) => {

@@ -41,6 +41,13 @@ fn weights_are_rounded_to_units() {
     let unit = 1.0 / ONE as f32;
     assert_eq!([0.5, 0.51, 1.0, 1.5, 2.5, 3.49].map(|n| units(n * unit)), [0, 1, 1, 2, 2, 3]);
     assert_eq!(units(0.3), (f64::from(0.3f32) * ONE as f64).round() as u64);
+    let weights: Vec<f32> = (0..1000).map(|i| i as f32 / 1000.0).collect();
+    let mut all = Weights::default();
+    all.weigh(&[0.0; 1500], 0.0, 1.0, 0.0);
+    assert_eq!(all.mass(), 1500 * ONE);
+    let logits: Vec<f32> = weights.iter().map(|w| w.ln().max(-80.0)).collect();
+    all.weigh(&logits, 0.0, 1.0, 0.0);
+    assert_eq!(all.mass(), (0..1000).map(|id| all.of(id)).sum::<u64>());
     // As many tokens as there may be, all the best.
     assert!(ONE.checked_mul(MOST_TOKENS as u64).is_some());
 }

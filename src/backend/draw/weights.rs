@@ -16,16 +16,23 @@ pub fn weight(logit: f32, max: f32, temperature: f32, min_p: f32) -> f32 {
 /// A weight from 0 to 1 in units of 1 / [`ONE`], to the nearest, ties to even.
 #[inline]
 pub fn units(weight: f32) -> u64 {
-    /// Where numbers of f64 lie a unit apart: adding it rounds, and the units stand in the low bits.
-    const ROUND: f64 = 8192.0;
     (f64::from(weight) + ROUND).to_bits() - ROUND.to_bits()
+}
+
+/// Where numbers of f64 lie a unit apart: adding it rounds, and the units stand in the low bits.
+const ROUND: f64 = 8192.0;
+
+/// The sum of weights in units: what rounding added to each is taken off once.
+fn sum_of(weights: &[f32]) -> u64 {
+    let bits = weights.iter().map(|&weight| (f64::from(weight) + ROUND).to_bits());
+    bits.fold(0, u64::wrapping_add).wrapping_sub((weights.len() as u64).wrapping_mul(ROUND.to_bits()))
 }
 
 /// The weights of a row.
 #[derive(Debug, Default)]
 pub struct Weights {
     each: Vec<f32>,
-    /// Sums of [`BLOCK`] of them, in units.
+    /// Sums of [`BLOCK`] of them, in units; empty until they are asked for.
     blocks: Vec<u64>,
 }
 
@@ -42,10 +49,10 @@ impl Weights {
     pub fn weigh(&mut self, logits: &[f32], max: f32, temperature: f32, min_p: f32) {
         self.each.clear();
         self.blocks.clear();
-        for block in logits.chunks(BLOCK) {
-            let first = self.each.len();
-            self.each.extend(block.iter().map(|&logit| weight(logit, max, temperature, min_p)));
-            self.blocks.push(self.each[first..].iter().map(|&weight| units(weight)).sum());
+        if min_p > 0.0 {
+            self.each.extend(logits.iter().map(|&logit| weight(logit, max, temperature, min_p)));
+        } else {
+            self.each.extend(logits.iter().map(|&logit| exp_nonpositive((logit - max) / temperature)));
         }
     }
 
@@ -55,7 +62,10 @@ impl Weights {
     }
 
     /// Sum of all weights.
-    pub fn mass(&self) -> u64 {
+    pub fn mass(&mut self) -> u64 {
+        if self.blocks.is_empty() {
+            self.blocks.extend(self.each.chunks(BLOCK).map(sum_of));
+        }
         self.blocks.iter().sum()
     }
 
@@ -81,8 +91,9 @@ impl Weights {
     ///
     /// # Panics
     /// When all together do not.
-    pub fn pick(&self, target: u64) -> u32 {
-        let mut left = target;
+    pub fn pick(&mut self, target: u64) -> u32 {
+        let (mass, mut left) = (self.mass(), target);
+        assert!(target < mass, "{target} of tokens that weigh {mass}");
         for (block, &mass) in self.blocks.iter().enumerate() {
             if mass > left {
                 let first = block * BLOCK;
@@ -91,7 +102,7 @@ impl Weights {
             }
             left -= mass;
         }
-        panic!("{target} of tokens that weigh {}", self.mass());
+        unreachable!("all blocks together weigh more than {target}");
     }
 
     /// The first of these tokens with which their weights add up to more than `target`.
