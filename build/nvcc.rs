@@ -21,6 +21,7 @@ const FAMILIES: &[&str] = &[
     "norm",
     "rope",
     "moe",
+    "sample",
     "plan",
     "world",
     "device",

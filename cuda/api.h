@@ -207,12 +207,6 @@ typedef struct {
 } MoeyardRoute;
 MOEYARD_API int moeyard_route(const MoeyardRoute* args, void* stream);
 
-// out[i] = [column of the greatest element of x[i], elements that are not finite]
-typedef struct {
-  MoeyardMatrix x, out;
-} MoeyardBest;
-MOEYARD_API int moeyard_best(const MoeyardBest* args, void* stream);
-
 typedef struct {
   MoeyardMatrix rows, weights, out;
   const uint32_t* index;
@@ -220,6 +214,21 @@ typedef struct {
   int32_t reserved;
 } MoeyardCombine;
 MOEYARD_API int moeyard_combine(const MoeyardCombine* args, void* stream);
+
+// ---- sample.cu
+
+// How the token of a row is drawn: src/backend/draw.rs.
+typedef struct {
+  uint64_t random;
+  float temperature, top_p, min_p;
+  uint32_t top_k;
+} MoeyardDraw;
+// out[i] = [token of x[i], elements that are not finite], with at most 2^24 columns of f32. Without `draws`, the tokens are the best ones.
+typedef struct {
+  MoeyardMatrix x, out;
+  const MoeyardDraw* draws;  // or null
+} MoeyardSample;
+MOEYARD_API int moeyard_sample(const MoeyardSample* args, void* stream);
 
 // ---- plan.cu
 

@@ -1,7 +1,5 @@
-// Around the experts: router, gated activation, combine. And the choice of the most probable token.
+// Around the experts: router, gated activation, combine.
 #include "common.cuh"
-
-#include <cfloat>
 
 using namespace moeyard;
 
@@ -206,55 +204,6 @@ __global__ void combine_wide(MoeyardCombine a) {
   }
 }
 
-struct Candidate {
-  float value;
-  int column;
-};
-
-__device__ inline Candidate better(Candidate a, Candidate b) {
-  return b.value > a.value || (b.value == a.value && b.column < a.column) ? b : a;
-}
-
-constexpr int BEST_THREADS = 1024;
-
-// One block per row. No NaN is greater than anything.
-__global__ void __launch_bounds__(BEST_THREADS) best(MoeyardBest a) {
-  constexpr int AHEAD = 8, WARPS = BEST_THREADS / WARP;
-  __shared__ Candidate candidates[WARPS];
-  __shared__ int infinite[WARPS];
-  start_in_turn();
-  const float* x = static_cast<const float*>(a.x.data) + blockIdx.x * a.x.stride;
-  Candidate own = {-INFINITY, INT_MAX};
-  int count = 0;
-  for (int first = threadIdx.x; first < a.x.cols; first += AHEAD * BEST_THREADS) {
-    float v[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) v[i] = first + i * BEST_THREADS < a.x.cols ? x[first + i * BEST_THREADS] : -FLT_MAX;
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      count += !isfinite(v[i]);
-      if (first + i * BEST_THREADS < a.x.cols) own = better(own, {v[i], first + i * BEST_THREADS});
-    }
-  }
-  for (int o = WARP / 2; o; o >>= 1) {
-    own = better(own, {__shfl_xor_sync(FULL, own.value, o), __shfl_xor_sync(FULL, own.column, o)});
-    count += __shfl_xor_sync(FULL, count, o);
-  }
-  if (threadIdx.x % WARP == 0) {
-    candidates[threadIdx.x / WARP] = own;
-    infinite[threadIdx.x / WARP] = count;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < WARPS; ++w) {
-    own = better(own, candidates[w]);
-    count += infinite[w];
-  }
-  int32_t* out = static_cast<int32_t*>(a.out.data) + blockIdx.x * a.out.stride;
-  out[0] = own.column == INT_MAX ? 0 : own.column;
-  out[1] = count;
-}
-
 dim3 row_grid(int rows, int cols) {
   int wanted = (cols + 1023) / 1024, room = 2048 / (rows < 2048 ? rows : 2048);
   return dim3(rows, wanted < room ? wanted : room < 1 ? 1 : room);
@@ -273,11 +222,6 @@ extern "C" int moeyard_route(const MoeyardRoute* a, void* stream) {
   if (cudaError_t error = allow(route, bytes)) return int(error);
   int warps = a->group_score == MOEYARD_NO_GROUPS ? 1 : a->groups < 8 ? a->groups : 8;
   return launch_early(route, dim3(a->logits.rows), warps * WARP, bytes, stream, *a);
-}
-
-extern "C" int moeyard_best(const MoeyardBest* a, void* stream) {
-  if (a->x.rows == 0) return 0;
-  return launch_early(best, dim3(a->x.rows), BEST_THREADS, 0, stream, *a);
 }
 
 extern "C" int moeyard_combine(const MoeyardCombine* a, void* stream) {

@@ -16,6 +16,7 @@ mod moe_rank;
 #[path = "../../tests/support/numbers.rs"]
 mod numbers;
 mod products;
+mod sampling;
 #[path = "../../tests/support/threads.rs"]
 mod threads;
 mod worlds;
@@ -97,6 +98,9 @@ fn operations(mut bench: Bench) {
         bench.decode_mla(limits, sequences, context);
     }
     bench.prefill_mla(2048);
+    for (rows, vocab) in [(1, 32_000), (1, 129_280), (64, 129_280)] {
+        bench.sampling(limits, rows, vocab);
+    }
 }
 
 /// Products by every kernel there is for them.

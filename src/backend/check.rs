@@ -356,17 +356,12 @@ pub fn attention_mla(args: &MlaArgs<'_>, out: &ViewMut<'_>) -> (usize, usize) {
     (latent, rope_dim)
 }
 
-/// [`super::Backend::best`].
-pub fn best(x: &View<'_>, out: &ViewMut<'_>) {
-    dtype("logits", x, DType::F32);
-    dtype("tokens", &out.as_view(), DType::I32);
-    shape("tokens", &out.as_view(), x.rows(), 2);
-    assert!((1..=MOST_TOKENS).contains(&x.cols()), "a token of {}, expected 1 to {MOST_TOKENS}", x.cols());
-}
-
 /// [`super::Backend::sample`].
 pub fn sample(x: &View<'_>, draws: &[Draw], out: &ViewMut<'_>) {
-    best(x, out);
+    dtype("sample x", x, DType::F32);
+    dtype("sample out", &out.as_view(), DType::I32);
+    shape("sample out", &out.as_view(), x.rows(), 2);
+    assert!((1..=MOST_TOKENS).contains(&x.cols()), "a token of {}, expected 1 to {MOST_TOKENS}", x.cols());
     assert!(draws.len() == x.rows(), "{} draws for {} rows", draws.len(), x.rows());
     for draw in draws {
         let Draw { temperature, top_p, min_p, .. } = *draw;

@@ -413,22 +413,9 @@ pub trait Backend: Send + Sync {
 
     // ---- choosing tokens
 
-    /// Each row's greatest element: `out[i] = [column, elements that are not finite]`, I32, x f32. The lowest column among equals;
-    /// it says nothing of a row with elements that are not finite.
-    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()>;
-
-    /// Whether [`Backend::sample`] takes draws that are not greedy.
-    fn draws(&self) -> bool {
-        false
-    }
-
     /// Chooses a token of each row of logits, by its draw, as [`draw`] says: `out[i] = [token, elements that are not finite]`, I32,
     /// x f32. The token says nothing where some are not.
-    fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
-        check::sample(&x, draws, &out);
-        assert!(draws.iter().all(Draw::is_greedy), "draws on a device that chooses best tokens alone");
-        self.best(x, out)
-    }
+    fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()>;
 
     // ---- mixture of experts
 

@@ -336,7 +336,6 @@ impl Rank {
         tokens.clear();
         for &row in &output.logit_rows {
             let draw = draw_of(&sub.jobs[job_of(self.index, sub, row)]);
-            let draw = draw.filter(|draw| draw.is_greedy() || backend.draws());
             draws.push(draw.unwrap_or(Draw::GREEDY));
             // A placeholder where the device will say.
             tokens.push(draw.map(|_| 0));

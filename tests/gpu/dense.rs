@@ -23,7 +23,6 @@ pub fn trials() -> Vec<Trial> {
         trial("dense::rope", rope),
         trial("dense::rope_on_the_way_to_the_cache", rope_on_the_way_to_the_cache),
         trial("dense::elementwise", elementwise),
-        trial("dense::best_columns", best_columns),
     ]
 }
 
@@ -256,26 +255,6 @@ fn rope_on_the_way_to_the_cache() {
                 [queries, cache.parts[0].view(), cache.parts[1].view()].map(|v| values(device, v)).concat()
             });
         }
-    }
-}
-
-fn best_columns() {
-    let mut numbers = Numbers::new(10);
-    for (rows, cols) in [(1, 1), (3, 1000), (64, 32000), (2, 129280), (5, 8193)] {
-        // Few different values: the first of several greatest counts.
-        let mut data: Vec<f32> = (0..rows * cols).map(|_| numbers.below(2000) as f32 - 1000.0).collect();
-        data[cols / 2] = if rows > 1 { f32::NAN } else { 1.0 };
-        same(&format!("[{rows}, {cols}]"), EXACT, |device| {
-            let x = tensor(device, DType::F32, rows, cols, &data);
-            let mut best = poisoned(device, DType::I32, rows, 2);
-            device.best(x.view(), best.view_mut()).unwrap();
-            let mut found = values(device, best.view());
-            if rows > 1 {
-                // A row with a NaN has no best column.
-                found[0] = 0.0;
-            }
-            found
-        });
     }
 }
 

@@ -14,6 +14,7 @@ mod pair;
 mod products;
 mod quantized;
 mod ranks;
+mod sample;
 mod steps;
 #[path = "../support/mod.rs"]
 mod support;
@@ -36,6 +37,7 @@ fn main() {
         quantized::trials(),
         attention::trials(),
         moe::trials(),
+        sample::trials(),
         ranks::trials(),
         steps::trials(),
         world::trials(),

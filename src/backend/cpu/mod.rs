@@ -235,12 +235,6 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         route::route(self, logits, bias, router, ids, weights)
     }
-    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        sample::best(self, x, out)
-    }
-    fn draws(&self) -> bool {
-        true
-    }
     fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
         sample::sample(self, x, draws, out)
     }

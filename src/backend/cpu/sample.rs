@@ -30,11 +30,6 @@ impl Drawers {
     }
 }
 
-/// See [`crate::backend::Backend::best`].
-pub(super) fn best(backend: &CpuBackend, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-    sample(backend, x, &vec![Draw::GREEDY; x.rows()], out)
-}
-
 /// See [`crate::backend::Backend::sample`].
 pub(super) fn sample(backend: &CpuBackend, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
     check::sample(&x, draws, &out);

@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::ProductKernels;
+use crate::backend::draw::Draw;
 use crate::backend::{
     AddNormArgs, AttentionBatch, Backend, CombineArgs, DType, DeviceId, DevicePlan, Event, ExpertsArgs,
     GqaArgs, HostMatrix, HostMlp, KvCache, KvShape, Matrix, MlaArgs, MlaWeights, Mlp, NormArgs, PlannedArgs,
@@ -73,8 +74,9 @@ struct Residents {
     tokens: Resident,
     /// Cache row of each batch row.
     slots: Resident,
-    /// Rows whose logits are wanted.
+    /// Rows whose logits are wanted, and how their tokens are drawn.
     chosen: Resident,
+    draws: Resident,
     /// Rows of a kind that attention brings together.
     gathered: Resident,
     blocks: Resident,
@@ -445,10 +447,14 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.choose(logits, bias, router, ids, weights)
     }
-    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        check::best(&x, &out);
-        let args = ffi::Best { x: ffi::Matrix::of(&x), out: ffi::Matrix::of(&out.as_view()) };
-        self.gpu.launch("best columns", ffi::moeyard_best, &args)
+    fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
+        check::sample(&x, draws, &out);
+        // Best tokens need no more said, and nothing is sent.
+        let greedy = draws.iter().all(Draw::is_greedy);
+        let bytes = bytemuck::cast_slice(draws);
+        let draws = if greedy { 0 } else { self.array(bytes, |residents| &mut residents.draws)? };
+        let args = ffi::Sample { x: ffi::Matrix::of(&x), out: ffi::Matrix::of(&out.as_view()), draws };
+        self.gpu.launch("sampling", ffi::moeyard_sample, &args)
     }
     fn experts(&self, args: ExpertsArgs<'_>, out: ViewMut<'_>) -> Result<()> {
         self.experts_of(args, out)

@@ -297,12 +297,6 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn best(&self, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        self.sample(x, &vec![Draw::GREEDY; x.rows()], out)
-    }
-    fn draws(&self) -> bool {
-        true
-    }
     fn sample(&self, x: View<'_>, draws: &[Draw], out: ViewMut<'_>) -> Result<()> {
         check::sample(&x, draws, &out);
         let x = Host::read(x);

@@ -4,6 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 
 use bytemuck::{NoUninit, Pod, Zeroable};
 
+use crate::backend::draw::Draw;
 use crate::backend::{DType, View};
 
 /// `MoeyardMatrix`
@@ -267,12 +268,13 @@ pub struct Route {
     pub epsilon: f32,
 }
 
-/// `MoeyardBest`
+/// `MoeyardSample`. `MoeyardDraw` is [`crate::backend::draw::Draw`].
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
-pub struct Best {
+pub struct Sample {
     pub x: Matrix,
     pub out: Matrix,
+    pub draws: usize,
 }
 
 /// `MoeyardCombine`
@@ -457,7 +459,7 @@ unsafe extern "C" {
     pub fn moeyard_gemm_quantized(args: *const Gemm, stream: *mut c_void) -> c_int;
     pub fn moeyard_gate(args: *const GateRows, stream: *mut c_void) -> c_int;
     pub fn moeyard_route(args: *const Route, stream: *mut c_void) -> c_int;
-    pub fn moeyard_best(args: *const Best, stream: *mut c_void) -> c_int;
+    pub fn moeyard_sample(args: *const Sample, stream: *mut c_void) -> c_int;
     pub fn moeyard_combine(args: *const Combine, stream: *mut c_void) -> c_int;
     pub fn moeyard_plan(args: *const Plan, stream: *mut c_void) -> c_int;
     pub fn moeyard_world(args: *const World, stream: *mut c_void) -> c_int;
@@ -486,7 +488,8 @@ const _: () = {
     assert!(size_of::<GroupedGemm>() == 192);
     assert!(size_of::<GateRows>() == 80);
     assert!(size_of::<Route>() == 136);
-    assert!(size_of::<Best>() == 64);
+    assert!(size_of::<Draw>() == 24);
+    assert!(size_of::<Sample>() == 72);
     assert!(size_of::<Combine>() == 112);
     assert!(size_of::<Plan>() == 144);
     assert!(size_of::<World>() == 168);
