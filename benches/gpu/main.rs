@@ -1,8 +1,8 @@
 //! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
 //! table; does nothing where there is no GPU.
 //!
-//! With the argument `products`, only products, by every kernel there is for them; with `exchanges`, exchanges between ranks; with `worlds`,
-//! layers of several ranks.
+//! With the argument `products`, only products, by every kernel there is for them; with `sampling`, choosing tokens; with `exchanges`, exchanges
+//! between ranks; with `worlds`, layers of several ranks.
 //!
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
 //! together larger than the second-level cache.
@@ -21,7 +21,7 @@ mod sampling;
 mod threads;
 mod worlds;
 
-use bench::Bench;
+use bench::{Bench, Limits};
 use experts::SHAPES;
 use moeyard::backend::DType;
 use moeyard::backend::cuda::{self, CudaBackend, ProductKernels};
@@ -43,6 +43,9 @@ fn main() {
                 let kernels = [ProductKernels::Clusters { rows: 0 }, ProductKernels::Portable];
                 bench.others = kernels.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 kernels_of_products(bench);
+            } else if std::env::args().any(|a| a == "sampling") {
+                let limits = bench.copy();
+                sampling(&mut bench, limits);
             } else {
                 operations(bench);
             }
@@ -98,6 +101,11 @@ fn operations(mut bench: Bench) {
         bench.decode_mla(limits, sequences, context);
     }
     bench.prefill_mla(2048);
+    sampling(&mut bench, limits);
+}
+
+/// Choosing tokens.
+fn sampling(bench: &mut Bench, limits: Limits) {
     for (rows, vocab) in [(1, 32_000), (1, 129_280), (64, 129_280)] {
         bench.sampling(limits, rows, vocab);
     }
