@@ -107,7 +107,8 @@ struct Row {
 
   // `exp_nonpositive`, `weight` and `units` of src/backend/draw/weights.rs: no product is fused with a sum.
   __device__ Units weigh(float x) const {
-    constexpr float LOWEST = -87.0f, ROUND = 12582912.0f, LOG2_E = 1.44269504088896340736f;
+    constexpr float LOWEST = -28.0f;  // e^LOWEST is less than half a unit
+    constexpr float ROUND = 12582912.0f, LOG2_E = 1.44269504088896340736f;
     constexpr float LN2_HIGH = 0.6933594f, LN2_LOW = -2.1219444e-4f;
     float y = __fdiv_rn(__fsub_rn(x, max), temperature);
     if (!(y > LOWEST)) return 0;

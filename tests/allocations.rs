@@ -6,7 +6,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
 use std::cell::{Cell, RefCell};
 
-use moeyard::backend::{AttentionBatch, DType, SeqSpan};
+use moeyard::backend::cpu::CpuBackend;
+use moeyard::backend::draw::Draw;
+use moeyard::backend::{AttentionBatch, Backend, DType, SeqSpan};
 use moeyard::engine::request::{Request, Sampling};
 use moeyard::engine::sampler::Sampler;
 use moeyard::model::world::{Degrees, LoadedRank};
@@ -223,6 +225,26 @@ fn choosing_a_token_allocates_nothing() {
             });
             assert!(step < 2 || count == 0, "{:?}: step {step}, first at\n{first}", request.sampling);
         }
+    }
+}
+
+/// The threads of a CPU that help out take their memory before they have a row.
+#[test]
+fn choosing_tokens_on_the_device_allocates_nothing() {
+    const VOCAB: usize = 5000;
+    let backend = CpuBackend::detect(2).unwrap();
+    let mut logits = backend.alloc(DType::F32, 9, VOCAB).unwrap();
+    let row: Vec<f32> = (0..9 * VOCAB).map(|id| (id * 7919 % 1013) as f32 / 100.0).collect();
+    backend.upload(bytemuck::cast_slice(&row), logits.view_mut()).unwrap();
+    let mut tokens = backend.alloc(DType::I32, 9, 2).unwrap();
+    let warm = Draw { temperature: 0.8, ..Draw::GREEDY };
+    for (step, (top_k, top_p)) in
+        [(0, 1.0), (0, 0.95), (40, 0.95), (700, 1.0), (0, 0.99)].into_iter().enumerate()
+    {
+        let draws = [Draw { random: step as u64, top_k, top_p, ..warm }; 9];
+        let (count, first) =
+            allocations(|| backend.sample(logits.view(), &draws, tokens.view_mut()).unwrap());
+        assert!(step == 0 || count == 0, "{:?}: first at\n{first}", draws[0]);
     }
 }
 
