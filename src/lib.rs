@@ -39,6 +39,7 @@ mod support {
     pub mod draws;
     pub mod moe_rank;
     pub mod numbers;
+    pub mod patience;
     pub mod placements;
     pub mod threads;
 }

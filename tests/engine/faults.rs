@@ -68,19 +68,32 @@ fn a_device_that_fails_or_is_full_is_told_from_other_failures() {
 
 #[test]
 fn a_hung_rank_is_noticed_and_named() {
+    // A rank that answers is not named, unless its thread gets no core for all of the time that a step may take: look again then.
+    let names = std::iter::repeat_with(names_of_a_hung_rank).take(10).find(|names| names != "0, 1");
+    assert_eq!(names.as_deref(), Some("1"));
+}
+
+/// Rank 1 of two hangs in the second step: who is said to. The first step may take as long as it likes.
+fn names_of_a_hung_rank() -> String {
     let options = EngineOptions { step_timeout: Duration::from_secs(1), ..options() };
     let script = Script::of(&options);
     let mut ranks = setups(&script, 2, 1, options.max_logit_rows, &backend()).unwrap();
-    let hanging = Script { fault: Fault::HangAt(5), ..script };
+    let hanging = Script { fault: Fault::HangAt(1), ..script };
     ranks[1] = setups(&hanging, 2, 1, options.max_logit_rows, &backend()).unwrap().remove(1);
     let engine = Engine::start(ranks, options, Hooks::default()).unwrap();
     let streams = engine.submit_all((0..3).map(|i| request(prompt(i, 8), 50)).collect()).unwrap();
-    for stream in streams {
+    let reasons = streams.into_iter().map(|stream| {
         let FinishReason::Error(why) = collect(stream).1.reason else { panic!("no error") };
-        assert!(why.contains("ranks [1] have not answered"), "{why}");
-    }
+        why
+    });
+    let mut reasons: Vec<_> = reasons.collect();
+    reasons.dedup();
+    let [why] = &reasons[..] else { panic!("{reasons:?}") };
     assert!(!engine.is_alive());
     assert!(engine.shutdown_within(Duration::ZERO, PATIENCE), "the engine thread does end");
+    let (_, rest) = why.split_once("ranks [").unwrap_or_else(|| panic!("{why}"));
+    let (names, _) = rest.split_once("] have not answered").unwrap_or_else(|| panic!("{why}"));
+    names.to_owned()
 }
 
 #[test]

@@ -16,7 +16,7 @@ use half::bf16;
 
 use super::memory::{Rows, with_local_scratch};
 use super::operand::{Activations, Form, Output, row_stride};
-use super::panel::{PANEL, Panels, padded_k, panels};
+use super::panel::{Cut, PANEL, Panels, padded_k, panels};
 use super::simd::Float;
 use super::tile::{self, PanelProduct, WIDE_LEN};
 use super::work::{Items, Segment, TwoPasses};
@@ -195,7 +195,7 @@ impl<T: Float> Products<'_, T> {
     /// `between = act(gate x, up x)`.
     fn gate_up(&self, Items { slot, rows, units }: Items) {
         let w = self.grouped.of(slot);
-        let weights = Panels::new(w.parts[GATE_UP].view(), 2, w.intermediate, w.hidden);
+        let weights = Panels::new(w.parts[GATE_UP].view(), 2, Cut::wide(w.intermediate), w.hidden);
         let bias = w.parts.get(GATE_UP_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
         let columns = padded_k(w.intermediate, w.parts[DOWN].dtype());
         let (a, first) = self.x.of(rows.start);
@@ -226,7 +226,8 @@ impl<T: Float> Products<'_, T> {
     /// `out = down between`.
     fn down(&self, Items { slot, rows, units }: Items) {
         let w = self.grouped.of(slot);
-        let weights = Panels::new(w.parts[DOWN].view(), 1, w.hidden, w.intermediate);
+        let cut = Cut::wide(w.hidden);
+        let weights = Panels::new(w.parts[DOWN].view(), 1, cut, w.intermediate);
         let bias = w.parts.get(DOWN_BIAS).map(|b| Rows::<f32>::new(b.view()).row(0));
         let a = self.second.skip(rows.start);
         let (out, first) = self.out.of(rows.start);
@@ -237,7 +238,7 @@ impl<T: Float> Products<'_, T> {
                 // SAFETY: the first pass has written these rows, as wide as the matrix's k, zero padding included.
                 self.backend.dispatch(unsafe { PanelProduct::new(a, rows.len(), panel, sums, wide) });
                 // SAFETY: nobody else has these rows and this panel.
-                unsafe { out.write(self.backend, sums, first, unit, bias) };
+                unsafe { out.write(self.backend, sums, first, cut.range(unit), bias) };
             }
         });
     }

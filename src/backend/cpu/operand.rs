@@ -198,16 +198,8 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Columns of the matrix.
-    fn cols(&self) -> usize {
-        match self {
-            Output::F32(rows) => rows.cols(),
-            Output::Bf16(rows) => rows.cols(),
-        }
-    }
-
-    /// Writes a block of sums `[rows, PANEL]`, plus `bias` if any, to rows from `row` on of the panel's columns; those beyond the
-    /// matrix's width are padding and are dropped. `bias` is that of the whole matrix.
+    /// Writes a block of sums `[rows, PANEL]`, plus `bias` if any, to some columns of rows from `row` on; sums beyond these are padding
+    /// and are dropped. `bias` is that of the whole matrix.
     ///
     /// # Safety
     /// Nobody else touches this block of the matrix meanwhile.
@@ -216,11 +208,9 @@ impl<'a> Output<'a> {
         backend: &CpuBackend,
         sums: &[f32],
         row: usize,
-        panel: usize,
+        columns: Range<usize>,
         bias: Option<&[f32]>,
     ) {
-        let first = panel * PANEL;
-        let columns = first..self.cols().min(first + PANEL);
         let bias = bias.map(|bias| &bias[columns.clone()]);
         // SAFETY: the caller's promise, passed on to the kernel that relies on it.
         unsafe {

@@ -1,5 +1,5 @@
-//! How weight matrices lie in memory. A matrix `[n, k]` is cut into panels of [`PANEL`] output columns; a panel is
-//! contiguous and k-major, so that a kernel reads it once, front to back:
+//! How weight matrices lie in memory. A matrix `[n, k]` is cut into panels of [`PANEL`] output columns, or narrower ones ([`Cut`]); a
+//! panel is contiguous and k-major, so that a kernel reads it once, front to back:
 //! * f32: `[k][columns]`;
 //! * bf16: `[k / 2][columns][2]`, the pairs that AVX-512's dot product takes; an odd k is padded with a zero.
 //!
@@ -21,15 +21,59 @@ use crate::error::Result;
 /// per load, and one row alone still has enough independent sums to hide the latency of a multiplication.
 pub const PANEL: usize = 48;
 
-/// Panels of `n` columns.
+/// Panels into which a matrix is cut at least, if it has as many vectors: among fewer, threads would have unequal parts, and a router is
+/// read by all of them in a few microseconds.
+const FEWEST: usize = 4;
+
+/// Whole panels of `n` columns.
 pub fn panels(n: usize) -> usize {
-    n.div_ceil(PANEL)
+    Cut::wide(n).panels()
 }
 
-/// Columns of a panel of a matrix of `n`: [`PANEL`], or as many whole vectors as the last panel needs. Reading is what a product of few
-/// rows costs, and padding would be read like weights.
-pub fn columns(n: usize, panel: usize) -> usize {
-    (n - panel * PANEL).next_multiple_of(MAX_LANES).min(PANEL)
+/// How the columns of a matrix are divided into panels. The bits of a product do not depend on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cut {
+    /// Columns of the matrix.
+    n: usize,
+    /// Columns of a panel, the last one apart: whole vectors, [`PANEL`] at most.
+    width: usize,
+}
+
+impl Cut {
+    /// Panels as wide as they can be.
+    pub fn wide(n: usize) -> Cut {
+        Cut { n, width: PANEL }
+    }
+
+    /// The same, or [`FEWEST`] narrower ones.
+    pub fn even(n: usize) -> Cut {
+        let width = n.div_ceil(FEWEST).next_multiple_of(MAX_LANES);
+        Cut { n, width: width.clamp(MAX_LANES, PANEL) }
+    }
+
+    /// How many there are.
+    pub fn panels(self) -> usize {
+        self.n.div_ceil(self.width)
+    }
+
+    /// The matrix's columns in a panel.
+    pub fn range(self, panel: usize) -> Range<usize> {
+        let first = panel * self.width;
+        first..self.n.min(first + self.width)
+    }
+
+    /// Columns of a panel with padding: the last panel has as many whole vectors as it needs. Reading is what a product of few rows
+    /// costs, and padding would be read like weights.
+    pub fn columns(self, panel: usize) -> usize {
+        self.range(panel).len().next_multiple_of(MAX_LANES)
+    }
+
+    /// Where a panel of one of some matrices lies: panels in order, of each the same one of every matrix.
+    pub fn place(self, depth: usize, matrices: usize, panel: usize, matrix: usize) -> Range<usize> {
+        let columns = self.columns(panel);
+        let start = (panel * self.width * matrices + matrix * columns) * depth;
+        start..start + columns * depth
+    }
 }
 
 /// `k` as packed: whole pairs for bf16, whole quads for 8 bits.
@@ -69,8 +113,8 @@ pub struct Panel<'a> {
 #[derive(Clone, Copy)]
 pub struct Panels<'a> {
     weights: Weights<'a>,
-    /// Columns of one matrix.
-    n: usize,
+    /// The columns of one matrix.
+    cut: Cut,
     /// k as packed.
     depth: usize,
     /// How many matrices.
@@ -78,11 +122,12 @@ pub struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// A tensor made by [`pack`] of so many matrices `[n, k]`.
+    /// A tensor made by [`pack`] of so many matrices of k inputs.
     ///
     /// # Panics
     /// When it is not: kernels rely on it.
-    pub fn new(packed: View<'a>, matrices: usize, n: usize, k: usize) -> Self {
+    pub fn new(packed: View<'a>, matrices: usize, cut: Cut, k: usize) -> Self {
+        let n = cut.n;
         let dtype = packed.dtype();
         let depth = padded_k(k, dtype);
         let (found, expected) =
@@ -93,25 +138,18 @@ impl<'a> Panels<'a> {
             DType::Bf16 => Weights::Bf16(Rows::new(packed).all()),
             DType::I32 | DType::I8 | DType::F8 | DType::I4x2 => panic!("weights are F32 or Bf16"),
         };
-        Panels { weights, n, depth, matrices }
+        Panels { weights, cut, depth, matrices }
     }
 
     /// One panel of one of the matrices.
     pub fn get(&self, panel: usize, matrix: usize) -> Panel<'a> {
-        let range = place(self.n, self.depth, self.matrices, panel, matrix);
+        let range = self.cut.place(self.depth, self.matrices, panel, matrix);
         let weights = match self.weights {
             Weights::F32(all) => Weights::F32(&all[range]),
             Weights::Bf16(all) => Weights::Bf16(&all[range]),
         };
-        Panel { weights, columns: columns(self.n, panel) }
+        Panel { weights, columns: self.cut.columns(panel) }
     }
-}
-
-/// Where a panel lies: panels in order, of each the same one of every matrix.
-pub fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usize) -> Range<usize> {
-    let columns = columns(n, panel);
-    let start = (panel * PANEL * matrices + matrix * columns) * depth;
-    start..start + columns * depth
 }
 
 /// Packs matrices of one shape into a new tensor of one row: panel 0 of each, panel 1 of each, and so on.
@@ -120,34 +158,34 @@ pub fn place(n: usize, depth: usize, matrices: usize, panel: usize, matrix: usiz
 /// [`crate::Error::Memory`] when the tensor cannot be allocated.
 ///
 /// # Panics
-/// When the shapes differ.
-pub fn pack(pool: &Pool, matrices: &[&HostMatrix<'_>], dtype: DType) -> Result<Tensor> {
-    let (n, k) = (matrices[0].n, matrices[0].k);
+/// When the shapes differ, or `cut` is of another width.
+pub fn pack(pool: &Pool, matrices: &[&HostMatrix<'_>], cut: Cut, dtype: DType) -> Result<Tensor> {
+    let (n, k) = (cut.n, matrices[0].k);
     for matrix in matrices {
         assert!((matrix.n, matrix.k) == (n, k), "[{}, {}] beside [{n}, {k}]", matrix.n, matrix.k);
     }
     let elements = packed_bytes(n, k, dtype).saturating_mul(matrices.len()) / dtype.bytes();
     let mut tensor = memory::lasting_tensor(dtype, 1, elements)?;
     match dtype {
-        DType::F32 => pack_as::<f32>(pool, &mut tensor, matrices),
-        DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, matrices),
+        DType::F32 => pack_as::<f32>(pool, &mut tensor, matrices, cut),
+        DType::Bf16 => pack_as::<bf16>(pool, &mut tensor, matrices, cut),
         DType::I32 | DType::I8 | DType::F8 | DType::I4x2 => panic!("weights are F32 or Bf16"),
     }
     Ok(tensor)
 }
 
-fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix<'_>]) {
-    let (n, k) = (matrices[0].n, matrices[0].k);
+fn pack_as<T: Packed>(pool: &Pool, tensor: &mut Tensor, matrices: &[&HostMatrix<'_>], cut: Cut) {
+    let k = matrices[0].k;
     let packed = RowsMut::<T>::new(tensor.view_mut());
-    pool.run(panels(n) * matrices.len(), &|task| {
+    pool.run(cut.panels() * matrices.len(), &|task| {
         let (panel, matrix) = (task / matrices.len(), task % matrices.len());
         // SAFETY: each panel is written by one task.
-        let to = unsafe { packed.part(0, place(n, padded_k(k, T::DTYPE), matrices.len(), panel, matrix)) };
-        let first = panel * PANEL;
-        let range = first * k..n.min(first + PANEL) * k;
+        let to = unsafe { packed.part(0, cut.place(padded_k(k, T::DTYPE), matrices.len(), panel, matrix)) };
+        let columns = cut.range(panel);
+        let range = columns.start * k..columns.end * k;
         match &matrices[matrix].data {
-            HostData::F32(data) => scatter(&data[range], k, (to, columns(n, panel)), T::from_f32),
-            HostData::Bf16(data) => T::scatter_bf16(&data[range], k, (to, columns(n, panel))),
+            HostData::F32(data) => scatter(&data[range], k, (to, cut.columns(panel)), T::from_f32),
+            HostData::Bf16(data) => T::scatter_bf16(&data[range], k, (to, cut.columns(panel))),
             HostData::Quantized(data) => panic!("a CPU packs no weights in {:?}", data.dtype()),
         }
     });
@@ -243,32 +281,49 @@ mod tests {
                 HostMatrix { n, k, data: store(data) }
             };
             let matrices = [&matrix(1.0), &matrix(-1.0)];
-            let wide = pack(&pool, &matrices, DType::F32).unwrap();
-            let pairs = pack(&pool, &matrices, DType::Bf16).unwrap();
-            assert_eq!(wide.bytes(), 2 * packed_bytes(n, k, DType::F32));
-            assert_eq!(pairs.bytes(), 2 * packed_bytes(n, k, DType::Bf16));
-            let (wide, pairs) = (Panels::new(wide.view(), 2, n, k), Panels::new(pairs.view(), 2, n, k));
-            for panel in 0..panels(n) {
-                for (matrix, sign) in [1.0, -1.0].into_iter().enumerate() {
-                    let (wide, pairs) = (wide.get(panel, matrix), pairs.get(panel, matrix));
-                    let (Weights::F32(f32s), Weights::Bf16(bf16s)) = (wide.weights, pairs.weights) else {
-                        panic!("panels of another type");
-                    };
-                    assert_eq!(wide.columns, pairs.columns);
-                    assert!(panel * PANEL + wide.columns < n + MAX_LANES, "{} columns", wide.columns);
-                    for column in 0..wide.columns {
-                        for i in 0..padded_k(k, DType::Bf16) {
-                            let j = panel * PANEL + column;
-                            let want = if j < n && i < k { sign * element(j * k + i) } else { 0.0 };
-                            let pair = bf16s[(i / 2 * pairs.columns + column) * 2 + i % 2];
-                            assert_eq!(pair.to_f32(), want);
-                            if i < k {
-                                assert_eq!(f32s[i * wide.columns + column], want);
+            for cut in [Cut::wide(n), Cut::even(n)] {
+                let wide = pack(&pool, &matrices, cut, DType::F32).unwrap();
+                let pairs = pack(&pool, &matrices, cut, DType::Bf16).unwrap();
+                assert_eq!(wide.bytes(), 2 * packed_bytes(n, k, DType::F32));
+                assert_eq!(pairs.bytes(), 2 * packed_bytes(n, k, DType::Bf16));
+                let (wide, pairs) =
+                    (Panels::new(wide.view(), 2, cut, k), Panels::new(pairs.view(), 2, cut, k));
+                for panel in 0..cut.panels() {
+                    for (matrix, sign) in [1.0, -1.0].into_iter().enumerate() {
+                        let (wide, pairs) = (wide.get(panel, matrix), pairs.get(panel, matrix));
+                        let (Weights::F32(f32s), Weights::Bf16(bf16s)) = (wide.weights, pairs.weights) else {
+                            panic!("panels of another type");
+                        };
+                        assert_eq!(wide.columns, pairs.columns);
+                        assert!(panel * cut.width + wide.columns < n + MAX_LANES, "{} columns", wide.columns);
+                        for column in 0..wide.columns {
+                            for i in 0..padded_k(k, DType::Bf16) {
+                                let j = panel * cut.width + column;
+                                let want = if j < n && i < k { sign * element(j * k + i) } else { 0.0 };
+                                let pair = bf16s[(i / 2 * pairs.columns + column) * 2 + i % 2];
+                                assert_eq!(pair.to_f32(), want);
+                                if i < k {
+                                    assert_eq!(f32s[i * wide.columns + column], want);
+                                }
                             }
                         }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn few_columns_are_divided_evenly() {
+        let widths = |n| {
+            let cut = Cut::even(n);
+            (0..cut.panels()).map(|panel| cut.columns(panel)).collect::<Vec<_>>()
+        };
+        assert!(widths(0).is_empty());
+        assert_eq!(widths(8), [16]);
+        assert_eq!(widths(64), [16, 16, 16, 16]);
+        assert_eq!(widths(128), [32, 32, 32, 32]);
+        assert_eq!(widths(160), [48, 48, 48, 16]);
+        assert_eq!(Cut::even(1024), Cut::wide(1024));
     }
 }

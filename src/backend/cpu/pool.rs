@@ -64,6 +64,8 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Where the caller waits for the last worker to leave.
     left: (Mutex<()>, Condvar),
+    /// Workers that sleep, or are just about to.
+    parked: AtomicUsize,
     stopping: AtomicBool,
 }
 
@@ -103,6 +105,7 @@ impl Pool {
             next: OwnLine(AtomicUsize::new(0)),
             panic: Mutex::new(None),
             left: (Mutex::new(()), Condvar::new()),
+            parked: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
         });
         let mut pool = Pool { shared, workers: Vec::new(), caller: Mutex::new(()) };
@@ -292,7 +295,10 @@ impl Shared {
             } else if spins / SPINS_PER_YIELD < *patience {
                 thread::yield_now();
             } else {
+                // Whoever opens a run after the look at the state above has left a token, with which this returns at once.
+                self.parked.fetch_add(1, Ordering::Relaxed);
                 thread::park();
+                self.parked.fetch_sub(1, Ordering::Relaxed);
                 parked = true;
                 spins = 0;
             }
@@ -318,6 +324,7 @@ pub(super) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::support::patience::eventually;
 
     fn count_each(pool: &Pool, tasks: usize) {
         let hits: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
@@ -362,8 +369,13 @@ mod tests {
     fn a_parked_pool_wakes() {
         let pool = Pool::new(3).unwrap();
         for _ in 0..3 {
-            thread::sleep(std::time::Duration::from_millis(5));
-            count_each(&pool, 100);
+            eventually("workers park", || pool.shared.parked.load(Ordering::Relaxed) == 2);
+            // The caller would do all by itself if nobody came. Here tasks wait for each other, so each of three threads has one.
+            let begun = AtomicUsize::new(0);
+            pool.run(3, &|_| {
+                begun.fetch_add(1, Ordering::Relaxed);
+                eventually("workers wake", || begun.load(Ordering::Relaxed) == 3);
+            });
         }
     }
 

@@ -1,7 +1,7 @@
 //! How an MLP lies in memory: gate and up as alternating panels, so that what is computed together follows each other.
 
 use crate::backend::cpu::memory::{self, RowsMut};
-use crate::backend::cpu::panel::{self, PANEL, packed_bytes, panels};
+use crate::backend::cpu::panel::{self, Cut, PANEL, packed_bytes, panels};
 use crate::backend::cpu::{CpuBackend, int8};
 use crate::backend::{DType, HostMlp, HostMlpBias, Mlp, Tensor, check};
 use crate::error::Result;
@@ -26,8 +26,8 @@ pub(in crate::backend::cpu) fn pack_mlp(
     }
     let (intermediate, hidden) = (host.gate.n, host.gate.k);
     let mut parts = vec![
-        panel::pack(backend.pool(), &[&host.gate, &host.up], dtype)?,
-        panel::pack(backend.pool(), &[&host.down], dtype)?,
+        panel::pack(backend.pool(), &[&host.gate, &host.up], Cut::wide(intermediate), dtype)?,
+        panel::pack(backend.pool(), &[&host.down], Cut::wide(hidden), dtype)?,
     ];
     parts.extend(biases);
     Ok(Mlp { parts, hidden, intermediate })

@@ -11,7 +11,7 @@ use super::CpuBackend;
 use super::experts::{Between, Grouped, Sides, activate};
 use super::memory::{Rows, with_local_scratch};
 use super::operand::{Form, Output, row_stride};
-use super::panel::{PANEL, panels};
+use super::panel::{Cut, PANEL, panels};
 use super::rows::with_float;
 use super::simd::{Float, Kernel, Simd};
 use super::work::{Items, TwoPasses};
@@ -168,7 +168,7 @@ impl<T: Float> Products<'_, T> {
                 let scales = &scales[unit * PANEL..][..PANEL];
                 self.backend.dispatch(Scaled { sums, row_scales, scales });
                 // SAFETY: nobody else has these rows and this panel.
-                unsafe { out.write(self.backend, sums, first, unit, bias) };
+                unsafe { out.write(self.backend, sums, first, Cut::wide(w.hidden).range(unit), bias) };
             }
         });
     }

@@ -4,7 +4,7 @@
 use super::rows::Quantize;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::memory::{self, Rows, RowsMut, with_local_scratch};
-use crate::backend::cpu::panel::{PANEL, columns, packed_bytes, padded_k, panels, place};
+use crate::backend::cpu::panel::{Cut, PANEL, packed_bytes, padded_k, panels};
 use crate::backend::{DType, HostData, HostMatrix, Tensor};
 use crate::error::Result;
 
@@ -43,8 +43,8 @@ impl<'a> Panels<'a> {
 
     /// One panel of one of the matrices.
     pub fn get(&self, panel: usize, matrix: usize) -> Panel<'a> {
-        let weights = &self.weights[place(self.n, self.depth, self.matrices, panel, matrix)];
-        Panel { weights, columns: columns(self.n, panel) }
+        let weights = &self.weights[Cut::wide(self.n).place(self.depth, self.matrices, panel, matrix)];
+        Panel { weights, columns: Cut::wide(self.n).columns(panel) }
     }
 }
 
@@ -59,15 +59,15 @@ pub fn pack(backend: &CpuBackend, matrices: &[&HostMatrix<'_>]) -> Result<(Tenso
     let mut packed = memory::lasting_tensor(DType::I8, 1, bytes)?;
     let mut scales = memory::tensor(DType::F32, 1, panels(n) * count * PANEL)?;
     let (to, scales_to) = (RowsMut::<i8>::new(packed.view_mut()), RowsMut::<f32>::new(scales.view_mut()));
-    let depth = padded_k(k, DType::I8);
+    let (cut, depth) = (Cut::wide(n), padded_k(k, DType::I8));
     backend.pool().run(panels(n) * count, &|task| {
         let (panel, matrix) = (task / count, task % count);
-        let (first, width) = (panel * PANEL, columns(n, panel));
+        let (first, width) = (panel * PANEL, cut.columns(panel));
         let filled = PANEL.min(n - first);
         // SAFETY: a panel and its scales are written by one task.
         let (to, scales) = unsafe {
             let scales = task * PANEL..task * PANEL + filled;
-            (to.part(0, place(n, depth, count, panel, matrix)), scales_to.part(0, scales))
+            (to.part(0, cut.place(depth, count, panel, matrix)), scales_to.part(0, scales))
         };
         with_local_scratch::<i8, _>(k.next_multiple_of(64), |column| {
             for (number, scale) in scales.iter_mut().enumerate() {
