@@ -8,8 +8,8 @@
 //! 3. the token is the first, by id, with which the weights of kept tokens add up to more than a part of their sum that the random
 //!    number says ([`part`]).
 //!
-//! Weights are integers, so sums are exact in any order: a row may be divided among threads at will. What a token loses by it is at
-//! most 2^-40 of the best one's chance, less than the last bit of f32 that the best one's has.
+//! Weights are integers, so sums are exact in any order: a row may be divided among threads at will. Rounding changes a token's chance by
+//! 2^-40 of the best one's at most.
 
 mod order;
 mod weights;
