@@ -90,10 +90,7 @@ template <class S> __global__ void __launch_bounds__(S::THREADS) gemm(MoeyardGem
 }
 
 template <class S> int launch(const MoeyardGemm& a, void* stream) {
-  dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
-  int shared = STAGE_BYTES<S> * S::STAGES;
-  if (cudaError_t error = allow(gemm<S>, shared)) return int(error);
-  return launch_early(gemm<S>, grid, S::THREADS, shared, stream, a);
+  return launch_product<S>(gemm<S>, a, STAGE_BYTES<S> * S::STAGES, stream);
 }
 
 template <class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {

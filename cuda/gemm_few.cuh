@@ -36,8 +36,8 @@ template <int ROWS> struct LaneSource {
     for (int i = 0; i < COUNT; ++i) from[i] += stages * DEPTH;
   }
 
-  // The first STAGES stages, as far as there are `steps`, through registers: no copy is waited for with these. Zeros in rows that do not
-  // exist, in one stage more: nothing is copied there later.
+  // The first STAGES stages, as far as there are `steps`, through registers: no copy of weights is waited for with these. Zeros in rows that
+  // do not exist, in one stage more: nothing is copied there later.
   template <int STAGES> __device__ void store(int steps, int stage_bytes) const {
     uint4 held[STAGES][COUNT];
 #pragma unroll
@@ -95,14 +95,8 @@ template <class S> __global__ void __launch_bounds__(WARP) gemm_few(MoeyardGemm 
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr int STAGES = S::STAGES, STEPS = DEPTH / 16;
   static_assert(STAGES % 2 == 0, "stages and fragments turn together");
-  Tile tile = find_tile(a, blockIdx.x, S::R, [&] {
-    if (!a.ahead) wait_for_turn();
-    let_next_start();
-  });
-  if (tile.rows == 0) {
-    wait_for_turn();
-    return;
-  }
+  Tile tile = find_tile(a, blockIdx.x, S::R, start_in_turn);
+  if (tile.rows == 0) return;
   int col = blockIdx.y * S::N, steps = a.k / DEPTH;
   const bf16* x = static_cast<const bf16*>(a.x.data) + blockIdx.z * a.x_batch + int64_t(tile.row) * a.x.stride;
   const bf16* w = static_cast<const bf16*>(tile.weight) + blockIdx.z * a.w_batch + int64_t(col) * a.ldw;
@@ -110,7 +104,6 @@ template <class S> __global__ void __launch_bounds__(WARP) gemm_few(MoeyardGemm 
   LaneSource<S::N> weights(w, a.ldw, S::N, base);
   LaneSource<S::R> rows(x, a.x.stride, tile.rows, base + S::WEIGHT_BYTES);
   FewPlaces<S> places(base);
-  // Weights need not wait for the kernel before.
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
     if (s < steps)
@@ -118,7 +111,6 @@ template <class S> __global__ void __launch_bounds__(WARP) gemm_few(MoeyardGemm 
       for (int i = 0; i < weights.COUNT; ++i) weights.copy(i, s, s * S::STAGE_BYTES);
     copy_commit();
   }
-  wait_for_turn();
   rows.template store<STAGES - 1>(steps, S::STAGE_BYTES);
 
   float acc[1][S::TILES_R][4] = {};
@@ -154,18 +146,14 @@ template <class S> __global__ void __launch_bounds__(WARP) gemm_few(MoeyardGemm 
   finish_all<S>(a, tile, col, acc);
 }
 
-// One matrix, of whole stages and whole tiles, and so few warps that a multiprocessor has room for all of its share.
+// Whole stages and whole tiles, and so few warps that a multiprocessor has room for all of its share.
 template <class S> bool few_serves(const MoeyardGemm& a) {
-  constexpr int EACH = 4;
-  static_assert(EACH * (S::STAGE_BYTES * S::STAGES + 2048) <= 227 * 1024, "warps of a multiprocessor");
-  return !a.offsets && a.k % DEPTH == 0 && a.n % S::N == 0 && blocks_of<S>(a) <= EACH * 132;
+  static_assert(AT_ONCE_EACH * (S::STAGE_BYTES * S::STAGES + 2048) <= 227 * 1024, "warps of a multiprocessor");
+  return a.k % DEPTH == 0 && a.n % S::N == 0 && blocks_of<S>(a) <= AT_ONCE;
 }
 
 template <class S> int launch_few(const MoeyardGemm& a, void* stream) {
-  dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
-  int bytes = S::STAGE_BYTES * S::STAGES;
-  if (cudaError_t error = allow(gemm_few<S>, bytes)) return int(error);
-  return launch_early(gemm_few<S>, grid, WARP, bytes, stream, a);
+  return launch_product<S>(gemm_few<S>, a, S::STAGE_BYTES * S::STAGES, stream);
 }
 
 }  // namespace moeyard

@@ -112,13 +112,7 @@ template <class S, class C> __global__ void __launch_bounds__(S::THREADS, 1) gem
 }
 
 template <class S, class C> int launch(const MoeyardGemm& a, void* stream) {
-  dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N);
-  int shared = STAGE_BYTES<S, C> * S::STAGES;
-  if (cudaError_t error = allow(gemm<S, C>, shared)) return int(error);
-  if (blocks_of<S>(a) > 4 * 132) return launch_early(gemm<S, C>, grid, S::THREADS, shared, stream, a);
-  // Blocks of a small grid that came early would crowd where the kernel before ends first (H200: 149 us in place of 115).
-  gemm<S, C><<<grid, S::THREADS, shared, stream_of(stream)>>>(a);
-  return launched();
+  return launch_product<S>(gemm<S, C>, a, STAGE_BYTES<S, C> * S::STAGES, stream);
 }
 
 template <class C, class Wide, class Narrow> int launch_either(const MoeyardGemm& a, void* stream) {
