@@ -21,9 +21,11 @@ use crate::error::Result;
 /// per load, and one row alone still has enough independent sums to hide the latency of a multiplication.
 pub const PANEL: usize = 48;
 
-/// Panels into which a matrix is cut at least, if it has as many vectors: among fewer, threads would have unequal parts, and a router is
-/// read by all of them in a few microseconds.
+/// Panels into which a matrix is cut, if it is wide enough: among fewer, threads would have unequal parts, and a router is read by all of
+/// them in a few microseconds.
 const FEWEST: usize = 4;
+/// A panel that is not whole has two vectors: with one, a single row would wait for its own sums.
+const NARROW: usize = 2 * MAX_LANES;
 
 /// Whole panels of `n` columns.
 pub fn panels(n: usize) -> usize {
@@ -45,10 +47,9 @@ impl Cut {
         Cut { n, width: PANEL }
     }
 
-    /// The same, or [`FEWEST`] narrower ones.
+    /// The same, or up to [`FEWEST`] narrower ones.
     pub fn even(n: usize) -> Cut {
-        let width = n.div_ceil(FEWEST).next_multiple_of(MAX_LANES);
-        Cut { n, width: width.clamp(MAX_LANES, PANEL) }
+        Cut { n, width: if n <= FEWEST * NARROW { NARROW } else { PANEL } }
     }
 
     /// How many there are.
@@ -321,7 +322,8 @@ mod tests {
         };
         assert!(widths(0).is_empty());
         assert_eq!(widths(8), [16]);
-        assert_eq!(widths(64), [16, 16, 16, 16]);
+        assert_eq!(widths(64), [32, 32]);
+        assert_eq!(widths(72), [32, 32, 16]);
         assert_eq!(widths(128), [32, 32, 32, 32]);
         assert_eq!(widths(160), [48, 48, 48, 16]);
         assert_eq!(Cut::even(1024), Cut::wide(1024));
