@@ -3,8 +3,7 @@
 //!
 //! Gate and up are packed as alternating panels, so one task computes both halves of 48 intermediate columns and applies the
 //! activation while they are in the cache. The panels of all MLPs form one list, and those of the second matrices another: threads share
-//! bytes, not experts, a step with one row per expert is as well balanced as one large expert, and no thread waits between the matrices
-//! but for what others have in hand.
+//! bytes, not experts, and a step with one row per expert is as well balanced as one large expert.
 
 mod between;
 mod pack;
@@ -74,16 +73,21 @@ pub(super) struct Grouped<'a> {
 
 impl Grouped<'_> {
     fn run(&self, backend: &CpuBackend, x: Sides<View<'_>>, out: Sides<ViewMut<'_>>) -> Result<()> {
+        let (mut first, mut width, mut tallest) = (None, 0, 0);
+        for (slot, rows, w) in self.used() {
+            first = first.or(Some(w));
+            width = w.intermediate.max(width);
+            if !self.is_shared(slot) {
+                tallest = rows.len().max(tallest);
+            }
+        }
         // All have weights of one type, and rows of one: checked.
-        let Some((_, _, first)) = self.used().next() else { return Ok(()) };
+        let Some(first) = first else { return Ok(()) };
         let (weights, dtype) = (first.parts[GATE_UP].dtype(), x.any().expect("rows that are used").dtype());
         let rows = x.border + x.shared.as_ref().map_or(0, View::rows);
-        let width = self.used().map(|(_, _, w)| w.intermediate).fold(first.intermediate, usize::max);
         if weights == DType::I8 {
             return int8::experts(backend, self, (rows, width), x, out);
         }
-        let tallest = self.used().filter(|(slot, ..)| !self.is_shared(*slot));
-        let tallest = tallest.map(|(_, rows, _)| rows.len()).fold(0, usize::max);
         let scratch = &backend.scratch;
         let both = 2 * panels(width);
         let routed =
@@ -186,7 +190,7 @@ impl<T: Float> Products<'_, T> {
     fn run(&self) {
         let passes = TwoPasses {
             first: &|items| self.gate_up(items),
-            between: &|_, _| (),
+            between: None,
             second: &|items| self.down(items),
         };
         self.backend.scratch.work.lock().run_both(self.backend, self.grouped.segments(), &passes);

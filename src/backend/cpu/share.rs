@@ -62,44 +62,32 @@ fn unpack(range: u64) -> Range<u32> {
 
 /// The shares of a pool's threads. Their memory is kept from call to call.
 #[derive(Default)]
-pub struct Shares {
-    shares: Vec<Share>,
-    /// Threads that have one now.
-    threads: usize,
-}
+pub struct Shares(Vec<Share>);
 
 impl Shares {
     /// Calls `body` for ranges of items that together are `0..items`, on the threads of the pool.
     pub fn deal(&mut self, pool: &Pool, items: u32, body: &(dyn Fn(Range<u32>) + Sync)) {
         let threads = pool.threads().min(items as usize);
-        self.fill(threads, items);
-        // Whoever does not come has its share stolen.
-        pool.run_each(threads, &|thread| self.serve(thread, body));
-    }
-
-    /// Gives each of so many threads its share of `0..items`.
-    pub fn fill(&mut self, threads: usize, items: u32) {
-        self.shares.resize_with(self.shares.len().max(threads), Share::default);
-        self.threads = threads;
+        self.0.resize_with(self.0.len().max(threads), Share::default);
+        let shares = &self.0[..threads];
         let border = |thread: usize| (u64::from(items) * thread as u64 / threads as u64) as u32;
-        for (thread, share) in self.shares[..threads].iter().enumerate() {
+        for (thread, share) in shares.iter().enumerate() {
             share.fill(border(thread)..border(thread + 1));
         }
-    }
-
-    /// Calls `body` for ranges of a thread's items, and of those it can steal, until others have all that is left in hand.
-    pub fn serve(&self, thread: usize, body: &dyn Fn(Range<u32>)) {
-        let (before, from) = self.shares[..self.threads].split_at(thread);
-        let (own, after) = from.split_first().expect("a share for each thread");
-        loop {
-            while let Some(items) = own.take() {
-                body(items);
+        // Whoever does not come has its share stolen.
+        pool.run_each(threads, &|thread| {
+            let (before, from) = shares.split_at(thread);
+            let (own, after) = from.split_first().expect("a share for each thread");
+            loop {
+                while let Some(items) = own.take() {
+                    body(items);
+                }
+                match after.iter().chain(before).find_map(Share::steal) {
+                    Some(items) => own.fill(items),
+                    None => break,
+                }
             }
-            match after.iter().chain(before).find_map(Share::steal) {
-                Some(items) => own.fill(items),
-                None => break,
-            }
-        }
+        });
     }
 }
 

@@ -46,12 +46,12 @@ struct Block {
     items: Range<usize>,
 }
 
-/// What is to be done in two passes over segments, each with units of its own: the second pass of a segment needs all of its first.
+/// What is to be done in two passes over segments, each with units of its own.
 pub struct TwoPasses<'a> {
     /// The first pass of some units.
     pub first: &'a (dyn Fn(Items) + Sync),
     /// Called once with each slot and its rows, between its passes.
-    pub between: &'a (dyn Fn(usize, Range<usize>) + Sync),
+    pub between: Option<&'a (dyn Fn(usize, Range<usize>) + Sync)>,
     /// The second pass of some units.
     pub second: &'a (dyn Fn(Items) + Sync),
 }
@@ -59,10 +59,9 @@ pub struct TwoPasses<'a> {
 /// Lists of items. Their memory is kept from call to call.
 #[derive(Default)]
 pub struct Work {
-    first: Pass,
-    second: Pass,
-    /// Slots and rows of the segments of two passes.
-    segments: Vec<(usize, Range<usize>)>,
+    pass: Pass,
+    /// The segments of two passes: as they are in the first, and their units in the second.
+    segments: Vec<(Segment, usize)>,
     progress: Progress,
 }
 
@@ -85,49 +84,37 @@ impl Work {
         segments: impl Iterator<Item = Segment> + Clone,
         body: &(dyn Fn(Items) + Sync),
     ) {
-        let pass = &mut self.first;
-        pass.plan(backend.pool().threads(), segments);
-        let threads = backend.pool().threads().min(pass.items());
-        pass.fill(threads);
-        backend.pool().run_each(threads, &|thread| pass.serve(thread, &|_, items| body(items)));
+        self.pass.run(backend, segments, &|_, items| body(items));
     }
 
-    /// Makes two passes over segments, given with the units of the first, and the units of the second. Threads go from one to the other
-    /// without meeting.
+    /// Makes two passes over segments, given with the units of the first, and the units of the second.
     pub fn run_both(
         &mut self,
         backend: &CpuBackend,
-        segments: impl Iterator<Item = (Segment, usize)> + Clone,
+        segments: impl Iterator<Item = (Segment, usize)>,
         passes: &TwoPasses<'_>,
     ) {
-        let threads = backend.pool().threads();
-        self.first.plan(threads, segments.clone().map(|(segment, _)| segment));
-        self.second.plan(threads, segments.clone().map(|(segment, units)| Segment { units, ..segment }));
-        self.progress.start(segments.clone().map(|(segment, _)| segment.rows.len() * segment.units));
-        self.segments.clear();
-        self.segments.extend(segments.map(|(segment, _)| (segment.slot, segment.rows)));
-
-        let threads = threads.min(self.first.items().max(self.second.items()));
-        self.first.fill(threads);
-        self.second.fill(threads);
-        let Work { first, second, segments, progress } = &*self;
-        backend.pool().run_each(threads, &|thread| {
-            let watch = progress.watch();
-            first.serve(thread, &|segment, items| {
-                let done = items.rows.len() * items.units.len();
-                (passes.first)(items);
-                progress.done(segment, done, || {
-                    let (slot, rows) = segments[segment].clone();
-                    (passes.between)(slot, rows);
+        let Work { pass, segments: list, progress } = self;
+        list.clear();
+        list.extend(segments);
+        let list = &list[..];
+        let first = list.iter().map(|(segment, _)| segment.clone());
+        match passes.between {
+            None => pass.run(backend, first, &|_, items| (passes.first)(items)),
+            Some(between) => {
+                progress.start(list.iter().map(|(segment, _)| segment.rows.len() * segment.units));
+                pass.run(backend, first, &|segment, items| {
+                    let done = items.rows.len() * items.units.len();
+                    (passes.first)(items);
+                    if progress.is_last(segment, done) {
+                        let (Segment { slot, rows, .. }, _) = list[segment].clone();
+                        between(slot, rows);
+                    }
                 });
-            });
-            drop(watch);
-            second.serve(thread, &|segment, items| {
-                if progress.wait(segment) {
-                    (passes.second)(items);
-                }
-            });
-        });
+            }
+        }
+        let second = list.iter().map(|(segment, units)| Segment { units: *units, ..segment.clone() });
+        pass.run(backend, second, &|_, items| (passes.second)(items));
     }
 }
 
@@ -162,23 +149,25 @@ impl Pass {
         self.blocks.last().map_or(0, |block| block.items.end)
     }
 
-    /// Shares them out among so many threads.
-    fn fill(&mut self, threads: usize) {
+    /// Calls `body` for all items of these segments, with as many of one slot at a time as a thread has taken: what belongs to the slot
+    /// has left the caches by the time it is its turn, and should be fetched once.
+    fn run(
+        &mut self,
+        backend: &CpuBackend,
+        segments: impl Iterator<Item = Segment> + Clone,
+        body: &(dyn Fn(usize, Items) + Sync),
+    ) {
+        self.plan(backend.pool().threads(), segments);
         let items = u32::try_from(self.items()).expect("fewer items than 2^32");
-        self.shares.fill(threads, items);
-    }
-
-    /// Calls `body` for a thread's items, with as many of one slot at a time as it has taken: what belongs to the slot has left the
-    /// caches by the time it is its turn, and should be fetched once.
-    fn serve(&self, thread: usize, body: &dyn Fn(usize, Items)) {
-        self.shares.serve(thread, &|items| {
-            visit(&self.blocks, items.start as usize..items.end as usize, body);
+        let Pass { blocks, shares } = self;
+        shares.deal(backend.pool(), items, &|items| {
+            visit(blocks, items.start as usize..items.end as usize, body);
         });
     }
 }
 
 /// Calls `body` for some items, block by block, with the segment of each.
-fn visit(blocks: &[Block], items: Range<usize>, body: &dyn Fn(usize, Items)) {
+fn visit(blocks: &[Block], items: Range<usize>, body: &(dyn Fn(usize, Items) + Sync)) {
     let mut at = items.start;
     for block in &blocks[blocks.partition_point(|b| b.items.end <= at)..] {
         let end = block.items.end.min(items.end);
@@ -193,8 +182,6 @@ fn visit(blocks: &[Block], items: Range<usize>, body: &dyn Fn(usize, Items)) {
 
 #[cfg(test)]
 mod tests {
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-
     use super::*;
 
     /// Rows of each slot.
@@ -273,11 +260,11 @@ mod tests {
                         segments(counts, units).map(|segment| (segment, second_units)),
                         &TwoPasses {
                             first: &|items| first.see(items),
-                            between: &|slot, of| {
+                            between: Some(&|slot, of| {
                                 assert_eq!(of, rows[slot]);
                                 assert!(first.all_once(of));
                                 between.lock().unwrap()[slot] += 1;
-                            },
+                            }),
                             second: &|items| {
                                 let (slot, of) = (items.slot, rows[items.slot].clone());
                                 assert!(first.all_once(of));
@@ -291,27 +278,6 @@ mod tests {
                     let called = counts.iter().map(|&rows| usize::from(rows * units > 0));
                     assert_eq!(between.into_inner().unwrap(), called.collect::<Vec<_>>());
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn a_panic_in_the_first_pass_ends_both() {
-        for threads in [1, 2, 5] {
-            let backend = CpuBackend::detect(threads).unwrap();
-            let mut work = Work::default();
-            let counts = [40, 3, 9];
-            for bad in 0..3 {
-                let run = catch_unwind(AssertUnwindSafe(|| {
-                    let passes = TwoPasses {
-                        first: &|items| assert!(items.slot != bad, "slot {bad} fails"),
-                        between: &|_, _| (),
-                        second: &|items| assert!(items.slot != bad, "slot {bad} was not done"),
-                    };
-                    work.run_both(&backend, segments(&counts, 9).map(|segment| (segment, 9)), &passes);
-                }));
-                let message = *run.unwrap_err().downcast::<String>().unwrap();
-                assert!(message.contains(&format!("slot {bad} fails")), "{message}");
             }
         }
     }

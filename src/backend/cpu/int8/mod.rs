@@ -100,7 +100,7 @@ impl<T: Float> Products<'_, T> {
     fn run(&self) {
         let passes = TwoPasses {
             first: &|items| self.gate_up(items),
-            between: &|slot, rows| self.quantize(slot, rows),
+            between: Some(&|slot, rows| self.quantize(slot, rows)),
             second: &|items| self.down(items),
         };
         self.backend.scratch.work.lock().run_both(self.backend, self.grouped.segments(), &passes);
