@@ -73,9 +73,14 @@ pub fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// Whether no kernels are wanted: `cargo check` and `cargo clippy` need none; linking such a build fails.
+/// Whether no kernels are wanted: `cargo check` and `cargo clippy` need none; linking such a build fails, unless an emulated GPU has them.
 pub fn type_check_only() -> bool {
-    variable("MOEYARD_CUDA_TYPE_CHECK").is_some()
+    variable("MOEYARD_CUDA_TYPE_CHECK").is_some() || emulator().is_some()
+}
+
+/// The folder of an emulated GPU that stands in for every kernel: see scripts/emulate-gpu.sh.
+pub fn emulator() -> Option<String> {
+    variable("MOEYARD_CUDA_EMULATOR")
 }
 
 fn on_path() -> Option<PathBuf> {

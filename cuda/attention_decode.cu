@@ -198,11 +198,11 @@ template <class S> int launch(const MoeyardAttention& a, dim3 grid, void* stream
   return code || a.chunks == 1 ? code : merge_chunks<S::D>(a, stream);
 }
 
-// A block that has a multiprocessor to itself may have its shared memory too: then most of a chunk is under way at once.
+// A block that has a multiprocessor to itself may have its shared memory too, where there is enough: then most of a chunk is under way at once.
 template <int D> int launch(const MoeyardAttention& a, void* stream) {
   int group = a.heads / a.kv_heads;
   dim3 grid(a.span_count, a.kv_heads * ((group + UNITS - 1) / UNITS), a.chunks);
-  bool few = int64_t(grid.x) * grid.y * grid.z <= 132;
+  bool few = int64_t(grid.x) * grid.y * grid.z <= 132 && Shape<D, 6>::SHARED_BYTES <= most_shared();
   return few ? launch<Shape<D, 6>>(a, grid, stream) : launch<Shape<D, 3>>(a, grid, stream);
 }
 

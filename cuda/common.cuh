@@ -46,16 +46,19 @@ inline bool starts_early() {
   return !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && major >= 9;
 }
 
+// Bytes of shared memory that a block can have on the current device: 163 KB on compute capability 8.0, 227 on 9.0.
+inline int most_shared() {
+  int device = 0, most = 0;
+  return !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ? most : 0;
+}
+
 // Lets a kernel's launches have so much shared memory, and every amount that the GPU gives: the bound belongs to the kernel, and another
 // rank's thread may be about to launch it with more.
 template <class Kernel> cudaError_t allow(Kernel kernel, size_t bytes) {
   if (bytes <= 32 * 1024) return cudaSuccess;  // with what a kernel has of its own, less than every kernel may have anyway
-  int device = 0, most = 0;
   cudaFuncAttributes own{};
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   if (cudaError_t error = cudaFuncGetAttributes(&own, kernel)) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(own.sharedSizeBytes));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared() - int(own.sharedSizeBytes));
 }
 
 template <class... Parameters, class... Arguments>

@@ -20,13 +20,17 @@ mod kernels {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    use super::toolkit::{Toolkit, architectures, hopper_only, type_check_only, variable};
+    use super::toolkit::{Toolkit, architectures, emulator, hopper_only, type_check_only, variable};
 
     pub fn compile() -> Result<(), String> {
         for path in ["src", "../build/toolkit.rs", "../cuda"] {
             println!("cargo::rerun-if-changed={path}");
         }
         let archs = architectures()?;
+        if let Some(folder) = emulator() {
+            println!("cargo::rustc-link-search=native={folder}");
+            println!("cargo::rustc-link-lib=dylib=cuda");
+        }
         if type_check_only() {
             return Ok(());
         }

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Runs the CUDA backend on an emulated GPU (tests/emulator): no GPU, driver or nvcc, only g++ and python3 on x86-64. All fixtures through
+# `verify --device cuda`, placements that must not change a bit, and the tests of tests/gpu that take seconds.
+#
+#   scripts/emulate-gpu.sh [TEST...]      # with names of tests, only those
+#
+# The GPU has compute capability 8.0: Hopper's own kernels stay out, and so does all that is a matter of time, kernels that overlap included.
+# Sums of its tensor cores are rounded once, a GPU's oftener; tests whose results lie at the border of their tolerance can differ.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+emulator="$PWD/target/emulator"
+logs="$emulator/logs"
+jobs=$(nproc)
+tests=(dense:: sample:: ranks:: steps:: moe:: products::linear products::a_row products::an_expert products::many attention::gqa quantized::codes)
+if [ $# -gt 0 ]; then tests=("$@"); fi
+
+mkdir -p "$logs"
+python3 tests/emulator/build.py "$emulator"
+export MOEYARD_CUDA_EMULATOR="$emulator" LD_LIBRARY_PATH="$emulator${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+# Integration tests build the program too.
+gpu=$(cargo test --locked --features cuda --test gpu --no-run --message-format=json |
+    sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p' | tail -1)
+
+report() { # NAME STATUS LOG
+    if [ "$2" = 0 ]; then echo "ok    $1"; else echo "FAIL  $1"; tail -5 "$3"; fi
+    return "$2"
+}
+operation() { # TEST
+    local log="$logs/${1//::/-}.txt" status=0
+    timeout 600 "$gpu" --test-threads 1 "$1" >"$log" 2>&1 || status=$?
+    # A name that no test has is no test.
+    if grep -q 'running 0 tests' "$log"; then status=1; fi
+    report "$1, $(sed -n 's/^test result: [^.]*\. //p' "$log")" "$status" "$log"
+}
+verify() { # NAME MODEL DTYPE FLAGS...
+    timeout 600 target/debug/moeyard verify "tests/fixtures/$2" --prompts "tests/fixtures/$2/golden.json" --out "$logs/$1.json" \
+        --device cuda --dtype "$3" --max-model-len 512 --kv-cache-memory 16MiB "${@:4}" >"$logs/$1.txt" 2>&1
+}
+model() { # MODEL DTYPE
+    local name="$1-$2" status=0
+    verify "$name" "$1" "$2" &&
+        python3 tests/fixtures/check_fixture.py "tests/fixtures/$1" "$logs/$name.json" --mode "$2" >>"$logs/$name.txt" 2>&1 || status=$?
+    report "$name" "$status" "$logs/$name.txt"
+}
+placement() { # MODEL FLAGS: the logits of one rank, bit by bit
+    local name status=0
+    name="$1-$(echo "$2" | tr -d ' ')"
+    # shellcheck disable=SC2086
+    verify "$name" "$1" f32 $2 && cmp "$logs/$name.safetensors" "$logs/$1-f32.safetensors" >>"$logs/$name.txt" 2>&1 || status=$?
+    report "$name" "$status" "$logs/$name.txt"
+}
+export -f report operation verify model placement
+export gpu logs
+
+each() { xargs --max-procs="$jobs" --replace=ARGUMENTS bash -c "$1 ARGUMENTS"; }
+
+if [ $# -eq 0 ]; then
+    for golden in tests/fixtures/*/golden.json; do
+        name=$(basename "$(dirname "$golden")")
+        if [ -f "tests/fixtures/$name/config.json" ]; then printf '%s f32\n%s bf16\n' "$name" "$name"; fi
+    done | each model
+    for name in mixtral deepseek_v3; do
+        for flags in "--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--prefill-chunk-size 5"; do
+            echo "$name '$flags'"
+        done
+    done | sed "s/'/\\\\'/g" | each placement
+fi
+printf '%s\n' "${tests[@]}" | each operation

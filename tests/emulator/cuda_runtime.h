@@ -1,0 +1,137 @@
+// What kernels and launchers need of CUDA's language and runtime, on the emulated GPU. Of compute capability 8.0.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "machine.h"
+
+#define __device__
+#define __global__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __align__(bytes)
+#define __forceinline__ inline
+
+using std::isfinite, std::max, std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline void __syncthreads() { emulated::wait_for_block(); }
+inline void __syncwarp(unsigned = ~0u) { emulated::wait_for_warp(); }
+
+template <class T> T __shfl_sync(unsigned, T x, int lane) { return emulated::from_all(x)[lane % emulated::WARP]; }
+template <class T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulated::from_all(x)[emulated::thread % emulated::WARP ^ mask]; }
+template <class T> T __shfl_up_sync(unsigned, T x, int delta) {
+  int lane = emulated::thread % emulated::WARP;
+  return emulated::from_all(x)[lane >= delta ? lane - delta : lane];
+}
+inline bool __any_sync(unsigned, bool x) {
+  for (bool other : emulated::from_all(char(x)))
+    if (other) return true;
+  return false;
+}
+inline unsigned __match_any_sync(unsigned, int x) {
+  unsigned mask = 0, bit = 1;
+  for (int other : emulated::from_all(x)) mask |= other == x ? bit : 0, bit <<= 1;
+  return mask;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) { return std::ranges::max(emulated::from_all(x)); }
+inline unsigned __reduce_min_sync(unsigned, unsigned x) { return std::ranges::min(emulated::from_all(x)); }
+
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __ull2double_rn(unsigned long long x) { return double(x); }
+inline unsigned long long __double2ull_ru(double x) { return static_cast<unsigned long long>(ceil(x)); }
+inline unsigned long long __float2ull_rn(float x) { return static_cast<unsigned long long>(rintf(x)); }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) { return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64); }
+// One thread runs at a time.
+template <class T> T atomicAdd(T* to, T x) {
+  T before = *to;
+  *to += x;
+  return before;
+}
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+int cudaGetDeviceCount(int* count);
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, int which, int) {
+  *value = which == cudaDevAttrComputeCapabilityMajor ? 8 : 163 << 10;
+  return cudaSuccess;
+}
+inline int cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(int error) { return error ? "cudaErrorInvalidValue" : "cudaSuccess"; }
+template <class Kernel> int cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
+template <class Kernel> int cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  *attributes = {};
+  return cudaSuccess;
+}
+
+// kernel<<<grid, threads, bytes, stream>>>(arguments...)
+template <class... Parameters, class... Arguments>
+void emulated_launch(dim3 grid, int threads, size_t bytes, cudaStream_t stream, void (*kernel)(Parameters...), Arguments... arguments) {
+  emulated::enqueue(stream, [=] {
+    gridDim = {grid.x, grid.y, grid.z};
+    for (unsigned z = 0; z < grid.z; ++z)
+      for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+          blockIdx = {x, y, z};
+          emulated::set_shared(bytes);
+          emulated::run_block(threads, [&] { kernel(Parameters(arguments)...); });
+        }
+  });
+}
+template <class... Parameters, class... Arguments>
+int cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  emulated_launch(config->gridDim, int(config->blockDim.x), config->dynamicSmemBytes, config->stream, kernel, arguments...);
+  return cudaSuccess;
+}
