@@ -1,8 +1,8 @@
 // Attention of single rows over a paged bf16 cache on the tensor cores: grouped queries with heads of 64 or 128, windows, sinks.
 //
 // A block takes one chunk of 512 positions for one KV head and up to 16 of its query heads. Keys and values are read once, three
-// tiles deep, or six where there are few blocks. Of a tile each of four warps computes the scores of 16 positions, and the values of a quarter of the columns; in between
-// they exchange maxima, sums and weights through shared memory.
+// tiles deep, or six where there are few blocks. Of a tile each of four warps computes the scores of 16 positions, and the values of a
+// quarter of the columns; in between they exchange maxima, sums and weights through shared memory.
 #include "merge.cuh"
 
 using namespace moeyard;
@@ -202,7 +202,7 @@ template <class S> int launch(const MoeyardAttention& a, dim3 grid, void* stream
 template <int D> int launch(const MoeyardAttention& a, void* stream) {
   int group = a.heads / a.kv_heads;
   dim3 grid(a.span_count, a.kv_heads * ((group + UNITS - 1) / UNITS), a.chunks);
-  bool few = int64_t(grid.x) * grid.y * grid.z <= 132 && Shape<D, 6>::SHARED_BYTES <= most_shared();
+  bool few = int64_t(grid.x) * grid.y * grid.z <= MULTIPROCESSORS && Shape<D, 6>::SHARED_BYTES <= most_shared();
   return few ? launch<Shape<D, 6>>(a, grid, stream) : launch<Shape<D, 3>>(a, grid, stream);
 }
 

@@ -9,6 +9,8 @@ namespace moeyard {
 using bf16 = __nv_bfloat16;
 constexpr int WARP = 32;
 constexpr unsigned FULL = 0xffffffffu;
+// Of the GPUs on which grids and tiles were measured, H100 and H200.
+constexpr int MULTIPROCESSORS = 132;
 
 inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 inline int launched() { return int(cudaGetLastError()); }

@@ -57,8 +57,8 @@ __device__ inline void finish_all(const MoeyardGemm& a, const Tile& tile, int co
 
 template <class S> int64_t blocks_of(const MoeyardGemm& a) { return int64_t(a.row_tiles) * ((a.n + S::N - 1) / S::N) * a.batches; }
 
-// Blocks that the multiprocessors of a large GPU can have among them at once; H100 and H200 have 132.
-constexpr int AT_ONCE_EACH = 4, AT_ONCE = AT_ONCE_EACH * 132;
+// Blocks that all multiprocessors have among them at once.
+constexpr int AT_ONCE_EACH = 4, AT_ONCE = AT_ONCE_EACH * MULTIPROCESSORS;
 
 // A large grid starts early. The blocks of a small one would all find places before the kernel before has ended, crowded on the
 // multiprocessors that it left first (H200: experts of one token in fp8 149 us in place of 115).
@@ -71,6 +71,6 @@ template <class S> int launch_product(void (*kernel)(MoeyardGemm), const Moeyard
 }
 
 // With few tiles, narrower ones keep more multiprocessors busy.
-template <class Wide> bool fills_the_gpu(const MoeyardGemm& a) { return blocks_of<Wide>(a) >= 264; }
+template <class Wide> bool fills_the_gpu(const MoeyardGemm& a) { return blocks_of<Wide>(a) >= 2 * MULTIPROCESSORS; }
 
 }  // namespace moeyard

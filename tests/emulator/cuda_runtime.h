@@ -72,7 +72,9 @@ inline double __dmul_rn(double x, double y) { return x * y; }
 inline double __ull2double_rn(unsigned long long x) { return double(x); }
 inline unsigned long long __double2ull_ru(double x) { return static_cast<unsigned long long>(ceil(x)); }
 inline unsigned long long __float2ull_rn(float x) { return static_cast<unsigned long long>(rintf(x)); }
-inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) { return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64); }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64);
+}
 // One thread runs at a time.
 template <class T> T atomicAdd(T* to, T x) {
   T before = *to;

@@ -56,7 +56,10 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   for (int i = 0; i < 4; ++i) own[i] = a[i];
   own[4] = b0, own[5] = b1;
   emulated::wait_for_warp();
-  auto element = [](int lane, int word, int k) { return double(__uint_as_float(k % 2 ? emulated::of_lane(lane).words[word] & 0xffff0000u : emulated::of_lane(lane).words[word] << 16)); };
+  auto element = [](int lane, int word, int k) {
+    uint32_t pair = emulated::of_lane(lane).words[word];
+    return double(__uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16));
+  };
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = d[i];
