@@ -21,6 +21,7 @@ FLAGS = "-std=c++20 -O2 -w -fPIC -fno-strict-aliasing -ffp-contract=off -fvisibi
 LAUNCH = re.compile(r"(\w+(?:<[^<>;\n]*>)?)<<<(.*), ([^,\n]*), ([^,\n]*), (.*)>>>\((.*)\);")
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
 PREFETCH = re.compile(r'asm volatile\("prefetch.*?;\n')
+STATIC_SHARED = re.compile(r"^( +)__shared__ ([^;]+);", re.MULTILINE)
 POWER = re.compile(r"__device__ inline float power\(float x\) \{.*?\n\}\n", re.DOTALL)
 
 
@@ -32,13 +33,21 @@ def as_cpp(name: str, text: str) -> str:
         more = f", {arguments}" if arguments else ""
         return f"emulated_launch({grid}, {threads}, {size}, {stream}, {kernel}{more});"
 
+    def static_shared(match: re.Match) -> str:
+        indent, declaration = match.groups()
+        names = re.findall(r"(\w+)(?:\[[^\]]*\])*(?=,|$)", declaration)
+        kind = f"InShared_{'_'.join(names)}"
+        return f"{indent}struct {kind} {{ {declaration}; }};\n{indent}auto& [{', '.join(names)}] = emulated::in_shared<{kind}>();"
+
     if name == "mma.cuh":
         return (HERE / name).read_text()
     if name == "softmax.cuh":
         text, found = POWER.subn("inline float power(float x) { return x < -126.0f ? 0.0f : exp2f(x); }\n", text)
         assert found == 1, "power(x) of softmax.cuh"
     text = PREFETCH.sub(";\n", text)
-    text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::shared);", text)
+    text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::block->shared);", text)
+    text = STATIC_SHARED.sub(static_shared, text)
+    text = text.replace("defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900", "true")
     return LAUNCH.sub(launch, text)
 
 
@@ -46,7 +55,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     sources = folder / "sources"
     sources.mkdir(parents=True, exist_ok=True)
-    compiled = [HERE / "machine.cpp", HERE / "driver.cpp"]
+    compiled = [HERE / "machine.cpp", HERE / "grid.cpp", HERE / "driver.cpp"]
     for path in sorted(CUDA.iterdir()):
         to = sources / (path.stem + ".cpp" if path.suffix == ".cu" else path.name)
         to.write_text(as_cpp(path.name, path.read_text()))

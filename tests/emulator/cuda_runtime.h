@@ -1,4 +1,4 @@
-// What kernels and launchers need of CUDA's language and runtime, on the emulated GPU. Of compute capability 8.0.
+// What kernels and launchers need of CUDA's language and runtime, on the emulated GPU.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -9,12 +9,11 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "machine.h"
+#include "grid.h"
 
 #define __device__
 #define __global__
 #define __host__
-#define __shared__ static
 #define __launch_bounds__(...)
 #define __align__(bytes)
 #define __forceinline__ inline
@@ -100,6 +99,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
   int numAttrs;
+  int cluster = 1;  // what __cluster_dims__ says of the kernel
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
@@ -107,7 +107,8 @@ struct cudaFuncAttributes {
 int cudaGetDeviceCount(int* count);
 inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, int which, int) {
-  *value = which == cudaDevAttrComputeCapabilityMajor ? 8 : 163 << 10;
+  // A GPU on which kernels overlap has compute capability 9.0 as far as launches are concerned.
+  *value = which == cudaDevAttrComputeCapabilityMajor ? emulated::overlapping() ? 9 : emulated::capability : int(emulated::most_shared());
   return cudaSuccess;
 }
 inline int cudaGetLastError() { return cudaSuccess; }
@@ -118,22 +119,22 @@ template <class Kernel> int cudaFuncGetAttributes(cudaFuncAttributes* attributes
   return cudaSuccess;
 }
 
+inline void cudaTriggerProgrammaticLaunchCompletion() { emulated::let_next_start(); }
+inline void cudaGridDependencySynchronize() { emulated::wait_for_turn(); }
+
+template <class... Parameters, class... Arguments>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  bool early = false;
+  for (int i = 0; i < config->numAttrs; ++i) early |= config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  auto [x, y, z] = config->gridDim;
+  auto body = [=] { kernel(Parameters(arguments)...); };
+  emulated::enqueue(config->stream, {reinterpret_cast<const void*>(kernel), {x, y, z}, int(config->blockDim.x), config->dynamicSmemBytes,
+                                     config->cluster, early, body});
+  return cudaSuccess;
+}
 // kernel<<<grid, threads, bytes, stream>>>(arguments...)
 template <class... Parameters, class... Arguments>
-void emulated_launch(dim3 grid, int threads, size_t bytes, cudaStream_t stream, void (*kernel)(Parameters...), Arguments... arguments) {
-  emulated::enqueue(stream, [=] {
-    gridDim = {grid.x, grid.y, grid.z};
-    for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
-          blockIdx = {x, y, z};
-          emulated::set_shared(bytes);
-          emulated::run_block(threads, [&] { kernel(Parameters(arguments)...); });
-        }
-  });
-}
-template <class... Parameters, class... Arguments>
-int cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  emulated_launch(config->gridDim, int(config->blockDim.x), config->dynamicSmemBytes, config->stream, kernel, arguments...);
-  return cudaSuccess;
+void emulated_launch(dim3 grid, int threads, size_t bytes, cudaStream_t stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  cudaLaunchConfig_t config{grid, dim3(threads), bytes, stream, nullptr, 0};
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }

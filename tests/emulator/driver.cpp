@@ -1,11 +1,13 @@
 // The functions of the NVIDIA driver that moeyard calls, over the emulated GPU. Streams are queues that run only when somebody waits for
-// them, so what is not ordered by an event or a wait comes out of order.
+// them, so what is not ordered by an event or a wait comes out of order. Kernels overlap within a stream, with no copy, event or end of a
+// graph between them.
 #include <cuda_runtime.h>
 
 #include <condition_variable>
 #include <cstdio>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -27,6 +29,7 @@ std::condition_variable_any changed;
 struct Stream;
 struct Work {
   std::function<void()> run;
+  std::shared_ptr<const emulated::Kernel> kernel;  // or this
   Stream* other = nullptr;  // to wait for instead, until `until` of it is done
   uint64_t until = 0;
 };
@@ -53,6 +56,19 @@ void give(Stream* stream, Work work) {
   changed.notify_all();
 }
 
+// The kernel that comes next, and those after it that may overlap. Returns their number.
+uint64_t run_kernels(Graph& waiting) {
+  std::vector<std::shared_ptr<const emulated::Kernel>> kept;
+  std::vector<const emulated::Kernel*> chain;
+  do {
+    kept.push_back(std::move(waiting.front().kernel));
+    chain.push_back(kept.back().get());
+    waiting.pop_front();
+  } while (!waiting.empty() && waiting.front().kernel && waiting.front().kernel->early);
+  emulated::run_kernels(chain);
+  return chain.size();
+}
+
 // Does a stream's work up to a point, and what that waits for. Called with the machine held once.
 void finish(Stream* stream, uint64_t until) {
   while (stream->done < until) {
@@ -63,15 +79,22 @@ void finish(Stream* stream, uint64_t until) {
     }
     if (stream->waiting.empty()) emulated::fail("a wait for what nobody has given");
     stream->worker = std::this_thread::get_id();
-    Work work = std::move(stream->waiting.front());
-    stream->waiting.pop_front();
-    if (work.other) finish(work.other, work.until);
-    else work.run();
-    ++stream->done;
+    if (stream->waiting.front().kernel) {
+      stream->done += run_kernels(stream->waiting);
+    } else {
+      Work work = std::move(stream->waiting.front());
+      stream->waiting.pop_front();
+      if (work.other) finish(work.other, work.until);
+      else work.run();
+      ++stream->done;
+    }
     stream->worker = {};
     changed.notify_all();
   }
 }
+
+// Nothing, which ends a chain of kernels that overlap.
+void separate(Stream* stream) { give(stream, {[] {}}); }
 
 void finish_all() {
   for (Stream* stream : std::set<Stream*>(streams)) {
@@ -109,11 +132,17 @@ void release(unsigned char* block) {
 auto held() { return std::lock_guard(machine); }
 Stream* stream_of(void* stream) { return static_cast<Stream*>(stream); }
 
+int copy_later(void* stream, std::function<void()> copy) {
+  auto lock = held();
+  give(stream_of(stream), {std::move(copy)});
+  return SUCCESS;
+}
+
 }  // namespace
 
-void emulated::enqueue(void* stream, std::function<void()> work) {
+void emulated::enqueue(void* stream, Kernel kernel) {
   auto lock = held();
-  give(stream_of(stream), {std::move(work)});
+  give(stream_of(stream), {.kernel = std::make_shared<const Kernel>(std::move(kernel))});
 }
 
 int cudaGetDeviceCount(int* count) {
@@ -139,7 +168,7 @@ API int cuDeviceTotalMem_v2(size_t* bytes, int) {
 }
 API int cuDeviceGetAttribute(int* value, int which, int) {
   constexpr int COMPUTE_CAPABILITY_MAJOR = 75;
-  *value = which == COMPUTE_CAPABILITY_MAJOR ? 8 : 0;
+  *value = which == COMPUTE_CAPABILITY_MAJOR ? emulated::capability : 0;
   return SUCCESS;
 }
 API int cuDeviceGetP2PAttribute(int* value, int, int, int) { return *value = 0; }
@@ -184,6 +213,7 @@ API int cuEventDestroy_v2(void* event) {
 API int cuEventRecord(void* event, void* stream) {
   auto lock = held();
   if (stream_of(stream)->captured) emulated::fail("an event recorded while its stream is captured");
+  separate(stream_of(stream));
   *static_cast<Event*>(event) = {stream_of(stream), stream_of(stream)->given};
   return SUCCESS;
 }
@@ -200,7 +230,7 @@ API int cuStreamWaitEvent(void* stream, void* event, unsigned) {
   auto lock = held();
   if (stream_of(stream)->captured) emulated::fail("a wait for an event while the stream is captured");
   auto [other, until] = *static_cast<Event*>(event);
-  if (other && other != stream) give(stream_of(stream), {nullptr, other, until});
+  if (other && other != stream) give(stream_of(stream), {.other = other, .until = until});
   return SUCCESS;
 }
 
@@ -220,7 +250,9 @@ API int cuGraphInstantiateWithFlags(void** instance, void* graph, unsigned long 
 }
 API int cuGraphLaunch(void* instance, void* stream) {
   auto lock = held();
+  separate(stream_of(stream));
   for (const Work& work : *static_cast<Graph*>(instance)) give(stream_of(stream), work);
+  separate(stream_of(stream));
   return SUCCESS;
 }
 // A graph and its instance are one here; it is kept.
@@ -252,16 +284,13 @@ API int cuMemGetInfo_v2(size_t* left, size_t* all) {
   return SUCCESS;
 }
 API int cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
-  emulated::enqueue(stream, [=] { memset(reinterpret_cast<void*>(to), value, bytes); });
-  return SUCCESS;
+  return copy_later(stream, [=] { memset(reinterpret_cast<void*>(to), value, bytes); });
 }
 API int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
-  emulated::enqueue(stream, [=] { memcpy(reinterpret_cast<void*>(to), from, bytes); });
-  return SUCCESS;
+  return copy_later(stream, [=] { memcpy(reinterpret_cast<void*>(to), from, bytes); });
 }
 API int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
-  emulated::enqueue(stream, [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); });
-  return SUCCESS;
+  return copy_later(stream, [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
 
 API int cuGetErrorName(int error, const char** name) {

@@ -1,40 +1,32 @@
 // Fibers, barriers and shared memory.
 #include "machine.h"
 
+#include <dlfcn.h>
+
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <random>
+#include <string>
 
 emulated::Three threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
+Block* block;
 int thread;
-char* shared;
-Shown shown[MOST_THREADS];
-Copies copies[MOST_THREADS];
 
 namespace {
 
 constexpr size_t STACK_BYTES = 64 << 10;
 
-struct Fiber {
-  void* top;  // of its stack, while it waits
-  char* stack;
-  bool done;
-};
-Fiber fibers[MOST_THREADS];
-void* scheduler;
-const std::function<void()>* body;
-
-struct Barrier {
-  int arrived = 0;
-  long generation = 0;
-};
-Barrier of_block, of_warp[MOST_THREADS / WARP];
-int alive;
-bool progress;
+// Places that blocks have left.
+std::vector<Block*> places;
+std::vector<char*> stacks;
+void* scheduler;  // its stack, while a fiber runs
 
 // Callee-saved registers of x86-64 go to the stack, and the stack is exchanged.
 extern "C" void exchange_stacks(void** from, void* to);
@@ -60,80 +52,171 @@ exchange_stacks:
   ret
 )");
 
-void yield() {
-  int own = thread;
-  exchange_stacks(&fibers[own].top, scheduler);
-}
-
-void release(Barrier& barrier, int expected) {
-  if (barrier.arrived < expected) return;
-  barrier.arrived = 0;
-  ++barrier.generation;
-}
-
-void wait(Barrier& barrier, int expected) {
-  long generation = barrier.generation;
-  ++barrier.arrived;
-  progress = true;
-  release(barrier, expected);
-  while (barrier.generation == generation) yield();
-}
-
 void entry() {
-  (*body)();
-  fibers[thread].done = true;
-  --alive;
-  progress = true;
+  block->cluster->kernel.body();
+  block->fibers[thread].ended = true;
   // Nobody waits for threads that have ended.
-  if (of_block.arrived > 0) release(of_block, alive);
+  --block->alive, --block->cluster->alive;
+  if (block->all.arrived > 0) block->all.release(block->alive);
+  if (block->cluster->all.arrived > 0) block->cluster->all.release(block->cluster->alive);
   yield();
   fail("a thread that had ended goes on");
 }
 
 void prepare(Fiber& fiber) {
-  if (!fiber.stack) fiber.stack = static_cast<char*>(aligned_alloc(64, STACK_BYTES));
-  fiber.done = false;
-  auto** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES - 64);
+  if (stacks.empty()) stacks.push_back(static_cast<char*>(aligned_alloc(64, STACK_BYTES)));
+  char* stack = stacks.back();
+  stacks.pop_back();
+  auto** top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
   *--top = nullptr;  // no caller
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.top = top;
+  fiber = {top, stack, {}, false};
+}
+
+void resume(Fiber& fiber, int number) {
+  thread = number;
+  threadIdx = {unsigned(number), 0, 0};
+  fiber.waits = {};
+  exchange_stacks(&scheduler, fiber.top);
+}
+
+// Once each. Whether any ran.
+bool run_threads(Block& own) {
+  block = &own;
+  blockIdx = own.index;
+  gridDim = own.cluster->kernel.grid;
+  blockDim = {unsigned(own.fibers.size()), 1, 1};
+  bool ran = false;
+  int count = int(own.fibers.size()), first = order == Order::RANDOM ? int(drawn(count)) : 0;
+  for (int i = 0; i < count; ++i) {
+    int t = order == Order::REVERSED ? count - 1 - i : first + i < count ? first + i : first + i - count;
+    Fiber& fiber = own.fibers[t];
+    if (fiber.ended || (fiber.waits.holds && !fiber.waits.holds(fiber.waits.of))) continue;
+    ran = true;
+    resume(fiber, t);
+  }
+  return ran;
+}
+
+void wait(Barrier& barrier, int expected, const char* what) {
+  uint64_t generation = barrier.generation;
+  barrier.arrive(expected);
+  wait_until([&barrier, generation] { return barrier.generation != generation; }, what);
+}
+
+// What the environment says of a variable, or the first of what it may say.
+template <class T> T chosen(const char* variable, const std::vector<std::pair<std::string, T>>& all) {
+  const char* given = getenv(variable);
+  if (!given) return all[0].second;
+  for (auto& [name, value] : all)
+    if (name == given) return value;
+  fail("%s is '%s', which is not known", variable, given);
 }
 
 }  // namespace
 
-void wait_for_block() { wait(of_block, alive); }
-void wait_for_warp() { wait(of_warp[thread / WARP], WARP); }
+const Order order = chosen<Order>(
+    "EMULATED_ORDER", {{"in-turn", Order::IN_TURN}, {"reversed", Order::REVERSED}, {"early", Order::EARLY}, {"random", Order::RANDOM}});
+const int capability = chosen<int>("EMULATED_CAPABILITY", {{"8.0", 8}, {"9.0", 9}});
 
-void run_block(int count, const std::function<void()>& work) {
-  if (count < 1 || count > MOST_THREADS) fail("a block of %d threads", count);
-  body = &work;
-  alive = count;
-  blockDim = {unsigned(count), 1, 1};
-  of_block = {};
-  for (Barrier& barrier : of_warp) barrier = {};
-  for (int t = 0; t < count; ++t) {
-    prepare(fibers[t]);
-    copies[t] = {};
+uint64_t drawn(uint64_t end) {
+  static std::minstd_rand numbers(1);
+  return numbers() % end;
+}
+
+std::string Kernel::name() const {
+  Dl_info library{};
+  if (!dladdr(code, &library)) return "a kernel";
+  char command[512], line[512] = "a kernel";
+  snprintf(command, sizeof(command), "addr2line -f -s -C -e '%s' %zx", library.dli_fname,
+           size_t(static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase)));
+  if (FILE* answer = popen(command, "r")) {
+    if (fgets(line, sizeof(line), answer)) line[strcspn(line, "\n")] = 0;
+    pclose(answer);
   }
-  while (alive > 0) {
-    progress = false;
-    for (int t = 0; t < count; ++t) {
-      if (fibers[t].done) continue;
-      thread = t;
-      threadIdx = {unsigned(t), 0, 0};
-      exchange_stacks(&scheduler, fibers[t].top);
+  return line;
+}
+
+char* Block::variable(const void* name, size_t bytes, size_t alignment) {
+  for (auto [other, place] : variables)
+    if (other == name) return place;
+  shared_used = (shared_used + alignment - 1) / alignment * alignment;
+  char* place = shared + shared_used;
+  shared_used += bytes;
+  if (shared_used > most_shared()) fail("%zu bytes of shared memory, with variables", shared_used);
+  memset(place, 0xff, bytes);
+  variables.push_back({name, place});
+  return place;
+}
+
+Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid), kernel(kernel) {
+  if (kernel.threads < 1 || kernel.threads > MOST_THREADS) fail("a block of %d threads", kernel.threads);
+  if (kernel.shared_bytes > most_shared()) fail("%zu bytes of shared memory", kernel.shared_bytes);
+  alive = kernel.threads * kernel.cluster;
+  for (int rank = 0; rank < kernel.cluster; ++rank) {
+    if (places.empty()) {
+      places.push_back(new Block);
+      places.back()->shared = static_cast<char*>(aligned_alloc(1024, MOST_SHARED + 1024));
     }
-    if (!progress) fail("%d threads of a block wait for each other", alive);
+    Block* own = places.back();
+    places.pop_back();
+    uint64_t at = number * kernel.cluster + rank, row = at / kernel.grid.x;
+    own->cluster = this;
+    own->rank = rank;
+    own->index = {unsigned(at % kernel.grid.x), unsigned(row % kernel.grid.y), unsigned(row / kernel.grid.y)};
+    own->shared_used = kernel.shared_bytes;
+    memset(own->shared, 0xff, kernel.shared_bytes);
+    own->variables.clear();
+    own->fibers.resize(kernel.threads);
+    for (Fiber& fiber : own->fibers) prepare(fiber);
+    own->shown.resize(kernel.threads + WARP);
+    own->copies.assign(kernel.threads, {});
+    own->all = {};
+    std::ranges::fill(own->warps, Barrier());
+    own->alive = kernel.threads;
+    own->lets_next_start = false;
+    blocks.push_back(own);
   }
 }
 
-void set_shared(size_t bytes) {
-  constexpr size_t MOST = 163 << 10;  // of compute capability 8.0
-  if (bytes > MOST) fail("%zu bytes of shared memory", bytes);
-  if (!shared) shared = static_cast<char*>(aligned_alloc(1024, MOST + 1024));
-  memset(shared, 0xff, bytes);
+Cluster::~Cluster() {
+  for (Block* own : blocks) {
+    for (Fiber& fiber : own->fibers) stacks.push_back(fiber.stack);
+    places.push_back(own);
+  }
 }
+
+bool Cluster::run(bool once) {
+  bool ran = false, again = true;
+  while (again && alive > 0) {
+    again = false;
+    for (size_t i = 0; i < blocks.size(); ++i) again |= run_threads(*blocks[order == Order::REVERSED ? blocks.size() - 1 - i : i]);
+    ran |= again;
+    if (once) break;
+  }
+  return ran;
+}
+
+void Cluster::report() const {
+  for (const Block* own : blocks) {
+    std::map<std::string, std::vector<size_t>> waiting;
+    for (size_t t = 0; t < own->fibers.size(); ++t)
+      if (!own->fibers[t].ended) waiting[own->fibers[t].waits.what].push_back(t);
+    for (auto& [what, who] : waiting)
+      fprintf(stderr, "emulated GPU: %s, block (%u, %u, %u): thread %zu and %zu more wait for %s\n", kernel.name().c_str(), own->index.x,
+              own->index.y, own->index.z, who[0], who.size() - 1, what.c_str());
+  }
+}
+
+void yield() { exchange_stacks(&block->fibers[thread].top, scheduler); }
+void wait_until(Condition condition) {
+  block->fibers[thread].waits = condition;
+  yield();
+}
+void wait_for_warp() { wait(block->warps[thread / WARP], WARP, "their warp"); }
+void wait_for_block() { wait(block->all, block->alive, "their block"); }
+void wait_for_cluster() { wait(block->cluster->all, block->cluster->alive, "their cluster"); }
 
 void Copies::wait(size_t most_left) {
   while (groups.size() > most_left) {

@@ -4,22 +4,22 @@
 
 namespace moeyard {
 
-inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - emulated::shared); }
+inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - emulated::block->shared); }
 template <class T> T& shared_at(uint32_t address) {
   if (address % alignof(T)) emulated::fail("an access to %zu bytes of shared memory at %u", sizeof(T), address);
-  return *reinterpret_cast<T*>(emulated::shared + address);
+  return *reinterpret_cast<T*>(emulated::block->shared + address);
 }
 
 inline void copy_async(uint32_t to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy from %p", from);
-  emulated::copies[emulated::thread].open.push_back([=] { shared_at<uint4>(to) = valid ? *static_cast<const uint4*>(from) : uint4{}; });
+  emulated::copies().open.push_back([=] { shared_at<uint4>(to) = valid ? *static_cast<const uint4*>(from) : uint4{}; });
 }
 inline void copy_commit() {
-  auto& copies = emulated::copies[emulated::thread];
+  auto& copies = emulated::copies();
   copies.groups.push_back(std::move(copies.open));
   copies.open.clear();
 }
-template <int N> void copy_wait() { emulated::copies[emulated::thread].wait(N); }
+template <int N> void copy_wait() { emulated::copies().wait(N); }
 
 // Lane l names row l % 8 of matrix l / 8, and gets of each matrix row l / 4, columns l % 4 * 2 and the next; transposed: the other way round.
 template <bool TRANSPOSED> void load_matrices(uint32_t* to, int count, uint32_t from) {
@@ -52,12 +52,13 @@ inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (wo
 // d[16, 8] += a[16, 16] b[16, 8], each element's sum rounded once.
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   int lane = emulated::thread % WARP;
-  uint32_t(&own)[7] = emulated::of_lane(lane).words;
+  const emulated::Shown* shown = emulated::lanes();
+  uint32_t(&own)[7] = emulated::lanes()[lane].words;
   for (int i = 0; i < 4; ++i) own[i] = a[i];
   own[4] = b0, own[5] = b1;
   emulated::wait_for_warp();
-  auto element = [](int lane, int word, int k) {
-    uint32_t pair = emulated::of_lane(lane).words[word];
+  auto element = [shown](int lane, int word, int k) {
+    uint32_t pair = shown[lane].words[word];
     return double(__uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16));
   };
   for (int i = 0; i < 4; ++i) {
