@@ -4,7 +4,7 @@
 #
 #   scripts/emulate-gpu.sh [TEST...]      # with names of tests, only those
 #
-# The GPU has compute capability 8.0: Hopper's own kernels stay out, and so does all that is a matter of time, kernels that overlap included.
+# The GPU has compute capability 8.0, and 9.0 for tests that take Hopper's own kernels there. What is a matter of time stays out.
 # Sums of its tensor cores are rounded once, a GPU's oftener; tests whose results lie at the border of their tolerance can differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,8 @@ emulator="$PWD/target/emulator"
 logs="$emulator/logs"
 jobs=$(nproc)
 tests=(dense:: sample:: ranks:: steps:: moe:: products::linear products::a_row products::an_expert products::many attention::gqa quantized::codes)
-if [ $# -gt 0 ]; then tests=("$@"); fi
+hoppers=(products::kernels_agree_on_{experts,linear,many} attention::{gqa,mla} products::{linear,mlp,a_row,an_expert})
+if [ $# -gt 0 ]; then tests=("$@") hoppers=("$@"); fi
 
 mkdir -p "$logs"
 python3 tests/emulator/build.py "$emulator"
@@ -26,12 +27,12 @@ report() { # NAME STATUS LOG
     if [ "$2" = 0 ]; then echo "ok    $1"; else echo "FAIL  $1"; tail -5 "$3"; fi
     return "$2"
 }
-operation() { # TEST
-    local log="$logs/${1//::/-}.txt" status=0
-    timeout 600 "$gpu" --test-threads 1 "$1" >"$log" 2>&1 || status=$?
+operation() { # CAPABILITY TEST
+    local log="$logs/$1-${2//::/-}.txt" status=0
+    EMULATED_CAPABILITY="$1" timeout 600 "$gpu" --test-threads 1 "$2" >"$log" 2>&1 || status=$?
     # A name that no test has is no test.
     if grep -q 'running 0 tests' "$log"; then status=1; fi
-    report "$1, $(sed -n 's/^test result: [^.]*\. //p' "$log")" "$status" "$log"
+    report "$1 $2, $(sed -n 's/^test result: [^.]*\. //p' "$log")" "$status" "$log"
 }
 verify() { # NAME MODEL DTYPE FLAGS...
     timeout 600 target/debug/moeyard verify "tests/fixtures/$2" --prompts "tests/fixtures/$2/golden.json" --out "$logs/$1.json" \
@@ -66,4 +67,4 @@ if [ $# -eq 0 ]; then
         done
     done | sed "s/'/\\\\'/g" | each placement
 fi
-printf '%s\n' "${tests[@]}" | each operation
+{ printf '9.0 %s\n' "${hoppers[@]}" && printf '8.0 %s\n' "${tests[@]}"; } | each operation

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Builds an emulated GPU into a folder: libcuda.so.1, which is the driver and has every launcher of cuda/ that is not Hopper's own.
+"""Builds an emulated GPU into a folder: libcuda.so.1, which is the driver and has every launcher of cuda/ and cutlass-sys.
 
     tests/emulator/build.py FOLDER
 
-Needs g++ on x86-64. The kernels' sources are C++ but for what is replaced here; headers of CUDA are those beside this file.
+Needs g++ on x86-64. The kernels' sources are C++ but for what is replaced here; headers of CUDA and CUTLASS are those beside this file.
 """
 
 import concurrent.futures
@@ -14,18 +14,52 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "cuda"
-HOPPERS_OWN = {"attention_sm90", "attention_mla"}
+CUTLASS = HERE.parent.parent / "cutlass-sys/src"
 FLAGS = "-std=c++20 -O2 -w -fPIC -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden".split()
+FLAGS += ["-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL"]
 
 # kernel<<<grid, threads, bytes, stream>>>(arguments);
 LAUNCH = re.compile(r"(\w+(?:<[^<>;\n]*>)?)<<<(.*), ([^,\n]*), ([^,\n]*), (.*)>>>\((.*)\);")
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
-PREFETCH = re.compile(r'asm volatile\("prefetch.*?;\n')
+ASM = re.compile(r"\basm(?: volatile)?\(\s*")
 STATIC_SHARED = re.compile(r"^( +)__shared__ ([^;]+);", re.MULTILINE)
-POWER = re.compile(r"__device__ inline float power\(float x\) \{.*?\n\}\n", re.DOTALL)
+STRING = re.compile(r'"([^"]*)"\s*')
 
 
-def as_cpp(name: str, text: str) -> str:
+def end_of(text: str, at: int) -> int:
+    """Where the parenthesis closes that opens before `at`."""
+    depth = 1
+    while depth:
+        if text[at] == '"':
+            at = text.index('"', at + 1)
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        at += 1
+    return at - 1
+
+
+def without_asm(text: str) -> str:
+    """asm("text" : "=r"(x) : "r"(y) : "memory") becomes ptx<"text">(x, y)."""
+    done, at = [], 0
+    while statement := ASM.search(text, at):
+        end = end_of(text, statement.end())
+        done.append(text[at : statement.start()])
+        at = statement.end()
+        words, operands = "", []
+        while string := STRING.match(text, at, end):
+            words += string[1].replace("\\n", " ")
+            at = string.end()
+        while string := STRING.search(text, at, end):
+            at = string.end()
+            if text[at] == "(":  # an operand, not what is clobbered
+                operands.append(text[at + 1 : (close := end_of(text, at + 1))])
+                at = close
+        done.append(f'emulated::ptx<"{" ".join(words.split())}">({", ".join(operands)})')
+        at = end + 1
+    done.append(text[at:])
+    return ('#include "ptx.h"\n' if len(done) > 1 else "") + "".join(done)
+
+
+def as_cpp(text: str) -> str:
     """A kernel's source without what only nvcc understands."""
 
     def launch(match: re.Match) -> str:
@@ -39,27 +73,25 @@ def as_cpp(name: str, text: str) -> str:
         kind = f"InShared_{'_'.join(names)}"
         return f"{indent}struct {kind} {{ {declaration}; }};\n{indent}auto& [{', '.join(names)}] = emulated::in_shared<{kind}>();"
 
-    if name == "mma.cuh":
-        return (HERE / name).read_text()
-    if name == "softmax.cuh":
-        text, found = POWER.subn("inline float power(float x) { return x < -126.0f ? 0.0f : exp2f(x); }\n", text)
-        assert found == 1, "power(x) of softmax.cuh"
-    text = PREFETCH.sub(";\n", text)
+    text = text.replace('"../../cuda/', '"')
     text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::block->shared);", text)
     text = STATIC_SHARED.sub(static_shared, text)
     text = text.replace("defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900", "true")
-    return LAUNCH.sub(launch, text)
+    if "__cluster_dims__(BLOCKS, 1, 1)" in text:  # g++ has no attribute for it
+        text = text.replace("config.numAttrs = 1;\n", "config.numAttrs = 1;\n  config.cluster = BLOCKS;\n")
+        assert "config.cluster" in text
+    return without_asm(LAUNCH.sub(launch, text))
 
 
 def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     sources = folder / "sources"
     sources.mkdir(parents=True, exist_ok=True)
-    compiled = [HERE / "machine.cpp", HERE / "grid.cpp", HERE / "driver.cpp"]
-    for path in sorted(CUDA.iterdir()):
+    compiled = sorted(HERE.glob("*.cpp"))
+    for path in sorted([*CUDA.iterdir(), *CUTLASS.glob("*.cu")]):
         to = sources / (path.stem + ".cpp" if path.suffix == ".cu" else path.name)
-        to.write_text(as_cpp(path.name, path.read_text()))
-        if path.suffix == ".cu" and path.stem not in HOPPERS_OWN:
+        to.write_text(as_cpp(path.read_text()))
+        if path.suffix == ".cu":
             compiled.append(to)
 
     def compile_one(source: pathlib.Path) -> str:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "grid.h"
 
@@ -15,6 +16,8 @@
 #define __global__
 #define __host__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 #define __align__(bytes)
 #define __forceinline__ inline
 
@@ -27,6 +30,7 @@ struct dim3 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -56,6 +60,10 @@ inline unsigned __match_any_sync(unsigned, int x) {
   for (int other : emulated::from_all(x)) mask |= other == x ? bit : 0, bit <<= 1;
   return mask;
 }
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+  auto all = emulated::from_all(x);
+  return std::accumulate(all.begin(), all.end(), 0u);
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned x) { return std::ranges::max(emulated::from_all(x)); }
 inline unsigned __reduce_min_sync(unsigned, unsigned x) { return std::ranges::min(emulated::from_all(x)); }
 
@@ -83,9 +91,9 @@ template <class T> T atomicAdd(T* to, T x) {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801;
 enum { cudaLaunchAttributeProgrammaticStreamSerialization };
-enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchAttribute {
   int id;
@@ -108,9 +116,14 @@ int cudaGetDeviceCount(int* count);
 inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, int which, int) {
   // A GPU on which kernels overlap has compute capability 9.0 as far as launches are concerned.
-  *value = which == cudaDevAttrComputeCapabilityMajor ? emulated::overlapping() ? 9 : emulated::capability : int(emulated::most_shared());
+  constexpr int MULTIPROCESSORS = 6;
+  if (which == cudaDevAttrMultiProcessorCount) *value = MULTIPROCESSORS;
+  else *value = which == cudaDevAttrComputeCapabilityMajor ? emulated::overlapping() ? 9 : emulated::capability : int(emulated::most_shared());
   return cudaSuccess;
 }
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
+int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, int flags, cudaDriverEntryPointQueryResult* found);
 inline int cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(int error) { return error ? "cudaErrorInvalidValue" : "cudaSuccess"; }
 template <class Kernel> int cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }

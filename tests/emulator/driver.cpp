@@ -1,6 +1,7 @@
 // The functions of the NVIDIA driver that moeyard calls, over the emulated GPU. Streams are queues that run only when somebody waits for
 // them, so what is not ordered by an event or a wait comes out of order. Kernels overlap within a stream, with no copy, event or end of a
 // graph between them.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <condition_variable>
@@ -147,6 +148,11 @@ void emulated::enqueue(void* stream, Kernel kernel) {
 
 int cudaGetDeviceCount(int* count) {
   *count = 1;
+  return SUCCESS;
+}
+
+int cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, int, cudaDriverEntryPointQueryResult*) {
+  *function = reinterpret_cast<void*>(cuTensorMapEncodeTiled);
   return SUCCESS;
 }
 
@@ -301,8 +307,3 @@ API int cuGetErrorString(int, const char** text) {
   *text = "an error of the emulated GPU";
   return SUCCESS;
 }
-
-// Hopper's own kernels, which nobody asks for below compute capability 9.0.
-API int moeyard_gemm_grouped(const MoeyardGroupedGemm*, void*) { return cudaErrorInvalidValue; }
-API int moeyard_attention_sm90(const MoeyardAttention*, void*) { return cudaErrorInvalidValue; }
-API int moeyard_attention_mla(const MoeyardAttention*, void*) { return cudaErrorInvalidValue; }

@@ -182,6 +182,7 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid)
 
 Cluster::~Cluster() {
   for (Block* own : blocks) {
+    end_engines(*own);
     for (Fiber& fiber : own->fibers) stacks.push_back(fiber.stack);
     places.push_back(own);
   }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -75,6 +76,7 @@ struct Copies {
 
 struct Cluster;
 struct Grid;
+struct Engines;
 
 // A resident block.
 struct Block {
@@ -88,6 +90,7 @@ struct Block {
   std::vector<Shown> shown;    // by thread
   std::vector<Copies> copies;  // by thread
   Barrier all, warps[MOST_THREADS / WARP];
+  std::shared_ptr<Engines> engines;  // see engines.h
   int alive;  // threads that have not ended
   bool lets_next_start;
 
@@ -126,6 +129,8 @@ template <class F> void wait_until(const F& holds, const char* what) {
 void wait_for_warp();
 void wait_for_block();
 void wait_for_cluster();
+// What is left of a block that has ended is a fault.
+void end_engines(Block&);
 
 inline Shown* lanes() { return &block->shown[thread / WARP * WARP]; }
 inline Copies& copies() { return block->copies[thread]; }
