@@ -81,18 +81,27 @@ void resume(Fiber& fiber, int number) {
   exchange_stacks(&scheduler, fiber.top);
 }
 
-// Once each. Whether any ran.
+// Fair turns would hide that a barrier is missing: some warps sleep for a while. Whether this one does.
+bool sleeps(int& turns_asleep) {
+  constexpr uint64_t SELDOM = 64, MOST_TURNS = 64;
+  if (order != Order::RANDOM) return false;
+  if (turns_asleep == 0 && drawn(SELDOM) == 0) turns_asleep = 1 + int(drawn(MOST_TURNS));
+  return turns_asleep > 0 && turns_asleep-- > 0;
+}
+
+// Once each. Whether any ran, or sleeps.
 bool run_threads(Block& own) {
   block = &own;
   blockIdx = own.index;
   gridDim = own.cluster->kernel.grid;
   blockDim = {unsigned(own.fibers.size()), 1, 1};
-  bool ran = false;
+  bool ran = false, asleep[MOST_THREADS / WARP];
+  for (size_t w = 0; w * WARP < own.fibers.size(); ++w) ran |= asleep[w] = sleeps(own.asleep[w]);
   int count = int(own.fibers.size()), first = order == Order::RANDOM ? int(drawn(count)) : 0;
   for (int i = 0; i < count; ++i) {
     int t = order == Order::REVERSED ? count - 1 - i : first + i < count ? first + i : first + i - count;
     Fiber& fiber = own.fibers[t];
-    if (fiber.ended || (fiber.waits.holds && !fiber.waits.holds(fiber.waits.of))) continue;
+    if (fiber.ended || asleep[t / WARP] || (fiber.waits.holds && !fiber.waits.holds(fiber.waits.of))) continue;
     ran = true;
     resume(fiber, t);
   }
@@ -173,6 +182,7 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid)
     own->shown.resize(kernel.threads + WARP);
     own->copies.assign(kernel.threads, {});
     own->all = {};
+    std::ranges::fill(own->asleep, 0);
     std::ranges::fill(own->warps, Barrier());
     own->alive = kernel.threads;
     own->lets_next_start = false;

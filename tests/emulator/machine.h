@@ -67,7 +67,7 @@ struct Shown {
   uint32_t words[7];
 };
 
-// Copies that a thread has asked for, in groups. Each is made when the thread waits for its group, the latest moment there is.
+// Copies that a thread has asked for, in groups. Each that is left is made when the thread waits for its group, the latest moment there is.
 struct Copies {
   std::vector<std::function<void()>> open;
   std::vector<std::vector<std::function<void()>>> groups;
@@ -91,6 +91,7 @@ struct Block {
   std::vector<Copies> copies;  // by thread
   Barrier all, warps[MOST_THREADS / WARP];
   std::shared_ptr<Engines> engines;  // see engines.h
+  int asleep[MOST_THREADS / WARP];   // turns left, by warp
   int alive;  // threads that have not ended
   bool lets_next_start;
 

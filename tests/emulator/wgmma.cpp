@@ -2,6 +2,7 @@
 #include "wgmma.h"
 
 #include <cstring>
+#include <span>
 
 #include "engines.h"
 #include "warp.h"
@@ -114,7 +115,8 @@ void start_product(const Product& product) {
   ThreadEngines& lane = own();
   Accumulator& accumulator = accumulator_of(lane, product);
   if (accumulator.in_flight) {
-    check_same(accumulator.registers.size() == size_t(product.n / 2));
+    if (!std::ranges::equal(accumulator.registers, std::span(product.d, product.n / 2)))
+      fail("thread %d adds to registers of a product in flight, and to others or in another order", thread);
     check_untouched(accumulator);
   } else {
     if (!lane.ordered) fail("thread %d starts a product, and no wgmma.fence orders it after the use of its registers", thread);
