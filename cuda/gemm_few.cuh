@@ -149,7 +149,7 @@ template <class S> __global__ void __launch_bounds__(WARP) gemm_few(MoeyardGemm 
 // Whole stages and whole tiles, and so few warps that a multiprocessor has room for all of its share.
 template <class S> bool few_serves(const MoeyardGemm& a) {
   static_assert(AT_ONCE_EACH * (S::STAGE_BYTES * S::STAGES + 2048) <= 227 * 1024, "warps of a multiprocessor");
-  return a.k % DEPTH == 0 && a.n % S::N == 0 && blocks_of<S>(a) <= AT_ONCE;
+  return a.k % DEPTH == 0 && a.n % S::N == 0 && blocks_of<S>(a) <= at_once();
 }
 
 template <class S> int launch_few(const MoeyardGemm& a, void* stream) {

@@ -57,15 +57,16 @@ __device__ inline void finish_all(const MoeyardGemm& a, const Tile& tile, int co
 
 template <class S> int64_t blocks_of(const MoeyardGemm& a) { return int64_t(a.row_tiles) * ((a.n + S::N - 1) / S::N) * a.batches; }
 
-// Blocks that all multiprocessors have among them at once.
-constexpr int AT_ONCE_EACH = 4, AT_ONCE = AT_ONCE_EACH * MULTIPROCESSORS;
+// Blocks that a multiprocessor has at once, and all of them.
+constexpr int AT_ONCE_EACH = 4;
+inline int at_once() { return AT_ONCE_EACH * MULTIPROCESSORS; }
 
 // A large grid starts early. The blocks of a small one would all find places before the kernel before has ended, crowded on the
 // multiprocessors that it left first (H200: experts of one token in fp8 149 us in place of 115).
 template <class S> int launch_product(void (*kernel)(MoeyardGemm), const MoeyardGemm& a, int shared, void* stream) {
   dim3 grid(a.row_tiles, (a.n + S::N - 1) / S::N, a.batches);
   if (cudaError_t error = allow(kernel, shared)) return int(error);
-  if (blocks_of<S>(a) > AT_ONCE) return launch_early(kernel, grid, S::THREADS, shared, stream, a);
+  if (blocks_of<S>(a) > at_once()) return launch_early(kernel, grid, S::THREADS, shared, stream, a);
   kernel<<<grid, S::THREADS, shared, stream_of(stream)>>>(a);
   return launched();
 }

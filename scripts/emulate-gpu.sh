@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs the CUDA backend on an emulated GPU (tests/emulator): no GPU, driver or nvcc, only g++ and python3 on x86-64. All fixtures through
-# `verify --device cuda`, placements that must not change a bit, and the tests of tests/gpu that take seconds.
+# `verify --device cuda`, placements that must not change a bit, and the tests of tests/gpu that take seconds. Then kernels that overlap as
+# on Hopper, each as early as it may, and watched: two that touch the same memory before one has waited for the other are an error, whether
+# it would show or not (tests/emulator/accesses.h). The GPU is small there, since few blocks start in turn.
 #
-#   scripts/emulate-gpu.sh [TEST...]      # with names of tests, only those
+#   scripts/emulate-gpu.sh [TEST...]      # with names of tests, only those; the environment may order turns (tests/emulator/grid.h)
 #
 # The GPU has compute capability 8.0; and 9.0 for tests that take Hopper's own kernels there, whose threads then run in random order, the same
-# in every run.
-# Sums of its tensor cores are rounded once, a GPU's oftener; tests whose results lie at the border of their tolerance can differ.
+# in every run. Sums of its tensor cores are rounded once, a GPU's oftener; tests whose results lie at the border of their tolerance can differ.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +17,9 @@ jobs=$(nproc)
 tests=(dense:: sample:: ranks:: steps:: moe:: products::linear products::a_row products::an_expert products::many attention::gqa quantized::codes)
 hoppers=(products::kernels_agree_on_{experts,linear,many} attention::{gqa,mla} moe::{planned,the_device_plans} products::{linear,mlp,a_row,an_expert})
 if [ $# -gt 0 ]; then tests=("$@") hoppers=("$@"); fi
+overlapping=(dense:: sample::greedy steps::steps_of steps::weights moe::planned moe::every moe::combine world::the_device
+    products::an_expert quantized::codes)
 
-mkdir -p "$logs"
 python3 tests/emulator/build.py "$emulator"
 export MOEYARD_CUDA_EMULATOR="$emulator" LD_LIBRARY_PATH="$emulator${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 # Integration tests build the program too.
@@ -29,9 +31,9 @@ report() { # NAME STATUS LOG
     return "$2"
 }
 operation() { # CAPABILITY TEST
-    local log="$logs/$1-${2//::/-}.txt" status=0
-    if [ "$1" = 9.0 ]; then export EMULATED_ORDER=random; fi
-    EMULATED_CAPABILITY="$1" timeout 600 "$gpu" --test-threads 1 "$2" >"$log" 2>&1 || status=$?
+    local log="$logs/$1-${2//::/-}.txt" order=in-turn status=0
+    if [ "$1" = 9.0 ]; then order=random; fi
+    EMULATED_CAPABILITY="$1" EMULATED_ORDER="${EMULATED_ORDER:-$order}" timeout 600 "$gpu" --test-threads 1 "$2" >"$log" 2>&1 || status=$?
     # A name that no test has is no test.
     if grep -q 'running 0 tests' "$log"; then status=1; fi
     report "$1 $2, $(sed -n 's/^test result: [^.]*\. //p' "$log")" "$status" "$log"
@@ -40,9 +42,10 @@ verify() { # NAME MODEL DTYPE FLAGS...
     timeout 600 target/debug/moeyard verify "tests/fixtures/$2" --prompts "tests/fixtures/$2/golden.json" --out "$logs/$1.json" \
         --device cuda --dtype "$3" --max-model-len 512 --kv-cache-memory 16MiB "${@:4}" >"$logs/$1.txt" 2>&1
 }
-model() { # MODEL DTYPE
-    local name="$1-$2" status=0
-    verify "$name" "$1" "$2" &&
+model() { # MODEL DTYPE FLAGS...
+    local name status=0
+    name=$(IFS=-; echo "$*" | tr -d ' ')
+    verify "$name" "$@" &&
         python3 tests/fixtures/check_fixture.py "tests/fixtures/$1" "$logs/$name.json" --mode "$2" >>"$logs/$name.txt" 2>&1 || status=$?
     report "$name" "$status" "$logs/$name.txt"
 }
@@ -58,11 +61,18 @@ export gpu logs
 
 each() { xargs --max-procs="$jobs" --replace=ARGUMENTS bash -c "$1 ARGUMENTS"; }
 
-if [ $# -eq 0 ]; then
+models() { # DTYPE...
+    local golden name dtype
     for golden in tests/fixtures/*/golden.json; do
         name=$(basename "$(dirname "$golden")")
-        if [ -f "tests/fixtures/$name/config.json" ]; then printf '%s f32\n%s bf16\n' "$name" "$name"; fi
+        if [ ! -f "tests/fixtures/$name/config.json" ]; then continue; fi
+        for dtype in "$@"; do echo "$name $dtype"; done
     done | each model
+}
+
+mkdir -p "$logs"
+if [ $# -eq 0 ]; then
+    models f32 bf16
     for name in mixtral deepseek_v3; do
         for flags in "--expert-parallel-size 2" "--expert-parallel-size 4 --redundant-experts 4" "--prefill-chunk-size 5"; do
             echo "$name '$flags'"
@@ -70,3 +80,14 @@ if [ $# -eq 0 ]; then
     done | sed "s/'/\\\\'/g" | each placement
 fi
 { printf '9.0 %s\n' "${hoppers[@]}" && printf '8.0 %s\n' "${tests[@]}"; } | each operation
+if [ $# -gt 0 ]; then exit; fi
+
+echo "== kernels that overlap"
+python3 tests/emulator/build.py "$emulator/watched" --watched
+export LD_LIBRARY_PATH="$emulator/watched:$LD_LIBRARY_PATH" EMULATED_ORDER=early EMULATED_MULTIPROCESSORS=1
+logs="$emulator/watched/logs"
+mkdir -p "$logs"
+models bf16
+echo "mixtral bf16 --expert-parallel-size 2
+deepseek_v3 bf16 --expert-parallel-size 2 --redundant-experts 4" | each model
+{ printf '9.0 %s\n' attention::mla_over steps::steps_of && printf '8.0 %s\n' "${overlapping[@]}"; } | each operation

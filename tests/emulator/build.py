@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Builds an emulated GPU into a folder: libcuda.so.1, which is the driver and has every launcher of cuda/ and cutlass-sys.
 
-    tests/emulator/build.py FOLDER
+    tests/emulator/build.py FOLDER [--watched]
 
+--watched: kernels tell what they read and write (accesses.h), and take twice the time.
 Needs g++ on x86-64. The kernels' sources are C++ but for what is replaced here; headers of CUDA and CUTLASS are those beside this file.
 """
 
@@ -17,6 +18,7 @@ CUDA = HERE.parent.parent / "cuda"
 CUTLASS = HERE.parent.parent / "cutlass-sys/src"
 FLAGS = "-std=c++20 -O2 -w -fPIC -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden".split()
 FLAGS += ["-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL"]
+WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 
 # kernel<<<grid, threads, bytes, stream>>>(arguments);
 LAUNCH = re.compile(r"(\w+(?:<[^<>;\n]*>)?)<<<(.*), ([^,\n]*), ([^,\n]*), (.*)>>>\((.*)\);")
@@ -77,6 +79,7 @@ def as_cpp(text: str) -> str:
     text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::block->shared);", text)
     text = STATIC_SHARED.sub(static_shared, text)
     text = text.replace("defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900", "true")
+    text = text.replace("constexpr int MULTIPROCESSORS = 132;", "#define MULTIPROCESSORS emulated::multiprocessors()")
     if "__cluster_dims__(BLOCKS, 1, 1)" in text:  # g++ has no attribute for it
         text = text.replace("config.numAttrs = 1;\n", "config.numAttrs = 1;\n  config.cluster = BLOCKS;\n")
         assert "config.cluster" in text
@@ -96,7 +99,8 @@ def main() -> None:
 
     def compile_one(source: pathlib.Path) -> str:
         to = folder / (source.stem + ".o")
-        subprocess.run(["g++", *FLAGS, f"-I{HERE}", f"-I{sources}", "-c", source, "-o", to], check=True)
+        watched = WATCHED if "--watched" in sys.argv[2:] and source.parent == sources else []
+        subprocess.run(["g++", *FLAGS, *watched, f"-I{HERE}", f"-I{sources}", "-c", source, "-o", to], check=True)
         return str(to)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int SUCCESS = 0, NOT_READY = 600;
-constexpr size_t MEMORY = size_t(8) << 30;
+using emulated::MEMORY;
 
 // Held by whoever gives work or does it.
 std::recursive_mutex machine;
@@ -110,13 +110,20 @@ constexpr unsigned char UNWRITTEN = 0xff;
 std::map<unsigned char*, size_t> blocks;
 size_t taken;
 
+size_t with_margin(size_t bytes) { return (bytes + MARGIN + 255) / 256 * 256; }
+
 int allocate(unsigned char** to, size_t bytes) {
   constexpr int OUT_OF_MEMORY = 2;
-  if (bytes > MEMORY - taken) return OUT_OF_MEMORY;
-  size_t all = (bytes + MARGIN + 255) / 256 * 256;
-  *to = static_cast<unsigned char*>(aligned_alloc(256, all));
-  memset(*to, UNWRITTEN, all);
-  blocks[*to] = bytes;
+  auto* at = reinterpret_cast<unsigned char*>(emulated::memory());
+  unsigned char* end = at + MEMORY;
+  for (auto [block, size] : blocks) {
+    if (size_t(block - at) >= with_margin(bytes)) break;
+    at = block + with_margin(size);
+  }
+  if (bytes > MEMORY - taken || with_margin(bytes) > size_t(end - at)) return OUT_OF_MEMORY;
+  memset(at, UNWRITTEN, with_margin(bytes));
+  *to = at;
+  blocks[at] = bytes;
   taken += bytes;
   return SUCCESS;
 }
@@ -127,7 +134,6 @@ void release(unsigned char* block) {
     if (block[i] != UNWRITTEN) emulated::fail("%zu bytes of memory, and byte %zu written", bytes, i);
   blocks.erase(block);
   taken -= bytes;
-  free(block);
 }
 
 auto held() { return std::lock_guard(machine); }

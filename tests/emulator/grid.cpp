@@ -1,6 +1,7 @@
 // Which blocks are resident, and whose turn it is.
 #include "grid.h"
 
+#include <algorithm>
 #include <list>
 
 namespace emulated {
@@ -10,19 +11,27 @@ struct Grid {
   const Kernel* kernel;
   Grid* before;
   uint64_t clusters;
+  uint32_t number;
   uint64_t started = 0, ended = 0;  // clusters
   uint64_t open = 0;                // blocks that have let the next kernel start, or have ended
   bool waited = false;              // a thread has
+  bool opens_late = false;          // the next kernel cannot start before a thread of this one has waited
   bool held;                        // where it lets the next kernel start
   bool reached = false;             // a thread has come there
 
   bool over() const { return ended == clusters; }
   bool lets_next_start() const { return open == clusters * kernel->cluster; }
+  // The last kernel of those that have ended when this one starts as early as it can.
+  uint32_t settled() const {
+    if (!before) return number - 1;
+    return before->opens_late ? before->number - 1 : before->settled();
+  }
 };
 
 namespace {
 
 constexpr int MOST_RESIDENT = 16 * 1024;  // threads
+uint32_t numbers;                         // of kernels so far
 
 class Chain {
  public:
@@ -30,7 +39,7 @@ class Chain {
     for (const Kernel* kernel : kernels) {
       uint64_t blocks = uint64_t(kernel->grid.x) * kernel->grid.y * kernel->grid.z;
       if (kernel->grid.x % kernel->cluster) fail("%s: %u blocks in clusters of %d", kernel->name().c_str(), kernel->grid.x, kernel->cluster);
-      grids.push_back({.kernel = kernel, .before = nullptr, .clusters = blocks / kernel->cluster, .held = order == Order::EARLY});
+      grids.push_back({.kernel = kernel, .before = nullptr, .clusters = blocks / kernel->cluster, .number = ++numbers, .held = order == Order::EARLY});
     }
     for (size_t i = 1; i < grids.size(); ++i) grids[i].before = &grids[i - 1];
     grids.back().held = false;  // no kernel comes next
@@ -64,8 +73,9 @@ class Chain {
 
   void start() {
     Grid& grid = grids[next];
-    uint64_t number = grid.started++;
-    resident.emplace_back(&grid, *grid.kernel, order == Order::REVERSED ? grid.clusters - 1 - number : number);
+    uint64_t at = grid.started++;
+    if (order == Order::REVERSED) at = grid.clusters - 1 - at;
+    resident.emplace_back(&grid, *grid.kernel, at, Access{grid.number, grid.settled()});
     threads += resident.back().alive;
   }
 
@@ -80,7 +90,11 @@ class Chain {
   void end(std::list<Cluster>::iterator cluster) {
     Grid& grid = *cluster->grid;
     ++grid.ended;
-    for (const Block* block : cluster->blocks) grid.open += !block->lets_next_start;
+    for (const Block* block : cluster->blocks) {
+      if (block->lets_next_start) continue;
+      ++grid.open;
+      grid.opens_late |= std::ranges::any_of(block->fibers, [&](const Fiber& fiber) { return fiber.settled == grid.number - 1; });
+    }
     threads -= grid.kernel->threads * grid.kernel->cluster;
     resident.erase(cluster);
     if (!grid.over()) return;
@@ -128,6 +142,7 @@ void let_next_start() {
   if (!block->lets_next_start) {
     block->lets_next_start = true;
     ++grid.open;
+    grid.opens_late |= access.settled == grid.number - 1;
   }
   grid.reached = true;
   wait_until([&] { return !grid.held; }, "what may start early");
@@ -138,6 +153,7 @@ void wait_for_turn() {
   Grid& grid = *block->cluster->grid;
   grid.waited = true;
   wait_until([&] { return !grid.before || grid.before->over(); }, "the kernel before theirs");
+  block->fibers[thread].settled = access.settled = grid.number - 1;
 }
 
 }  // namespace emulated

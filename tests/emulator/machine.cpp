@@ -63,7 +63,7 @@ void entry() {
   fail("a thread that had ended goes on");
 }
 
-void prepare(Fiber& fiber) {
+void prepare(Fiber& fiber, uint32_t settled) {
   if (stacks.empty()) stacks.push_back(static_cast<char*>(aligned_alloc(64, STACK_BYTES)));
   char* stack = stacks.back();
   stacks.pop_back();
@@ -71,13 +71,14 @@ void prepare(Fiber& fiber) {
   *--top = nullptr;  // no caller
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber = {top, stack, {}, false};
+  fiber = {top, stack, {}, settled, false};
 }
 
 void resume(Fiber& fiber, int number) {
   thread = number;
   threadIdx = {unsigned(number), 0, 0};
   fiber.waits = {};
+  access = {block->cluster->number, fiber.settled};
   exchange_stacks(&scheduler, fiber.top);
 }
 
@@ -147,6 +148,13 @@ std::string Kernel::name() const {
   return line;
 }
 
+int multiprocessors() {
+  static const char* given = getenv("EMULATED_MULTIPROCESSORS");
+  static const int number = given ? atoi(given) : 132;
+  if (number < 1) fail("EMULATED_MULTIPROCESSORS is '%s'", given);
+  return number;
+}
+
 char* Block::variable(const void* name, size_t bytes, size_t alignment) {
   for (auto [other, place] : variables)
     if (other == name) return place;
@@ -159,7 +167,7 @@ char* Block::variable(const void* name, size_t bytes, size_t alignment) {
   return place;
 }
 
-Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid), kernel(kernel) {
+Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access) : grid(grid), kernel(kernel), number(access.kernel) {
   if (kernel.threads < 1 || kernel.threads > MOST_THREADS) fail("a block of %d threads", kernel.threads);
   if (kernel.shared_bytes > most_shared()) fail("%zu bytes of shared memory", kernel.shared_bytes);
   alive = kernel.threads * kernel.cluster;
@@ -170,15 +178,15 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid)
     }
     Block* own = places.back();
     places.pop_back();
-    uint64_t at = number * kernel.cluster + rank, row = at / kernel.grid.x;
+    uint64_t number = at * kernel.cluster + rank, row = number / kernel.grid.x;
     own->cluster = this;
     own->rank = rank;
-    own->index = {unsigned(at % kernel.grid.x), unsigned(row % kernel.grid.y), unsigned(row / kernel.grid.y)};
+    own->index = {unsigned(number % kernel.grid.x), unsigned(row % kernel.grid.y), unsigned(row / kernel.grid.y)};
     own->shared_used = kernel.shared_bytes;
     memset(own->shared, 0xff, kernel.shared_bytes);
     own->variables.clear();
     own->fibers.resize(kernel.threads);
-    for (Fiber& fiber : own->fibers) prepare(fiber);
+    for (Fiber& fiber : own->fibers) prepare(fiber, access.settled);
     own->shown.resize(kernel.threads + WARP);
     own->copies.assign(kernel.threads, {});
     own->all = {};

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "accesses.h"
+
 namespace emulated {
 
 constexpr int WARP = 32, MOST_THREADS = 1024;
@@ -58,6 +60,7 @@ struct Fiber {
   void* top;  // of its stack, while it waits
   char* stack;
   Condition waits;  // without `holds`: for its turn to run
+  uint32_t settled;  // see accesses.h
   bool ended;
 };
 
@@ -103,13 +106,14 @@ struct Block {
 struct Cluster {
   Grid* grid;
   const Kernel& kernel;
+  uint32_t number;             // of the kernel: see accesses.h
   std::vector<Block*> blocks;  // by rank
   Barrier all;
   int alive;            // threads of all blocks
   uint64_t stuck_since = ~uint64_t(0);  // the affair of grid.cpp
 
-  // Number `number` of a grid's clusters.
-  Cluster(Grid* grid, const Kernel& kernel, uint64_t number);
+  // The cluster that has `at` before it in its grid.
+  Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access);
   ~Cluster();
   // Lets threads run until all of them wait, or once each. Whether any ran.
   bool run(bool once);
@@ -158,6 +162,7 @@ template <class T> T& in_shared() {
 enum class Order { IN_TURN, REVERSED, EARLY, RANDOM };
 extern const Order order;          // EMULATED_ORDER
 extern const int capability;       // 8 or 9, for compute capability 8.0 or 9.0: EMULATED_CAPABILITY
+int multiprocessors();             // EMULATED_MULTIPROCESSORS, 132 if it is not set: grids are chosen by it
 inline size_t most_shared() { return capability == 9 ? MOST_SHARED : 163 << 10; }
 // A number below `end`: the same numbers in every run.
 uint64_t drawn(uint64_t end);

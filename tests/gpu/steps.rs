@@ -16,6 +16,8 @@ use crate::trial;
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("steps::replayed_steps_have_the_same_bits", replayed_steps_have_the_same_bits),
+        trial("steps::steps_of_every_shape_have_the_same_bits", steps_of_every_shape_have_the_same_bits),
+        trial("steps::weights_may_be_written_before_a_step", weights_may_be_written_before_a_step),
         trial("steps::a_result_may_be_asked_for_within", a_result_may_be_asked_for_within),
         trial("steps::a_step_that_fails_is_forgotten", a_step_that_fails_is_forgotten),
         trial("steps::ranks_capture_beside_each_other", ranks_capture_beside_each_other),
@@ -26,16 +28,39 @@ const HIDDEN: usize = 64;
 const VOCAB: usize = 50;
 const EXPERTS: usize = 5;
 const TOP_K: usize = 2;
-/// As many as make more than one graph.
-const LAYERS: usize = 12;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
-const DIM: usize = 16;
-const BLOCK: usize = 16;
-const MAX_ROWS: usize = 8;
+/// Blocks of a sequence.
+const BLOCKS: usize = 6;
+
+#[derive(Clone, Copy)]
+struct Shape {
+    layers: usize,
+    head_dim: usize,
+    block_size: usize,
+    max_rows: usize,
+}
+
+impl Shape {
+    /// Layers that make more than one graph.
+    const DEEP: Shape = Shape { layers: 12, head_dim: 16, block_size: 16, max_rows: 8 };
+    /// Heads for the tensor cores, and contexts of more than one chunk of attention.
+    const LONG: Shape = Shape { layers: 2, head_dim: 64, block_size: 128, max_rows: 3 };
+    /// Large tiles, and plans of more than one block.
+    const BROAD: Shape = Shape { layers: 2, head_dim: 64, block_size: 16, max_rows: 48 };
+
+    fn qkv(self) -> usize {
+        (HEADS + 2 * KV_HEADS) * self.head_dim
+    }
+
+    fn positions(self) -> usize {
+        BLOCKS * self.block_size
+    }
+}
 
 /// A small model, as a rank runs it.
 struct Toy {
+    shape: Shape,
     table: Tensor,
     angles: Tensor,
     norm: Tensor,
@@ -69,54 +94,75 @@ struct Space {
 }
 
 impl Space {
-    fn new(device: Device<'_>) -> Space {
-        let exact = |cols| poisoned(device, DType::F32, MAX_ROWS, cols);
+    fn new(device: Device<'_>, shape: Shape) -> Space {
+        let rows = shape.max_rows;
+        let exact = |cols| poisoned(device, DType::F32, rows, cols);
         let rounded = |rows, cols| poisoned(device, DType::Bf16, rows, cols);
         Space {
             residual: exact(HIDDEN),
             normed: exact(HIDDEN),
-            rounded: rounded(MAX_ROWS, HIDDEN),
-            qkv: exact((HEADS + 2 * KV_HEADS) * DIM),
-            attended: rounded(MAX_ROWS, HEADS * DIM),
+            rounded: rounded(rows, HIDDEN),
+            qkv: exact(shape.qkv()),
+            attended: rounded(rows, HEADS * shape.head_dim),
             partial: exact(HIDDEN),
             logits: exact(EXPERTS),
-            ids: poisoned(device, DType::I32, MAX_ROWS, TOP_K),
+            ids: poisoned(device, DType::I32, rows, TOP_K),
             weights: exact(TOP_K),
-            grouped: rounded(MAX_ROWS * TOP_K, HIDDEN),
-            computed: rounded(MAX_ROWS * TOP_K, HIDDEN),
+            grouped: rounded(rows * TOP_K, HIDDEN),
+            computed: rounded(rows * TOP_K, HIDDEN),
             last: exact(HIDDEN),
         }
     }
 }
 
 impl Toy {
-    fn new(device: Device<'_>) -> Toy {
+    fn new(device: Device<'_>, shape: Shape) -> Toy {
+        let dim = shape.head_dim;
         let mut numbers = Numbers::new(51);
         let experts: Vec<HostMlp> =
             (0..EXPERTS).map(|_| host_mlp(&mut numbers, HIDDEN, 32, false, DType::Bf16)).collect();
         let table = numbers.vec(VOCAB * HIDDEN);
-        let angles = numbers.vec(100 * DIM);
+        let angles = numbers.vec(shape.positions() * dim);
         let mut matrix = |n: usize, k: usize, dtype| {
             device.pack_matrix(&host_matrix(&mut numbers, n, k, dtype), dtype).unwrap()
         };
-        let shape = KvShape::Gqa { kv_heads: KV_HEADS, head_dim: DIM };
-        let layers = (0..LAYERS).map(|_| Layer {
-            qkv: matrix((HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DType::Bf16),
-            out: matrix(HIDDEN, HEADS * DIM, DType::Bf16),
+        let kv = KvShape::Gqa { kv_heads: KV_HEADS, head_dim: dim };
+        let layers = (0..shape.layers).map(|_| Layer {
+            qkv: matrix(shape.qkv(), HIDDEN, DType::Bf16),
+            out: matrix(HIDDEN, HEADS * dim, DType::Bf16),
             router: matrix(EXPERTS, HIDDEN, DType::F32),
             slots: experts
                 .iter()
                 .map(|e| Some(device.pack_mlp(e, DType::Bf16).unwrap()))
                 .chain([None])
                 .collect(),
-            cache: device.alloc_kv(shape, DType::Bf16, BLOCK, 6 * MAX_ROWS).unwrap(),
+            cache: device.alloc_kv(kv, DType::Bf16, shape.block_size, BLOCKS * shape.max_rows).unwrap(),
         });
         Toy {
             layers: layers.collect(),
             table: tensor(device, DType::Bf16, VOCAB, HIDDEN, &table),
-            angles: tensor(device, DType::F32, 100, DIM, &angles),
+            angles: tensor(device, DType::F32, shape.positions(), dim, &angles),
             norm: tensor(device, DType::F32, 1, HIDDEN, &[1.0; HIDDEN]),
             slot_of: (0..EXPERTS as u32).collect(),
+            shape,
+        }
+    }
+
+    /// Sequences `0..rows` have come to `position`.
+    fn fill(&mut self, device: Device<'_>, rows: usize, position: usize) {
+        let mut numbers = Numbers::new(53);
+        let block_table: Vec<u32> = (0..(BLOCKS * rows) as u32).collect();
+        let positions: Vec<u32> = (0..position as u32).collect();
+        for row in 0..rows as u32 {
+            let qkv = numbers.vec(position * self.shape.qkv());
+            let mut qkv = tensor(device, DType::F32, position, self.shape.qkv(), &qkv);
+            let first_block = row * BLOCKS as u32;
+            let span = SeqSpan { row: 0, rows: position as u32, position: 0, prompt_len: 0, first_block };
+            let batch = AttentionBatch { spans: &[span], block_table: &block_table };
+            for Layer { cache, .. } in &mut self.layers {
+                let rope = rope_args(&self.angles, &positions, self.shape);
+                device.rope_kv_write(qkv.view_mut(), rope, batch, cache).unwrap();
+            }
         }
     }
 
@@ -134,9 +180,9 @@ impl Toy {
     fn run(&mut self, device: Device<'_>, space: &mut Space, tokens: &[u32], position: u32) {
         let rows = tokens.len();
         let spans: Vec<SeqSpan> = (0..rows as u32)
-            .map(|row| SeqSpan { row, rows: 1, position, prompt_len: 0, first_block: row * 6 })
+            .map(|row| SeqSpan { row, rows: 1, position, prompt_len: 0, first_block: row * BLOCKS as u32 })
             .collect();
-        let block_table: Vec<u32> = (0..(6 * rows) as u32).collect();
+        let block_table: Vec<u32> = (0..(BLOCKS * rows) as u32).collect();
         let batch = AttentionBatch { spans: &spans, block_table: &block_table };
         let norm =
             NormArgs { kind: NormKind::Rms, eps: 1e-5, weight: self.norm.view(), bias: None, width: HIDDEN };
@@ -145,19 +191,11 @@ impl Toy {
         for Layer { qkv, out, router: gate, slots, cache } in &mut self.layers {
             device.norm(space.residual.head(rows), norm, space.rounded.head_mut(rows)).unwrap();
             device.linear(space.rounded.head(rows), qkv, None, space.qkv.head_mut(rows)).unwrap();
-            let rope = RopeArgs {
-                table: self.angles.view(),
-                rows: &positions,
-                heads: HEADS + KV_HEADS,
-                head_stride: DIM,
-                offset: 0,
-                dim: DIM,
-                interleaved: false,
-            };
+            let rope = rope_args(&self.angles, &positions, self.shape);
             device.rope_kv_write(space.qkv.head_mut(rows), rope, batch, cache).unwrap();
             let all = space.qkv.head(rows);
             let args = GqaArgs {
-                q: all.cols_range(0..HEADS * DIM),
+                q: all.cols_range(0..HEADS * self.shape.head_dim),
                 cache,
                 batch,
                 heads: HEADS,
@@ -196,6 +234,18 @@ impl Toy {
     }
 }
 
+fn rope_args<'a>(angles: &'a Tensor, rows: &'a [u32], shape: Shape) -> RopeArgs<'a> {
+    RopeArgs {
+        table: angles.view(),
+        rows,
+        heads: HEADS + KV_HEADS,
+        head_stride: shape.head_dim,
+        offset: 0,
+        dim: shape.head_dim,
+        interleaved: false,
+    }
+}
+
 fn bits(values: Vec<f32>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
@@ -219,7 +269,7 @@ fn schedule() -> Vec<(Vec<u32>, bool)> {
 
 /// What each step leaves; put off or not.
 fn results(device: Device<'_>, put_off: bool) -> Vec<Vec<u32>> {
-    let (mut toy, mut space) = (Toy::new(device), Space::new(device));
+    let (mut toy, mut space) = (Toy::new(device, Shape::DEEP), Space::new(device, Shape::DEEP));
     let steps = schedule().into_iter().enumerate().map(|(position, (tokens, migrates))| {
         if migrates {
             toy.migrate(position % EXPERTS);
@@ -252,10 +302,74 @@ fn replayed_steps_have_the_same_bits() {
     assert!(counts.replayed >= 80, "{counts:?}");
 }
 
+fn steps_of_every_shape_have_the_same_bits() {
+    for (shape, position) in [(Shape::LONG, 510), (Shape::BROAD, 0)] {
+        let [put_off, at_once] = [true, false].map(|put_off| few_steps(shape, position, put_off));
+        assert!(put_off == at_once, "from position {position}");
+    }
+}
+
+fn few_steps(shape: Shape, position: usize, put_off: bool) -> Vec<Vec<u32>> {
+    let owner = gpu();
+    let device = owner.as_ref();
+    let rows = shape.max_rows;
+    let (mut toy, mut space) = (Toy::new(device, shape), Space::new(device, shape));
+    if position > 0 {
+        toy.fill(device, rows, position);
+    }
+    let steps = (0..3).map(|step| {
+        let tokens: Vec<u32> = (0..rows).map(|row| ((step * 11 + row * 17) % VOCAB) as u32).collect();
+        let mut body = || {
+            toy.run(device, &mut space, &tokens, (position + step) as u32);
+            Ok(())
+        };
+        if put_off {
+            device.step(&mut body).unwrap()
+        } else {
+            body().unwrap()
+        }
+        let last = values(device, space.last.head(rows));
+        assert!(last.iter().all(|x| x.is_finite()), "step {step}: {last:?}");
+        bits(last)
+    });
+    steps.collect()
+}
+
+/// Products of a step read weights as early as they can: not before these are there.
+fn weights_may_be_written_before_a_step() {
+    let owner = gpu();
+    let device = owner.as_ref();
+    let mut numbers = Numbers::new(54);
+    let (n, k) = (1024, 128);
+    let x = numbers.vec(k);
+    let mut old = Vec::new();
+    for _ in 0..4 {
+        let (source, x) = (numbers.vec(n * k), tensor(device, DType::Bf16, 1, k, &x));
+        let source = tensor(device, DType::F32, n, k, &source);
+        let host = host_matrix(&mut numbers, n, k, DType::Bf16);
+        let product = |step: bool| {
+            let mut matrix = device.pack_matrix(&host, DType::Bf16).unwrap();
+            let mut out = poisoned(device, DType::F32, 1, n);
+            values(device, out.view());
+            device.copy_rows(source.view(), matrix.data.view_mut()).unwrap();
+            let mut body = || device.linear(x.view(), &matrix, None, out.view_mut());
+            if step {
+                device.step(&mut body).unwrap()
+            } else {
+                body().unwrap()
+            }
+            bits(values(device, out.view()))
+        };
+        let (early, late) = (product(true), product(false));
+        assert!(early == late && early != old);
+        old = late;
+    }
+}
+
 fn a_result_may_be_asked_for_within() {
     let owner = gpu();
     let device = owner.as_ref();
-    let (mut toy, mut space) = (Toy::new(device), Space::new(device));
+    let (mut toy, mut space) = (Toy::new(device, Shape::DEEP), Space::new(device, Shape::DEEP));
     for position in 0..4 {
         let (mut within, mut after) = (Vec::new(), Vec::new());
         device
