@@ -26,6 +26,7 @@ void end_engines(Block& of) {
   all.threads.clear();
   all.warpgroups.clear();
   all.barriers = {};
+  all.spare_registers = 0;
 }
 
 }  // namespace emulated

@@ -32,6 +32,7 @@ struct ThreadEngines {
   // Of the copy engine.
   std::vector<const void*> maps;        // that a kernel made and this thread acquired
   std::vector<PhaseBarrier*> barriers;  // that it initialised since its last fence
+  int registers = 0;
 };
 
 constexpr int GROUP_THREADS = 128;
@@ -56,6 +57,7 @@ struct Engines {
   std::vector<ThreadEngines> threads;
   std::vector<WarpgroupEngines> warpgroups;
   std::array<NamedBarrier, 16> barriers;
+  int spare_registers = 0;
   std::unordered_map<PhaseBarrier*, std::deque<Landing>> landings;  // in this block, by the barrier that they are told to
 };
 

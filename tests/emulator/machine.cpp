@@ -82,12 +82,15 @@ void resume(Fiber& fiber, int number) {
   exchange_stacks(&scheduler, fiber.top);
 }
 
-// Fair turns would hide that a barrier is missing: some warps sleep for a while. Whether this one does.
-bool sleeps(int& turns_asleep) {
-  constexpr uint64_t SELDOM = 64, MOST_TURNS = 64;
-  if (order != Order::RANDOM) return false;
-  if (turns_asleep == 0 && drawn(SELDOM) == 0) turns_asleep = 1 + int(drawn(MOST_TURNS));
-  return turns_asleep > 0 && turns_asleep-- > 0;
+// Fair turns would hide that a barrier is missing: in random order warps sleep for a while, one of so many.
+int turns_to_sleep(uint64_t one_of) {
+  constexpr uint64_t MOST_TURNS = 64;
+  return order == Order::RANDOM && drawn(one_of) == 0 ? 1 + int(drawn(MOST_TURNS)) : 0;
+}
+bool sleeps(int& turns) {
+  constexpr uint64_t SELDOM = 64;
+  if (turns == 0) turns = turns_to_sleep(SELDOM);
+  return turns > 0 && turns-- > 0;
 }
 
 // Once each. Whether any ran, or sleeps.
@@ -190,7 +193,8 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access) :
     own->shown.resize(kernel.threads + WARP);
     own->copies.assign(kernel.threads, {});
     own->all = {};
-    std::ranges::fill(own->asleep, 0);
+    constexpr uint64_t AT_FIRST = 4;
+    for (int& turns : own->asleep) turns = turns_to_sleep(AT_FIRST);
     std::ranges::fill(own->warps, Barrier());
     own->alive = kernel.threads;
     own->lets_next_start = false;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "mbarrier.h"
+#include "registers.h"
 #include "tensor_map.h"
 #include "warp.h"
 #include "wgmma.h"
@@ -89,8 +90,10 @@ template <Text TEXT, class... Operands> inline void ptx(Operands&&... operands) 
     named_barrier(get<0>(o), get<1>(o), true);
   } else if constexpr (text == "bar.arrive %0, %1;") {
     named_barrier(get<0>(o), get<1>(o), false);
-  } else if constexpr (text.starts_with("setmaxnreg.")) {
-    // Registers are not counted here.
+  } else if constexpr (text == "setmaxnreg.dec.sync.aligned.u32 %0;") {
+    fewer_registers(get<0>(o));
+  } else if constexpr (text == "setmaxnreg.inc.sync.aligned.u32 %0;") {
+    more_registers(get<0>(o));
 
     // Tensor maps.
   } else if constexpr (text == "tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 0, %1;") {

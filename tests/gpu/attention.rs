@@ -1,5 +1,7 @@
 //! The paged cache, grouped-query attention and both forms of MLA.
 
+use std::ops::Range;
+
 use libtest_mimic::Trial;
 use moeyard::backend::cuda::{CudaBackend, ProductKernels};
 use moeyard::backend::{
@@ -24,6 +26,14 @@ pub fn trials() -> Vec<Trial> {
         trial(
             "attention::a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk",
             a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk,
+        ),
+        trial(
+            "attention::a_row_has_the_same_bits_past_the_first_chunk",
+            a_row_has_the_same_bits_past_the_first_chunk,
+        ),
+        trial(
+            "attention::a_row_of_mla_has_the_same_bits_past_the_first_chunk",
+            a_row_of_mla_has_the_same_bits_past_the_first_chunk,
         ),
     ]
 }
@@ -289,47 +299,66 @@ fn mla_over_long_contexts() {
     check_mla(&batch, Mla { heads: 70, ..DEEPSEEK }, bf16, &mut numbers);
 }
 
+/// Rows whose bits are those of all rows together: a sequence's positions, rows computed together, and some of them by themselves.
+struct Rows {
+    positions: usize,
+    whole: Range<usize>,
+    parts: &'static [Range<usize>],
+}
+
+/// Chunks of 512 positions, one of them begun, walked by one block or by several.
+const MANY_ROWS: Rows = Rows {
+    positions: 1300,
+    whole: 0..1300,
+    parts: &[0..1, 511..512, 512..513, 1299..1300, 31..33, 500..640, 1..100, 777..778, 900..1300],
+};
+const FEW_ROWS: Rows =
+    Rows { positions: 530, whole: 430..530, parts: &[430..431, 511..512, 512..513, 440..520, 529..530] };
+
 fn a_row_has_the_same_bits_alone_and_in_any_chunk() {
+    rows_have_the_same_bits(&MANY_ROWS, &[DType::F32, DType::Bf16]);
+}
+
+fn a_row_has_the_same_bits_past_the_first_chunk() {
+    rows_have_the_same_bits(&FEW_ROWS, &[DType::Bf16]);
+}
+
+fn rows_have_the_same_bits(rows: &Rows, dtypes: &[DType]) {
     let portable = CudaBackend::open(0).unwrap().with_products(ProductKernels::Portable).into_dyn();
     for (seed, (heads, kv_heads, dim)) in [(8, 2, 64), (6, 2, 128), (4, 2, 40)].into_iter().enumerate() {
+        let h = Heads { heads, kv_heads, dim };
         let [best, portable] = [gpu(), portable.clone()]
-            .map(|gpu| row_bits(gpu.as_ref(), &mut Numbers::new(240 + seed as u64), heads, kv_heads, dim));
+            .map(|gpu| row_bits(gpu.as_ref(), &mut Numbers::new(240 + seed as u64), h, rows, dtypes));
         assert!(best == portable, "heads of {dim}: kernels of this GPU and those of every GPU differ");
     }
 }
 
-/// Chunks of 512 positions, one of them begun, walked by one block or by several. The bits of all rows, case by case.
+/// The bits of all rows, case by case.
 fn row_bits(
     gpu: Device<'_>,
     numbers: &mut Numbers,
-    heads: usize,
-    kv_heads: usize,
-    dim: usize,
+    h: Heads,
+    rows: &Rows,
+    dtypes: &[DType],
 ) -> Vec<Vec<u32>> {
     let mut all = Vec::new();
-    let positions = 1300;
+    let (positions, width) = (rows.positions, h.kv_heads * h.dim);
     let batch = Batch::new(numbers, &[(0, positions, positions)]);
-    let width = kv_heads * dim;
     let (k, v) = (numbers.vec(positions * width), numbers.vec(positions * width));
-    let q = numbers.vec(positions * heads * dim);
-    for dtype in [DType::F32, DType::Bf16] {
-        let sinks = tensor(gpu, DType::F32, 1, heads, &vec![0.5; heads]);
-        let cache = batch.cache(gpu, KvShape::Gqa { kv_heads, head_dim: dim }, dtype, &k, &v);
-        let q = tensor(gpu, DType::F32, positions, heads * dim, &q);
-        let run = |rows: std::ops::Range<usize>, window| {
-            let spans = [SeqSpan {
-                row: 0,
-                rows: rows.len() as u32,
-                position: rows.start as u32,
-                prompt_len: 0,
-                first_block: 0,
-            }];
-            let mut out = poisoned(gpu, dtype, rows.len(), heads * dim);
+    let q = numbers.vec(positions * h.heads * h.dim);
+    for &dtype in dtypes {
+        let sinks = tensor(gpu, DType::F32, 1, h.heads, &vec![0.5; h.heads]);
+        let shape = KvShape::Gqa { kv_heads: h.kv_heads, head_dim: h.dim };
+        let cache = batch.cache(gpu, shape, dtype, &k, &v);
+        let q = tensor(gpu, DType::F32, positions, h.heads * h.dim, &q);
+        let run = |rows: Range<usize>, window| {
+            let spans = [span_of(&rows, 0)];
+            let mut out = poisoned(gpu, dtype, rows.len(), h.heads * h.dim);
             let args = GqaArgs {
+                batch: batch.batch(&spans),
                 q: q.view().rows_range(rows),
                 cache: &cache,
-                batch: batch.batch(&spans),
-                heads,
+                heads: h.heads,
                 scale: 0.125,
                 window,
                 sinks: Some(sinks.view()),
@@ -338,11 +367,10 @@ fn row_bits(
             values(gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         };
         for window in [None, Some(50), Some(700)] {
-            let whole = run(0..positions, window);
-            for rows in [0..1, 511..512, 512..513, 1299..1300, 31..33, 500..640, 1..100, 777..778, 900..1300]
-            {
-                let expected = &whole[rows.start * heads * dim..rows.end * heads * dim];
-                assert_eq!(run(rows.clone(), window), expected, "{dtype:?} rows {rows:?}, window {window:?}");
+            let whole = run(rows.whole.clone(), window);
+            for part in rows.parts {
+                let expected = part_of(&whole, rows, part, h.heads * h.dim);
+                assert_eq!(run(part.clone(), window), expected, "{dtype:?} rows {part:?}, window {window:?}");
             }
             all.push(whole);
         }
@@ -350,12 +378,34 @@ fn row_bits(
     all
 }
 
-/// Rows of both forms; generated rows alone, a few (a block per chunk of positions), and many (a block for all chunks).
+fn span_of(rows: &Range<usize>, prompt_len: usize) -> SeqSpan {
+    SeqSpan {
+        row: 0,
+        rows: rows.len() as u32,
+        position: rows.start as u32,
+        prompt_len: prompt_len as u32,
+        first_block: 0,
+    }
+}
+
+fn part_of<'a>(whole: &'a [u32], rows: &Rows, part: &Range<usize>, width: usize) -> &'a [u32] {
+    &whole[(part.start - rows.whole.start) * width..(part.end - rows.whole.start) * width]
+}
+
 fn a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk() {
+    rows_of_mla_have_the_same_bits(&MANY_ROWS);
+}
+
+fn a_row_of_mla_has_the_same_bits_past_the_first_chunk() {
+    rows_of_mla_have_the_same_bits(&FEW_ROWS);
+}
+
+/// Rows of both forms; generated rows alone, a few (a block per chunk of positions), and many (a block for all chunks).
+fn rows_of_mla_have_the_same_bits(rows: &Rows) {
     let owner = gpu();
     let gpu = owner.as_ref();
     let mut numbers = Numbers::new(27);
-    let (positions, m) = (1300, DEEPSEEK);
+    let (positions, m) = (rows.positions, DEEPSEEK);
     let batch = Batch::new(&mut numbers, &[(0, positions, positions)]);
     let (latents, ropes) = (numbers.vec(positions * m.latent), numbers.vec(positions * m.rope));
     let q = numbers.vec(positions * m.q_width());
@@ -364,31 +414,24 @@ fn a_row_of_mla_has_the_same_bits_alone_and_in_any_chunk() {
     let shape = KvShape::Mla { latent: m.latent, rope_dim: m.rope };
     let cache = batch.cache(gpu, shape, DType::Bf16, &ropes, &latents);
     let q = tensor(gpu, DType::F32, positions, m.q_width(), &q);
-    let run = |rows: std::ops::Range<usize>, prompt_len: usize| {
-        let spans = [SeqSpan {
-            row: 0,
-            rows: rows.len() as u32,
-            position: rows.start as u32,
-            prompt_len: prompt_len as u32,
-            first_block: 0,
-        }];
+    let run = |rows: Range<usize>, prompt_len: usize| {
+        let spans = [span_of(&rows, prompt_len)];
         let mut out = poisoned(gpu, DType::Bf16, rows.len(), m.heads * m.v);
         let args = MlaArgs {
+            batch: batch.batch(&spans),
             q: q.view().rows_range(rows),
             cache: &cache,
             weights: &weights,
-            batch: batch.batch(&spans),
             scale: m.scale(),
         };
         gpu.attention_mla(args, out.view_mut()).unwrap();
         values(gpu, out.view()).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
     };
-    let width = m.heads * m.v;
     for prompt_len in [0, positions] {
-        let whole = run(0..positions, prompt_len);
-        for rows in [0..1, 511..512, 512..513, 1299..1300, 31..33, 500..640, 1..100, 900..1300] {
-            let expected = &whole[rows.start * width..rows.end * width];
-            assert_eq!(run(rows.clone(), prompt_len), expected, "rows {rows:?}, prompt of {prompt_len}");
+        let whole = run(rows.whole.clone(), prompt_len);
+        for part in rows.parts {
+            let expected = part_of(&whole, rows, part, m.heads * m.v);
+            assert_eq!(run(part.clone(), prompt_len), expected, "rows {part:?}, prompt of {prompt_len}");
         }
     }
 }
