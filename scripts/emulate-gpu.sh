@@ -15,7 +15,8 @@ emulator="$PWD/target/emulator"
 logs="$emulator/logs"
 jobs=$(nproc)
 tests=(dense:: sample:: ranks:: steps:: moe:: products::linear products::a_row products::an_expert products::many attention::gqa quantized::codes)
-hoppers=(products::kernels_agree_on_{experts,linear,many} attention::{gqa,mla} moe::{planned,the_device_plans} products::{linear,mlp,a_row,an_expert})
+hoppers=(products::kernels_agree_on_{experts,linear,many} moe::{the_device_plans,planned} attention::a_row_{has,of_mla_has}_the_same_bits_past
+    attention::{gqa,mla} products::{linear,mlp,a_row,an_expert})
 if [ $# -gt 0 ]; then tests=("$@") hoppers=("$@"); fi
 overlapping=(dense:: sample::greedy steps::steps_of steps::weights moe::planned moe::every moe::combine world::the_device
     products::an_expert quantized::codes)
