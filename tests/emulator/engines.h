@@ -39,6 +39,7 @@ constexpr int GROUP_THREADS = 128;
 struct WarpgroupEngines {
   std::vector<int> closed;  // by group of products, threads that have closed it
   uint32_t computed = 0;    // groups
+  int turns = 0;            // of threads that wait, until the next are computed
 };
 
 struct NamedBarrier {
