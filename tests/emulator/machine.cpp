@@ -152,9 +152,13 @@ std::string Kernel::name() const {
 }
 
 int multiprocessors() {
-  static const char* given = getenv("EMULATED_MULTIPROCESSORS");
-  static const int number = given ? atoi(given) : 132;
-  if (number < 1) fail("EMULATED_MULTIPROCESSORS is '%s'", given);
+  static const int number = [] {
+    const char* given = getenv("EMULATED_MULTIPROCESSORS");
+    char* end = nullptr;
+    long asked_for = given ? strtol(given, &end, 10) : 132;
+    if (given && (end == given || *end || asked_for < 0 || asked_for > 1024)) fail("EMULATED_MULTIPROCESSORS is '%s', not 0 to 1024", given);
+    return int(asked_for);
+  }();
   return number;
 }
 

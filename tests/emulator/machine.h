@@ -162,7 +162,7 @@ template <class T> T& in_shared() {
 enum class Order { IN_TURN, REVERSED, EARLY, RANDOM };
 extern const Order order;          // EMULATED_ORDER
 extern const int capability;       // 8 or 9, for compute capability 8.0 or 9.0: EMULATED_CAPABILITY
-int multiprocessors();             // EMULATED_MULTIPROCESSORS, 132 if it is not set: grids are chosen by it
+int multiprocessors();             // EMULATED_MULTIPROCESSORS, 132 if it is not set: grids are chosen by it; with 0, none is a small one
 inline size_t most_shared() { return capability == 9 ? MOST_SHARED : 163 << 10; }
 // A number below `end`: the same numbers in every run.
 uint64_t drawn(uint64_t end);
