@@ -148,9 +148,12 @@ void wait_for_products(size_t most_groups_left) {
     uint32_t last = lane.closed - most_groups_left;
     wait_until([&] { return group.all.closed[last - 1] == GROUP_THREADS; }, "their warpgroup's products");
     // They take their time.
-    constexpr int MOST_TURNS = 8 * GROUP_THREADS;
+    constexpr int MOST_TURNS = 64 * GROUP_THREADS;
     if (group.all.computed < last && group.all.turns == 0 && !at_once()) group.all.turns = drawn(MOST_TURNS);
-    for (; group.all.computed < last && group.all.turns > 0; --group.all.turns) yield();
+    while (group.all.computed < last && group.all.turns > 0) {
+      --group.all.turns;
+      yield();
+    }
     compute_groups(group, last);
   }
   lane.ordered = false;
