@@ -3,7 +3,8 @@
 
     tests/emulator/build.py FOLDER [--watched]
 
---watched: kernels tell what they read and write (accesses.h), and take twice the time.
+--watched: kernels tell of every access to memory, so that races and accesses beside it are seen (accesses.h), and take several times as long.
+
 Needs g++ on x86-64. The kernels' sources are C++ but for what is replaced here; headers of CUDA and CUTLASS are those beside this file.
 """
 
@@ -18,7 +19,8 @@ CUDA = HERE.parent.parent / "cuda"
 CUTLASS = HERE.parent.parent / "cutlass-sys/src"
 FLAGS = "-std=c++20 -O2 -w -fPIC -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden".split()
 FLAGS += ["-Wno-psabi", "-D__CUDA_ARCH_FEAT_SM90_ALL"]
-WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+# Hooks before every access, which accesses.cpp has, and lines of the sources for what it prints.
+HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -g1".split()
 
 # kernel<<<grid, threads, bytes, stream>>>(arguments);
 LAUNCH = re.compile(r"(\w+(?:<[^<>;\n]*>)?)<<<(.*), ([^,\n]*), ([^,\n]*), (.*)>>>\((.*)\);")
@@ -90,6 +92,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     sources = folder / "sources"
     sources.mkdir(parents=True, exist_ok=True)
+    watched = "--watched" in sys.argv[2:]
     compiled = sorted(HERE.glob("*.cpp"))
     for path in sorted([*CUDA.iterdir(), *CUTLASS.glob("*.cu")]):
         to = sources / (path.stem + ".cpp" if path.suffix == ".cu" else path.name)
@@ -99,8 +102,8 @@ def main() -> None:
 
     def compile_one(source: pathlib.Path) -> str:
         to = folder / (source.stem + ".o")
-        watched = WATCHED if "--watched" in sys.argv[2:] and source.parent == sources else []
-        subprocess.run(["g++", *FLAGS, *watched, f"-I{HERE}", f"-I{sources}", "-c", source, "-o", to], check=True)
+        flags = FLAGS + (HOOKS if watched and source.parent == sources else [f"-DWATCHED={int(watched)}", "-g1"])
+        subprocess.run(["g++", *flags, f"-I{HERE}", f"-I{sources}", "-c", source, "-o", to], check=True)
         return str(to)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

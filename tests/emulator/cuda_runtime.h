@@ -10,6 +10,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "accesses.h"
 #include "grid.h"
 
 #define __device__
@@ -42,7 +43,7 @@ struct alignas(16) float4 {
 };
 
 inline void __syncthreads() { emulated::wait_for_block(); }
-inline void __syncwarp(unsigned = ~0u) { emulated::wait_for_warp(); }
+inline void __syncwarp(unsigned = ~0u) { emulated::meet_warp(); }
 
 template <class T> T __shfl_sync(unsigned, T x, int lane) { return emulated::from_all(x)[lane % emulated::WARP]; }
 template <class T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulated::from_all(x)[emulated::thread % emulated::WARP ^ mask]; }
@@ -84,6 +85,7 @@ inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y)
 }
 // One thread runs at a time.
 template <class T> T atomicAdd(T* to, T x) {
+  emulated::accesses::Atomic atomic;
   T before = *to;
   *to += x;
   return before;

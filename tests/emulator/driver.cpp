@@ -15,13 +15,13 @@
 #include <utility>
 
 #include "api.h"
+#include "device_memory.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-constexpr int SUCCESS = 0, NOT_READY = 600;
-using emulated::MEMORY;
+constexpr int SUCCESS = 0, OUT_OF_MEMORY = 2, NOT_READY = 600;
 
 // Held by whoever gives work or does it.
 std::recursive_mutex machine;
@@ -104,38 +104,6 @@ void finish_all() {
   }
 }
 
-// Blocks of memory have a margin that nobody may write.
-constexpr size_t MARGIN = 1024;
-constexpr unsigned char UNWRITTEN = 0xff;
-std::map<unsigned char*, size_t> blocks;
-size_t taken;
-
-size_t with_margin(size_t bytes) { return (bytes + MARGIN + 255) / 256 * 256; }
-
-int allocate(unsigned char** to, size_t bytes) {
-  constexpr int OUT_OF_MEMORY = 2;
-  auto* at = reinterpret_cast<unsigned char*>(emulated::memory());
-  unsigned char* end = at + MEMORY;
-  for (auto [block, size] : blocks) {
-    if (size_t(block - at) >= with_margin(bytes)) break;
-    at = block + with_margin(size);
-  }
-  if (bytes > MEMORY - taken || with_margin(bytes) > size_t(end - at)) return OUT_OF_MEMORY;
-  memset(at, UNWRITTEN, with_margin(bytes));
-  *to = at;
-  blocks[at] = bytes;
-  taken += bytes;
-  return SUCCESS;
-}
-
-void release(unsigned char* block) {
-  size_t bytes = blocks.at(block);
-  for (size_t i = bytes; i < bytes + MARGIN; ++i)
-    if (block[i] != UNWRITTEN) emulated::fail("%zu bytes of memory, and byte %zu written", bytes, i);
-  blocks.erase(block);
-  taken -= bytes;
-}
-
 auto held() { return std::lock_guard(machine); }
 Stream* stream_of(void* stream) { return static_cast<Stream*>(stream); }
 
@@ -175,7 +143,7 @@ API int cuDeviceGetName(char* name, int bytes, int) {
   return SUCCESS;
 }
 API int cuDeviceTotalMem_v2(size_t* bytes, int) {
-  *bytes = MEMORY;
+  *bytes = emulated::MEMORY;
   return SUCCESS;
 }
 API int cuDeviceGetAttribute(int* value, int which, int) {
@@ -271,28 +239,23 @@ API int cuGraphLaunch(void* instance, void* stream) {
 API int cuGraphExecDestroy(void*) { return SUCCESS; }
 API int cuGraphDestroy(void*) { return SUCCESS; }
 
-API int cuMemAlloc_v2(Address* address, size_t bytes) {
-  auto lock = held();
-  unsigned char* block = nullptr;
-  int error = allocate(&block, bytes);
-  *address = reinterpret_cast<Address>(block);
-  return error;
-}
 API int cuMemHostAlloc(void** block, size_t bytes, unsigned) {
   auto lock = held();
-  return allocate(reinterpret_cast<unsigned char**>(block), bytes);
+  *block = emulated::allocate(bytes);
+  return *block ? SUCCESS : OUT_OF_MEMORY;
 }
+API int cuMemAlloc_v2(Address* address, size_t bytes) { return cuMemHostAlloc(reinterpret_cast<void**>(address), bytes, 0); }
 API int cuMemFreeHost(void* block) {
   auto lock = held();
   finish_all();
-  release(static_cast<unsigned char*>(block));
+  emulated::release(static_cast<char*>(block));
   return SUCCESS;
 }
 API int cuMemFree_v2(Address address) { return cuMemFreeHost(reinterpret_cast<void*>(address)); }
 API int cuMemGetInfo_v2(size_t* left, size_t* all) {
   auto lock = held();
-  *left = MEMORY - taken;
-  *all = MEMORY;
+  *left = emulated::memory_left();
+  *all = emulated::MEMORY;
   return SUCCESS;
 }
 API int cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
@@ -306,7 +269,7 @@ API int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream)
 }
 
 API int cuGetErrorName(int error, const char** name) {
-  *name = error == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_EMULATED";
+  *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_EMULATED";
   return SUCCESS;
 }
 API int cuGetErrorString(int, const char** text) {

@@ -1,7 +1,6 @@
 // Which blocks are resident, and whose turn it is.
 #include "grid.h"
 
-#include <algorithm>
 #include <list>
 
 namespace emulated {
@@ -11,27 +10,21 @@ struct Grid {
   const Kernel* kernel;
   Grid* before;
   uint64_t clusters;
-  uint32_t number;
   uint64_t started = 0, ended = 0;  // clusters
   uint64_t open = 0;                // blocks that have let the next kernel start, or have ended
   bool waited = false;              // a thread has
-  bool opens_late = false;          // the next kernel cannot start before a thread of this one has waited
   bool held;                        // where it lets the next kernel start
   bool reached = false;             // a thread has come there
+  Number number = 0;
+  Number passes_on = 0;  // up to where kernels have ended, as a block knew that let the next one start: it starts when all have
 
   bool over() const { return ended == clusters; }
   bool lets_next_start() const { return open == clusters * kernel->cluster; }
-  // The last kernel of those that have ended when this one starts as early as it can.
-  uint32_t settled() const {
-    if (!before) return number - 1;
-    return before->opens_late ? before->number - 1 : before->settled();
-  }
 };
 
 namespace {
 
 constexpr int MOST_RESIDENT = 16 * 1024;  // threads
-uint32_t numbers;                         // of kernels so far
 
 class Chain {
  public:
@@ -39,10 +32,12 @@ class Chain {
     for (const Kernel* kernel : kernels) {
       uint64_t blocks = uint64_t(kernel->grid.x) * kernel->grid.y * kernel->grid.z;
       if (kernel->grid.x % kernel->cluster) fail("%s: %u blocks in clusters of %d", kernel->name().c_str(), kernel->grid.x, kernel->cluster);
-      grids.push_back({.kernel = kernel, .before = nullptr, .clusters = blocks / kernel->cluster, .number = ++numbers, .held = order == Order::EARLY});
+      grids.push_back({.kernel = kernel, .before = nullptr, .clusters = blocks / kernel->cluster, .held = order == Order::EARLY});
     }
     for (size_t i = 1; i < grids.size(); ++i) grids[i].before = &grids[i - 1];
     grids.back().held = false;  // no kernel comes next
+    static Number begun = 0;
+    for (Grid& grid : grids) grid.number = ++begun;
   }
 
   void run() {
@@ -73,10 +68,13 @@ class Chain {
 
   void start() {
     Grid& grid = grids[next];
-    uint64_t at = grid.started++;
-    if (order == Order::REVERSED) at = grid.clusters - 1 - at;
-    resident.emplace_back(&grid, *grid.kernel, at, Access{grid.number, grid.settled()});
+    uint64_t number = grid.started++;
+    resident.emplace_back(&grid, *grid.kernel, order == Order::REVERSED ? grid.clusters - 1 - number : number);
     threads += resident.back().alive;
+    // Of kernels that do not start early, all before have ended. What the kernel before did is not known of others, whether or not it has ended.
+    Number known = grid.before ? grid.before->passes_on : grid.number - 1;
+    for (Block* block : resident.back().blocks)
+      for (Fiber& fiber : block->fibers) fiber.known = known;
   }
 
   bool run(std::list<Cluster>::iterator cluster) {
@@ -93,7 +91,7 @@ class Chain {
     for (const Block* block : cluster->blocks) {
       if (block->lets_next_start) continue;
       ++grid.open;
-      grid.opens_late |= std::ranges::any_of(block->fibers, [&](const Fiber& fiber) { return fiber.settled == grid.number - 1; });
+      for (const Fiber& fiber : block->fibers) grid.passes_on = std::max(grid.passes_on, fiber.known);
     }
     threads -= grid.kernel->threads * grid.kernel->cluster;
     resident.erase(cluster);
@@ -137,12 +135,14 @@ class Chain {
 
 void run_kernels(const std::vector<const Kernel*>& chain) { Chain(chain).run(); }
 
+Number number_of_kernel() { return block->cluster->grid->number; }
+
 void let_next_start() {
   Grid& grid = *block->cluster->grid;
   if (!block->lets_next_start) {
     block->lets_next_start = true;
     ++grid.open;
-    grid.opens_late |= access.settled == grid.number - 1;
+    grid.passes_on = std::max(grid.passes_on, block->fibers[thread].known);
   }
   grid.reached = true;
   wait_until([&] { return !grid.held; }, "what may start early");
@@ -153,7 +153,7 @@ void wait_for_turn() {
   Grid& grid = *block->cluster->grid;
   grid.waited = true;
   wait_until([&] { return !grid.before || grid.before->over(); }, "the kernel before theirs");
-  block->fibers[thread].settled = access.settled = grid.number - 1;
+  block->fibers[thread].known = grid.number - 1;
 }
 
 }  // namespace emulated

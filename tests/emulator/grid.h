@@ -22,6 +22,9 @@ void run_kernels(const std::vector<const Kernel*>& chain);
 // Work of a stream, which runs when somebody waits for it.
 void enqueue(void* stream, Kernel kernel);
 
+// Of the kernel that the running thread belongs to.
+Number number_of_kernel();
+
 // What threads say.
 void let_next_start();
 void wait_for_turn();

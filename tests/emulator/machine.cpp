@@ -63,7 +63,7 @@ void entry() {
   fail("a thread that had ended goes on");
 }
 
-void prepare(Fiber& fiber, uint32_t settled) {
+void prepare(Fiber& fiber) {
   if (stacks.empty()) stacks.push_back(static_cast<char*>(aligned_alloc(64, STACK_BYTES)));
   char* stack = stacks.back();
   stacks.pop_back();
@@ -71,14 +71,13 @@ void prepare(Fiber& fiber, uint32_t settled) {
   *--top = nullptr;  // no caller
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber = {top, stack, {}, settled, false};
+  fiber = {top, stack, {}, false, 0, 0};
 }
 
 void resume(Fiber& fiber, int number) {
   thread = number;
   threadIdx = {unsigned(number), 0, 0};
   fiber.waits = {};
-  access = {block->cluster->number, fiber.settled};
   exchange_stacks(&scheduler, fiber.top);
 }
 
@@ -174,7 +173,7 @@ char* Block::variable(const void* name, size_t bytes, size_t alignment) {
   return place;
 }
 
-Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access) : grid(grid), kernel(kernel), number(access.kernel) {
+Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t number) : grid(grid), kernel(kernel) {
   if (kernel.threads < 1 || kernel.threads > MOST_THREADS) fail("a block of %d threads", kernel.threads);
   if (kernel.shared_bytes > most_shared()) fail("%zu bytes of shared memory", kernel.shared_bytes);
   alive = kernel.threads * kernel.cluster;
@@ -185,15 +184,15 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access) :
     }
     Block* own = places.back();
     places.pop_back();
-    uint64_t number = at * kernel.cluster + rank, row = number / kernel.grid.x;
+    uint64_t at = number * kernel.cluster + rank, row = at / kernel.grid.x;
     own->cluster = this;
     own->rank = rank;
-    own->index = {unsigned(number % kernel.grid.x), unsigned(row % kernel.grid.y), unsigned(row / kernel.grid.y)};
+    own->index = {unsigned(at % kernel.grid.x), unsigned(row % kernel.grid.y), unsigned(row / kernel.grid.y)};
     own->shared_used = kernel.shared_bytes;
     memset(own->shared, 0xff, kernel.shared_bytes);
     own->variables.clear();
     own->fibers.resize(kernel.threads);
-    for (Fiber& fiber : own->fibers) prepare(fiber, access.settled);
+    for (Fiber& fiber : own->fibers) prepare(fiber);
     own->shown.resize(kernel.threads + WARP);
     own->copies.assign(kernel.threads, {});
     own->all = {};
@@ -201,7 +200,9 @@ Cluster::Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access) :
     for (int& turns : own->asleep) turns = turns_to_sleep(AT_FIRST);
     std::ranges::fill(own->warps, Barrier());
     own->alive = kernel.threads;
-    own->lets_next_start = false;
+    own->known = 0;
+    std::ranges::fill(own->known_by_warp, 0);
+    own->lets_next_start = own->other_barriers = false;
     blocks.push_back(own);
   }
 }
@@ -242,7 +243,18 @@ void wait_until(Condition condition) {
   yield();
 }
 void wait_for_warp() { wait(block->warps[thread / WARP], WARP, "their warp"); }
-void wait_for_block() { wait(block->all, block->alive, "their block"); }
+void meet_warp() {
+  Number& known = block->known_by_warp[thread / WARP];
+  known = std::max(known, block->fibers[thread].known);
+  wait_for_warp();
+  ++block->fibers[thread].warp_epoch;
+  block->fibers[thread].known = std::max(block->fibers[thread].known, known);
+}
+void wait_for_block() {
+  block->known = std::max(block->known, block->fibers[thread].known);
+  wait(block->all, block->alive, "their block");
+  block->fibers[thread].known = std::max(block->fibers[thread].known, block->known);
+}
 void wait_for_cluster() { wait(block->cluster->all, block->cluster->alive, "their cluster"); }
 
 void Copies::wait(size_t most_left) {

@@ -10,9 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "accesses.h"
-
 namespace emulated {
+
+// Kernels are numbered as they begin; 0 is before the first.
+using Number = uint32_t;
 
 constexpr int WARP = 32, MOST_THREADS = 1024;
 constexpr size_t MOST_SHARED = 227 << 10;  // bytes of a block's shared memory, of compute capability 9.0
@@ -60,8 +61,9 @@ struct Fiber {
   void* top;  // of its stack, while it waits
   char* stack;
   Condition waits;  // without `holds`: for its turn to run
-  uint32_t settled;  // see accesses.h
   bool ended;
+  Number known;         // it knows that all kernels up to this one have ended
+  uint32_t warp_epoch;  // how often its warp has met
 };
 
 // What a lane of a warp shows the others between two waits.
@@ -95,8 +97,10 @@ struct Block {
   Barrier all, warps[MOST_THREADS / WARP];
   std::shared_ptr<Engines> engines;  // see engines.h
   int asleep[MOST_THREADS / WARP];   // turns left, by warp
+  Number known, known_by_warp[MOST_THREADS / WARP];  // what one of those who met knew
   int alive;  // threads that have not ended
   bool lets_next_start;
+  bool other_barriers;  // than the one of all its threads and those of warps
 
   // The place of a __shared__ variable, which `name` tells from others.
   char* variable(const void* name, size_t bytes, size_t alignment);
@@ -106,14 +110,13 @@ struct Block {
 struct Cluster {
   Grid* grid;
   const Kernel& kernel;
-  uint32_t number;             // of the kernel: see accesses.h
   std::vector<Block*> blocks;  // by rank
   Barrier all;
   int alive;            // threads of all blocks
   uint64_t stuck_since = ~uint64_t(0);  // the affair of grid.cpp
 
-  // The cluster that has `at` before it in its grid.
-  Cluster(Grid* grid, const Kernel& kernel, uint64_t at, Access access);
+  // Number `number` of a grid's clusters.
+  Cluster(Grid* grid, const Kernel& kernel, uint64_t number);
   ~Cluster();
   // Lets threads run until all of them wait, or once each. Whether any ran.
   bool run(bool once);
@@ -132,6 +135,8 @@ template <class F> void wait_until(const F& holds, const char* what) {
   if (!holds()) wait_until({[](const void* f) { return bool((*static_cast<const F*>(f))()); }, &holds, what});
 }
 void wait_for_warp();
+// The same, after which each has seen what the others did.
+void meet_warp();
 void wait_for_block();
 void wait_for_cluster();
 // What is left of a block that has ended is a fault.

@@ -36,6 +36,7 @@ void PhaseBarrier::check(const char* what) const {
 
 void PhaseBarrier::init(int count) {
   if (count < 1 || count >= 1 << 15) fail("a barrier of %d arrivals", count);
+  block->other_barriers = true;
   phase = 0, made = MADE, shown = 0, expected = missing = count, bytes = 0;
   engines().threads[thread].barriers.push_back(this);
 }
@@ -86,6 +87,7 @@ void land(unsigned rank, uint32_t barrier, int bytes, std::function<void()> copy
 
 void named_barrier(int name, int threads, bool waits) {
   if (name < 1 || name > 15 || threads % WARP) fail("barrier %d of %d threads", name, threads);
+  block->other_barriers = true;
   NamedBarrier& barrier = engines().barriers[name];
   if (barrier.arrived && barrier.expected != threads) fail("barrier %d of %d threads and of %d", name, barrier.expected, threads);
   barrier.expected = threads;

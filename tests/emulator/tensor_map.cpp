@@ -5,6 +5,7 @@
 #include <cstring>
 #include <unordered_set>
 
+#include "accesses.h"
 #include "engines.h"
 #include "mbarrier.h"
 
@@ -19,7 +20,7 @@ std::unordered_set<const void*> made_here;  // maps that kernels have put into g
 void publish(CUtensorMap* to, const CUtensorMap& map) {
   constexpr size_t PIECE = sizeof(CUtensorMap) / WARP;
   size_t own = thread % WARP * PIECE;
-  writes(reinterpret_cast<char*>(to) + own, PIECE);
+  accesses::write(reinterpret_cast<char*>(to) + own, PIECE);
   memcpy(reinterpret_cast<char*>(to) + own, reinterpret_cast<const char*>(&map) + own, PIECE);
   made_here.insert(to);
 }
@@ -30,13 +31,13 @@ void copy_box(const void* at, int column, int row, uint32_t to, uint32_t barrier
   if (made_here.contains(at) && !std::ranges::count(engines().threads[thread].maps, at))
     fail("a tensor map that a kernel made, and that this thread has not acquired");
   TensorMap map;
-  reads(at, sizeof map);
+  accesses::read(at, sizeof map);
   memcpy(&map, at, sizeof map);
   if (map.made != TensorMap::MADE) fail("no tensor map at %p", at);
   if (to % ROW_BYTES) fail("a copy of a box to %u", to);
   // All of it is read from now on, whenever it lands.
   int64_t width = std::min<int64_t>(map.extent[0], column + ROW_BYTES / 2) - column, end = std::min<int64_t>(map.extent[1], row + map.box[1]);
-  for (int64_t y = row; y < end && width > 0; ++y) reads(static_cast<const char*>(map.data) + y * map.stride + column * 2, width * 2);
+  for (int64_t y = row; y < end && width > 0; ++y) accesses::read(static_cast<const char*>(map.data) + y * map.stride + column * 2, width * 2);
   for (unsigned rank = 0; blocks >> rank; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     char* target = shared_of(rank);

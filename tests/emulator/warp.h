@@ -9,9 +9,12 @@ namespace emulated {
 
 inline void copy_async(uint32_t to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || (bytes != 0 && bytes != 16)) fail("a copy of %d bytes from %p", bytes, from);
-  auto copy = [=] { store_shared(to, bytes ? *static_cast<const uint4*>(from) : uint4{}); };
+  auto copy = [=, asked = accesses::now()] {
+    accesses::Since since(asked);
+    store_shared(to, bytes ? *static_cast<const uint4*>(from) : uint4{});
+  };
   // At any time until it is waited for.
-  if (bytes) reads(from, 16);
+  if (bytes) accesses::read(from, bytes);
   if (drawn(2)) copy();
   else copies().open.push_back(copy);
 }
