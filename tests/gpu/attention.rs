@@ -18,6 +18,7 @@ pub fn trials() -> Vec<Trial> {
         trial("attention::gqa_with_windows_and_sinks", gqa_with_windows_and_sinks),
         trial("attention::gqa_over_long_contexts", gqa_over_long_contexts),
         trial("attention::mla", mla),
+        trial("attention::mla_in_steps", mla_in_steps),
         trial("attention::mla_over_long_contexts", mla_over_long_contexts),
         trial(
             "attention::a_row_has_the_same_bits_alone_and_in_any_chunk",
@@ -237,6 +238,11 @@ impl Mla {
 }
 
 fn check_mla(batch: &Batch, m: Mla, precision: Precision, numbers: &mut Numbers) {
+    check_mla_in_steps(0, batch, m, precision, numbers);
+}
+
+/// The same result in each of so many steps, between kernels that write the queries; with 0, outside of any.
+fn check_mla_in_steps(steps: usize, batch: &Batch, m: Mla, precision: Precision, numbers: &mut Numbers) {
     let (latents, ropes) =
         (numbers.vec(batch.positions() * m.latent), numbers.vec(batch.positions() * m.rope));
     let q: Vec<f32> = numbers.vec(batch.rows() * m.q_width()).iter().map(|x| x * 3.0).collect();
@@ -250,18 +256,37 @@ fn check_mla(batch: &Batch, m: Mla, precision: Precision, numbers: &mut Numbers)
         let weights = device.pack_mla(&kv_b, m.heads, m.nope, m.v, precision.weights).unwrap();
         let shape = KvShape::Mla { latent: m.latent, rope_dim: m.rope };
         let cache = batch.cache(device, shape, precision.activations, &ropes, &latents);
-        let q = tensor(device, DType::F32, batch.rows(), m.q_width(), &q);
+        let mut q = tensor(device, DType::F32, batch.rows(), m.q_width(), &q);
         let mut out = poisoned(device, precision.activations, batch.rows(), m.heads * m.v);
-        let args = MlaArgs {
-            q: q.view(),
-            cache: &cache,
-            weights: &weights,
-            batch: batch.batch(&batch.spans),
-            scale: m.scale(),
+        let attend = |q: &Tensor, out: &mut Tensor| {
+            let args = MlaArgs {
+                q: q.view(),
+                cache: &cache,
+                weights: &weights,
+                batch: batch.batch(&batch.spans),
+                scale: m.scale(),
+            };
+            device.attention_mla(args, out.view_mut())
         };
-        device.attention_mla(args, out.view_mut()).unwrap();
+        if steps == 0 {
+            attend(&q, &mut out).unwrap();
+        }
+        for _ in 0..steps {
+            let mut body = || {
+                device.scale(1.0, q.view_mut())?;
+                attend(&q, &mut out)?;
+                device.scale(1.0, q.view_mut())
+            };
+            device.step(&mut body).unwrap();
+        }
         values(device, out.view())
     });
+}
+
+fn mla_in_steps() {
+    let mut numbers = Numbers::new(29);
+    let batch = Batch::new(&mut numbers, &[(520, 1, 3), (63, 1, 2)]);
+    check_mla_in_steps(3, &batch, DEEPSEEK, Precision::BF16, &mut numbers);
 }
 
 fn mla() {
