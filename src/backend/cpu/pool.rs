@@ -307,7 +307,6 @@ impl Shared {
 }
 
 /// Locks a mutex whose data stays valid whatever happens: a panic elsewhere is no reason to fail.
-/// Locks it, whatever became of the last who held it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
