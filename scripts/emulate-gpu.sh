@@ -92,4 +92,4 @@ models bf16
 echo "deepseek_v3_fp8 bf16 --quantize fp8
 mixtral bf16 --expert-parallel-size 2
 deepseek_v3 bf16 --expert-parallel-size 2 --redundant-experts 4" | each model
-{ printf '9.0 %s\n' attention::mla_in steps::steps_of && printf '8.0 %s\n' "${overlapping[@]}"; } | each operation
+{ printf '9.0 %s\n' attention::{mla_in,gqa_over} steps::steps_of moe::planned products::an_expert && printf '8.0 %s\n' "${overlapping[@]}"; } | each operation
