@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
@@ -116,8 +117,10 @@ void race(const Stamp& earlier, bool wrote, const Stamp& now, bool writes, const
   static std::set<std::tuple<uint32_t, bool, uint32_t, bool>> told;
   if (!told.insert({earlier.code, wrote, now.code, writes}).second) return;
   ++faults;
-  uint32_t kernels = now.kernel - earlier.kernel;
-  std::string when = kernels == 0 ? "" : kernels == 1 ? ", in the kernel before," : ", " + std::to_string(kernels) + " kernels before,";
+  int64_t kernels = int64_t(now.kernel) - earlier.kernel;
+  std::string side = kernels > 0 ? "before" : "after", when = ", " + std::to_string(std::abs(kernels)) + " kernels " + side + ",";
+  if (kernels == 0) when = "";
+  if (std::abs(kernels) == 1) when = ", in the kernel " + side + ",";
   fprintf(stderr, "emulated GPU: race in %s: %s %s %s (%s), which%s %s %s (%s)\n", block->cluster->kernel.name().c_str(), who(now).c_str(),
           writes ? "writes" : "reads", where, line_of(now.code).c_str(), when.c_str(), who(earlier).c_str(), wrote ? "wrote" : "read",
           line_of(earlier.code).c_str());
@@ -143,6 +146,7 @@ void access(Cell& cell, const Stamp& now, bool write, const char* where) {
     cell.write = now, read = {};
     return;
   }
+  if (read.kernel > now.kernel) return;  // a later kernel has read it early: whoever writes it is to meet that one
   Stamp readers = now;
   if (read.kernel == now.kernel && !before(read, now)) {
     readers.several_blocks = read.several_blocks || read.block != now.block;
