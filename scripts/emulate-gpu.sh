@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the CUDA backend on an emulated GPU (tests/emulator): no GPU, driver or nvcc, only g++ and python3 on x86-64. All fixtures through
 # `verify --device cuda`, placements that must not change a bit, and the tests of tests/gpu that take seconds. Then kernels that overlap as
-# on Hopper, each as early as it may, and watched: two that touch the same memory before one has waited for the other are an error, whether
-# it would show or not (tests/emulator/accesses.h). No grid counts as a small one there: those start in turn.
+# on Hopper, each as early as it may, and watched access by access (tests/emulator/accesses.h): two kernels, or two threads of one, that touch the
+# same memory with nothing to say which comes first are an error, whether it would show or not, and so is an access out of bounds. No grid counts as a
+# small one there: those start in turn.
 #
 #   scripts/emulate-gpu.sh [TEST...]      # with names of tests, only those; the environment may order turns (tests/emulator/grid.h)
 #

@@ -1,5 +1,5 @@
 // Every access of a kernel to the GPU's memory and to the shared memory of its blocks, where kernels were compiled to tell of them (build.py
-// --accesses: with the compiler's hooks for a thread sanitizer, whose runtime this is in place of). Two accesses to the same byte, one of them a
+// --watched: with the compiler's hooks for a thread sanitizer, whose runtime this is in place of). Two accesses to the same byte, one of them a
 // write, are a race unless something says which comes first:
 //   the same thread; a barrier of the block, or of the warp, between them (a shuffle orders nothing); both atomic
 //   the end of a kernel, for whoever has learnt of it: kernels that do not start early know that all before them have ended; threads of others
