@@ -93,4 +93,6 @@ models bf16
 echo "deepseek_v3_fp8 bf16 --quantize fp8
 mixtral bf16 --expert-parallel-size 2
 deepseek_v3 bf16 --expert-parallel-size 2 --redundant-experts 4" | each model
+# Few rows have a kernel of their own in grids that count as small.
+echo "deepseek_v3 bf16 --prefill-chunk-size 5" | EMULATED_MULTIPROCESSORS=132 each model
 { printf '9.0 %s\n' attention::{mla_in,gqa_over} steps::steps_of moe::planned products::an_expert && printf '8.0 %s\n' "${overlapping[@]}"; } | each operation
