@@ -19,7 +19,7 @@ tests=(dense:: sample:: ranks:: steps:: moe:: products::linear products::a_row p
 hoppers=(products::kernels_agree_on_{experts,linear,many} moe::{the_device_plans,planned} attention::a_row_{has,of_mla_has}_the_same_bits_past
     attention::{gqa,mla} products::{linear,mlp,a_row,an_expert})
 if [ $# -gt 0 ]; then tests=("$@") hoppers=("$@"); fi
-overlapping=(dense:: sample::greedy steps::steps_of steps::weights moe::planned moe::every moe::combine world::the_device
+overlapping=(sample::{tokens,greedy,draws} attention::gqa dense:: steps::{steps_of,weights} moe::{planned,every,combine,the_device} world::the_device
     products::an_expert quantized::codes)
 
 python3 tests/emulator/build.py "$emulator"
