@@ -25,6 +25,11 @@ HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -g1".split(
 # kernel<<<grid, threads, bytes, stream>>>(arguments);
 LAUNCH = re.compile(r"(\w+(?:<[^<>;\n]*>)?)<<<(.*), ([^,\n]*), ([^,\n]*), (.*)>>>\((.*)\);")
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
+# What must be in common.cuh, or kernels would neither start early nor count multiprocessors here, and nobody would notice.
+INSTEAD = {
+    "defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900": "true",
+    "constexpr int MULTIPROCESSORS = 132;": "#define MULTIPROCESSORS emulated::multiprocessors()",
+}
 ASM = re.compile(r"\basm(?: volatile)?\(\s*")
 STATIC_SHARED = re.compile(r"^( +)__shared__ ([^;]+);", re.MULTILINE)
 STRING = re.compile(r'"([^"]*)"\s*')
@@ -80,8 +85,8 @@ def as_cpp(text: str) -> str:
     text = text.replace('"../../cuda/', '"')
     text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::block->shared);", text)
     text = STATIC_SHARED.sub(static_shared, text)
-    text = text.replace("defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900", "true")
-    text = text.replace("constexpr int MULTIPROCESSORS = 132;", "#define MULTIPROCESSORS emulated::multiprocessors()")
+    for before, after in INSTEAD.items():
+        text = text.replace(before, after)
     if "__cluster_dims__(BLOCKS, 1, 1)" in text:  # g++ has no attribute for it
         text = text.replace("config.numAttrs = 1;\n", "config.numAttrs = 1;\n  config.cluster = BLOCKS;\n")
         assert "config.cluster" in text
@@ -94,6 +99,8 @@ def main() -> None:
     sources.mkdir(parents=True, exist_ok=True)
     watched = "--watched" in sys.argv[2:]
     compiled = sorted(HERE.glob("*.cpp"))
+    common = (CUDA / "common.cuh").read_text()
+    assert all(before in common for before in INSTEAD), "common.cuh"
     for path in sorted([*CUDA.iterdir(), *CUTLASS.glob("*.cu")]):
         to = sources / (path.stem + ".cpp" if path.suffix == ".cu" else path.name)
         to.write_text(as_cpp(path.read_text()))

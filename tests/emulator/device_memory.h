@@ -1,7 +1,6 @@
 // The GPU's memory: blocks of it lie apart in one range of addresses.
 #pragma once
 #include <cstddef>
-#include <cstdint>
 
 namespace emulated {
 
