@@ -168,12 +168,12 @@ MOEYARD_API int moeyard_gemm_quantized(const MoeyardGemm* args, void* stream);
 // ---- cutlass-sys/src/grouped_gemm.cu
 
 typedef enum { MOEYARD_WIDE = 0, MOEYARD_THIN = 1 } MoeyardClusterForm;
-// What moeyard_gemm_bf16 computes, on compute capability 9.0, by pairs of blocks. `row_tile` is one to four times 64 (wide) or 16
-// (thin); with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With an
+// What moeyard_gemm_bf16 computes, on compute capability 9.0, by pairs of blocks. `row_tile` is one to eight times 32 (wide), one to four
+// times 16 (thin); with 0, what suits the offsets. `row_tiles` is not read. A group is a slot or a batch, 1024 at most; not both. With an
 // activation, out is bf16 in steps of four.
 typedef struct {
   MoeyardGemm product;
-  void* maps;  // working memory, 640 bytes per group, a multiple of 128
+  void* working;  // memory, 128 bytes and 1152 per group, a multiple of 128
   int32_t form;
   int32_t reserved;
 } MoeyardGroupedGemm;

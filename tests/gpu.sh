@@ -266,7 +266,7 @@ if part bench; then
     outcome "benchmarks of layers of several ranks" "${PIPESTATUS[0]}" ""
     timeout 120 bin/gpu_bench products 2>&1 | tee -a "$logs/bench.txt"
     outcome "benchmarks of all kernels of products" "${PIPESTATUS[0]}" ""
-    # cuBLAS and a peer on the same card, where torch is at hand: the two products of the Mixtral experts above, without activation.
+    # cuBLAS and a peer on the same card, where torch is at hand: the two products of the experts above, in loads drawn alike.
     timeout 60 python3 - <<'PY' 2>&1 | tee -a "$logs/bench.txt"
 try:
     import torch
@@ -297,23 +297,29 @@ for m, n, k in [(8192, 8192, 8192), (4096, 28672, 4096)]:
     x, w = random(m, k), random(n, k)
     report(f"cuBLAS {m} x {n} x {k}", us(lambda: torch.mm(x, w.t())), 2 * m * n * k)
 if hasattr(torch, "_grouped_mm"):
-    experts, hidden, width = 8, 4096, 14336
-    gate_up, down = random(experts, 2 * width, hidden), random(experts, hidden, width)
-    for tokens in (4096, 16384):
-        rows = 2 * tokens
-        offsets = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
-        x, y = random(rows, hidden), random(rows, width)
-        both = lambda: (
-            torch._grouped_mm(x, gate_up.transpose(1, 2), offs=offsets),
-            torch._grouped_mm(y, down.transpose(1, 2), offs=offsets),
-        )
-        report(f"torch._grouped_mm Mixtral-8x7B, {tokens} tokens", us(both), 6 * rows * hidden * width)
+    numbers = torch.Generator().manual_seed(7)
+    for name, experts, hidden, width in [("Mixtral-8x7B", 8, 4096, 14336), ("DeepSeek-V3, EP 4", 64, 7168, 2048)]:
+        gate_up, down = random(experts, 2 * width, hidden), random(experts, hidden, width)
+        for tokens in (4096, 16384):
+            rows = 2 * tokens
+            x, y = random(rows, hidden), random(rows, width)
+            for loads, spread in [("even", None), ("uniform", 0), ("log-normal", 1)]:
+                counts = torch.full((experts,), rows // experts)
+                if spread is not None:
+                    odds = (torch.randn(experts, generator=numbers) * spread).exp()
+                    counts = torch.bincount(torch.multinomial(odds, rows, replacement=True, generator=numbers), minlength=experts)
+                offsets = counts.cumsum(0).to(device="cuda", dtype=torch.int32)
+                both = lambda: (
+                    torch._grouped_mm(x, gate_up.transpose(1, 2), offs=offsets),
+                    torch._grouped_mm(y, down.transpose(1, 2), offs=offsets),
+                )
 
-        def experts_of(x):
-            gate, up = torch._grouped_mm(x, gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
-            return torch._grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=offsets)
+                def experts_of(x):
+                    gate, up = torch._grouped_mm(x, gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
+                    return torch._grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=offsets)
 
-        report("  with the activation between", us(lambda: experts_of(x)), 6 * rows * hidden * width)
+                report(f"torch {name}, {tokens} tokens, {loads}", us(both), 6 * rows * hidden * width)
+                report("  with the activation between", us(lambda: experts_of(x)), 6 * rows * hidden * width)
 PY
 fi
 

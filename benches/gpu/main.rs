@@ -1,7 +1,7 @@
 //! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
 //! table; does nothing where there is no GPU.
 //!
-//! With the argument `products`, only products, by every kernel there is for them; with `sampling`, choosing tokens; with `exchanges`, exchanges
+//! With the argument `products`, only products, by every kernel there is for them; with `loads`, experts of prompts whose loads differ; with `sampling`, choosing tokens; with `exchanges`, exchanges
 //! between ranks; with `worlds`, layers of several ranks.
 //!
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
@@ -22,9 +22,9 @@ mod threads;
 mod worlds;
 
 use bench::{Bench, Limits};
-use experts::SHAPES;
-use moeyard::backend::DType;
+use experts::{ExpertShape, SHAPES};
 use moeyard::backend::cuda::{self, CudaBackend, ProductKernels};
+use moeyard::backend::{DType, Mlp};
 use numbers::Numbers;
 
 fn main() {
@@ -43,6 +43,13 @@ fn main() {
                 let kernels = [ProductKernels::Clusters { rows: 0 }, ProductKernels::Portable];
                 bench.others = kernels.map(|kernels| (format!("{kernels:?}"), open(kernels))).into();
                 kernels_of_products(bench);
+            } else if std::env::args().any(|a| a == "loads") {
+                let limits = bench.copy();
+                bench.linear(limits, 8192, 8192, 8192);
+                for shape in SHAPES {
+                    let slots = bench.slots(shape, DType::Bf16);
+                    loads(&mut bench, limits, shape, &slots);
+                }
             } else if std::env::args().any(|a| a == "sampling") {
                 let limits = bench.copy();
                 sampling(&mut bench, limits);
@@ -69,10 +76,9 @@ fn operations(mut bench: Bench) {
     }
     for shape in SHAPES {
         let slots = bench.slots(shape, DType::Bf16);
-        for (tokens, spread) in
-            [(4096, 0.0), (4096, 1.0), (16384, 0.0), (16384, 1.0), (1, 0.0), (8, 0.0), (64, 0.0)]
-        {
-            bench.experts(limits, shape, &slots, tokens, spread);
+        loads(&mut bench, limits, shape, &slots);
+        for tokens in [1, 8, 64] {
+            bench.experts(limits, shape, &slots, tokens, 0.0);
         }
         for tokens in [1, 64, 4096] {
             bench.planned_experts(limits, shape, &slots, tokens);
@@ -102,6 +108,15 @@ fn operations(mut bench: Bench) {
     }
     bench.prefill_mla(2048);
     sampling(&mut bench, limits);
+}
+
+/// Experts of prompts, in even and in uneven shares.
+fn loads(bench: &mut Bench, limits: Limits, shape: ExpertShape, slots: &[Option<Mlp>]) {
+    for tokens in [4096, 16384] {
+        for spread in [-1.0, 0.0, 1.0] {
+            bench.experts(limits, shape, slots, tokens, spread);
+        }
+    }
 }
 
 /// Choosing tokens.

@@ -7,6 +7,8 @@
 //
 // The weights are the first operand, so a lane holds outputs n and n + 8 of a row, as in all bf16 kernels of moeyard (finish.cuh);
 // k ascends in steps of 16 as there, so that the bits are the same.
+// All widths of tiles that are a multiple of 32 rows.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include "../../cuda/finish.cuh"
 
 #include <cuda.h>
@@ -27,24 +29,35 @@ constexpr int GROUP_THREADS = 128;
 constexpr int STRIP = 16;  // tiles of rows that are walked for a tile of outputs before the next: they stay in the second-level cache
 constexpr int MOST_GROUPS = 1024;
 constexpr int ROW_BYTES = DEPTH * 2;
-constexpr int WIDTHS = 4;  // in chunks, of a tile of rows
+constexpr int MOST_WIDTHS = 8;
 constexpr int COPIERS = 4;  // warps; one thread of each works, so that what it takes to start a copy does not hold up the next
+// Tiles that a pair has been told of at most: nobody is so many behind who tells. Copies are at most STAGES ahead of products, a copier COPIERS
+// more of one that skips the others' stages.
+constexpr int TOLD = 32;
 
-// A block: one warpgroup that copies, MULTIPLIERS that multiply 64 outputs each. A tile of rows is up to four chunks.
-template <int MULTIPLIERS_, int CHUNK_, int STAGES_> struct Form {
-  static constexpr int MULTIPLIERS = MULTIPLIERS_, CHUNK = CHUNK_, STAGES = STAGES_;
+// A block: one warpgroup that copies, MULTIPLIERS that multiply 64 outputs each. A tile of rows is up to WIDTHS chunks.
+template <int MULTIPLIERS_, int CHUNK_, int WIDTHS_, int STAGES_> struct Form {
+  static constexpr int MULTIPLIERS = MULTIPLIERS_, CHUNK = CHUNK_, WIDTHS = WIDTHS_, STAGES = STAGES_;
   static constexpr int THREADS = (1 + MULTIPLIERS) * GROUP_THREADS;
   static constexpr int OUTPUTS = MULTIPLIERS * 64, ROWS = WIDTHS * CHUNK;
+  static_assert(WIDTHS <= MOST_WIDTHS);
   static_assert(STAGES % COPIERS == 0, "a stage belongs to one copier");
+  static_assert(STAGES + 2 * COPIERS + 1 <= TOLD);
   static constexpr int WEIGHT_BYTES = OUTPUTS * ROW_BYTES, STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 };
-using Wide = Form<2, 64, 4>;   // for arithmetic
-using Thin = Form<1, 16, 12>;  // for bandwidth: what is under way counts
+using Wide = Form<2, 32, 8, 4>;   // for arithmetic
+using Thin = Form<1, 16, 4, 12>;  // for bandwidth: what is under way counts
 
-// Matrices of one group, as the copy engine sees them: rows in boxes of a block's share of one to four chunks.
+// Matrices of one group, as the copy engine sees them: rows in boxes of a block's share of so many chunks and one.
 struct alignas(128) Maps {
-  CUtensorMap weights, rows[WIDTHS];
+  CUtensorMap weights, rows[MOST_WIDTHS];
 };
+// What a launch of several groups keeps in device memory.
+struct alignas(128) Working {
+  int handed_out;  // tiles, beside the first of every pair
+  Maps maps[1];    // as many as there are groups
+};
+static_assert(offsetof(Working, maps) == 128 && sizeof(Maps) == 1152, "as api.h and cutlass-sys tell");
 
 // One product: rows of one slot, or one of equal products side by side.
 struct Group {
@@ -71,6 +84,8 @@ template <class F> struct Shared {
   alignas(1024) unsigned char stages[F::STAGES][F::STAGE_BYTES];
   cutlass::arch::ClusterTransactionBarrier full[F::STAGES];
   cutlass::arch::ClusterBarrier empty[F::STAGES];
+  cutlass::arch::ClusterTransactionBarrier told[TOLD];
+  int tiles[TOLD];
   Schedule schedule;
 };
 template <class F> constexpr int SHARED_BYTES = sizeof(Shared<F>) + 1024;
@@ -79,7 +94,7 @@ static_assert(SHARED_BYTES<Wide> <= 227 * 1024 && SHARED_BYTES<Thin> <= 227 * 10
 // Called by the first warp. Wide tiles read their weights once for more rows; narrow ones keep more clusters busy when there is little
 // to do. The least estimated time wins: rounds of tiles, times the mean tile and what it costs beside its rows.
 template <class F> __device__ __forceinline__ void make_schedule(Schedule& s, const MoeyardGemm& a, int clusters) {
-  constexpr int CHUNK = F::CHUNK, BESIDE = 48;
+  constexpr int CHUNK = F::CHUNK, WIDTHS = F::WIDTHS, BESIDE = 48;
   int lane = threadIdx.x % WARP, groups = groups_of(a), pairs = divide_up(a.n, F::OUTPUTS * BLOCKS);
   unsigned tiles[WIDTHS] = {};
   for (int g = lane; g < groups; g += WARP) {
@@ -121,8 +136,6 @@ struct Work {
   int tile;       // of outputs, of this block
 };
 // The chunks of a group's rows are shared out evenly over its tiles: full tiles and one of a few rows would take as long as one more full one.
-// And the tiles of rows are rotated from one pair of outputs to the next, lest a cluster, which takes every so-many-th tile, always meets the
-// larger ones.
 template <class F> __device__ __forceinline__ Work work_of(const Schedule& s, int groups, int tile, int rank) {
   int low = 0, high = groups;  // the last group whose first tile is not beyond `tile`
   while (high - low > 1) {
@@ -132,7 +145,7 @@ template <class F> __device__ __forceinline__ Work work_of(const Schedule& s, in
   }
   int all = s.rows[low], row_tiles = divide_up(all, s.tile_rows), at = tile - s.first[low];
   int strip = at / (STRIP * s.pairs), within = at % (STRIP * s.pairs), width = min(STRIP, row_tiles - strip * STRIP);
-  int pair = within / width, row_tile = strip * STRIP + (within + pair) % width;
+  int pair = within / width, row_tile = strip * STRIP + within % width;
   int chunks = divide_up(all, F::CHUNK), each = chunks / row_tiles, more = chunks % row_tiles;
   int row = (row_tile * each + min(row_tile, more)) * F::CHUNK, rows = (each + (row_tile < more)) * F::CHUNK;
   return {low, row, min(rows, all - row), pair * BLOCKS + rank};
@@ -147,6 +160,23 @@ template <int STAGES> struct Ring {
   }
 };
 
+// The tiles of a pair of blocks: of one group every so-many-th; of several, whose tiles differ in rows, the next one that no pair has, so that all
+// end together. One thread of the pair takes it and tells both blocks.
+struct Tiles {
+  int tile;
+  unsigned turn = 0;
+  template <class F> __device__ __forceinline__ void advance(Shared<F>& shared, bool counted, int clusters) {
+    if (!counted) {
+      tile += clusters;
+      return;
+    }
+    int slot = turn % TOLD;
+    shared.told[slot].wait(turn / TOLD % 2);
+    tile = shared.tiles[slot];
+    ++turn;
+  }
+};
+
 // One thread: the weights of the first stages, into the second-level cache.
 template <class F>
 __device__ __forceinline__ void fetch_ahead(const Shared<F>& shared, const MoeyardGemm& a, const Maps& map, int cluster, int rank) {
@@ -158,23 +188,27 @@ __device__ __forceinline__ void fetch_ahead(const Shared<F>& shared, const Moeya
 
 // One thread of each copier: keeps its stages filled.
 template <class F>
-__device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a, const Maps* maps, bool made_here, int cluster,
+__device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a, const Maps& own_maps, Working* working, int cluster,
                                         int clusters, int rank) {
   constexpr auto KEEP = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr uint16_t BOTH = (1 << BLOCKS) - 1;
-  int groups = groups_of(a), steps = divide_up(a.k, DEPTH), known = -1, copier = threadIdx.x / WARP;
+  int groups = groups_of(a), steps = divide_up(a.k, DEPTH), copier = threadIdx.x / WARP;
+  // The next tile is asked for as late as its answer takes.
+  int asks = copier == 0 && rank == 0 && working ? max(steps - 2 * F::STAGES, 0) : -1, next = 0;
+  const CUtensorMap* known = nullptr;
   Ring<F::STAGES> ring;
-  for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
-    Work work = work_of<F>(shared.schedule, groups, tile, rank);
-    const Maps& map = maps[work.group];
-    if (made_here && work.group != known) {
-      cute::tma_descriptor_fence_acquire(&map.weights);
-      for (const CUtensorMap& rows : map.rows) cute::tma_descriptor_fence_acquire(&rows);
-      known = work.group;
-    }
+  for (Tiles tiles{cluster}; tiles.tile < shared.schedule.first[groups]; tiles.advance(shared, working, clusters)) {
+    Work work = work_of<F>(shared.schedule, groups, tiles.tile, rank);
+    const Maps& map = working ? working->maps[work.group] : own_maps;
     int chunks = divide_up(work.rows, F::CHUNK), own = rank * chunks * (F::CHUNK / BLOCKS);
     const CUtensorMap* rows = &map.rows[chunks - 1];
+    if (working && rows != known) {
+      cute::tma_descriptor_fence_acquire(&map.weights);
+      cute::tma_descriptor_fence_acquire(rows);
+      known = rows;
+    }
     for (int step = 0; step < steps; ++step, ring.advance()) {
+      if (step == asks) next = clusters + atomicAdd(&working->handed_out, 1);
       if (ring.stage % COPIERS != copier) continue;
       shared.empty[ring.stage].wait(ring.phase ^ 1);
       auto& full = shared.full[ring.stage];
@@ -185,6 +219,12 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
       cute::SM90_TMA_LOAD_MULTICAST_2D::copy(rows, barrier, BOTH, KEEP, to + F::WEIGHT_BYTES + own * ROW_BYTES, step * DEPTH,
                                              work.row + own);
     }
+    if (!working || copier > 0) continue;
+    int slot = tiles.turn % TOLD;
+    shared.told[slot].arrive_and_expect_tx(sizeof(int));
+    if (rank > 0) continue;
+    for (int block = 0; block < BLOCKS; ++block)
+      cute::store_shared_remote(next, cute::cast_smem_ptr_to_uint(&shared.tiles[slot]), cute::cast_smem_ptr_to_uint(&shared.told[slot]), block);
   }
 }
 
@@ -303,7 +343,7 @@ __device__ __forceinline__ void finish_anyhow(const MoeyardGemm& a, const Tile& 
 // same; the others move up.
 template <int WIDTH, class Sums>
 __device__ __forceinline__ void finish_tile(const MoeyardGemm& a, const Tile& tile, const Ending& end, const Sums& sums) {
-  constexpr int CHUNK = WIDTH % 64 ? WIDTH : 64;
+  constexpr int CHUNK = WIDTH % 64 == 0 ? 64 : WIDTH % 32 == 0 ? 32 : 16;
   bool fours = in_fours(a);
   float held[WIDTH / 2];
 #pragma unroll
@@ -370,18 +410,26 @@ __device__ __forceinline__ void multiply(Shared<F>& shared, Ring<F::STAGES>& rin
 }
 
 template <class F>
-__device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a, int cluster, int clusters, int rank) {
+__device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a, bool counted, int cluster, int clusters, int rank) {
   int groups = groups_of(a), part = int(threadIdx.x) / GROUP_THREADS - 1;
   Ring<F::STAGES> ring;
-  for (int tile = cluster; tile < shared.schedule.first[groups]; tile += clusters) {
-    Work work = work_of<F>(shared.schedule, groups, tile, rank);
+  for (Tiles tiles{cluster}; tiles.tile < shared.schedule.first[groups]; tiles.advance(shared, counted, clusters)) {
+    Work work = work_of<F>(shared.schedule, groups, tiles.tile, rank);
     Tile place = {a.offsets ? work.group : 0, shared.schedule.start[work.group] + work.row, work.rows};
     int64_t shift = a.offsets ? 0 : work.group * a.out_batch;
+    auto of = [&](auto chunks) {
+      constexpr int CHUNKS = decltype(chunks)::value;
+      if constexpr (CHUNKS <= F::WIDTHS) multiply<F, CHUNKS * F::CHUNK>(shared, ring, a, work, place, shift, part);
+    };
     switch (divide_up(work.rows, F::CHUNK)) {
-      case 1: multiply<F, F::CHUNK>(shared, ring, a, work, place, shift, part); break;
-      case 2: multiply<F, 2 * F::CHUNK>(shared, ring, a, work, place, shift, part); break;
-      case 3: multiply<F, 3 * F::CHUNK>(shared, ring, a, work, place, shift, part); break;
-      default: multiply<F, 4 * F::CHUNK>(shared, ring, a, work, place, shift, part);
+      case 1: of(std::integral_constant<int, 1>{}); break;
+      case 2: of(std::integral_constant<int, 2>{}); break;
+      case 3: of(std::integral_constant<int, 3>{}); break;
+      case 4: of(std::integral_constant<int, 4>{}); break;
+      case 5: of(std::integral_constant<int, 5>{}); break;
+      case 6: of(std::integral_constant<int, 6>{}); break;
+      case 7: of(std::integral_constant<int, 7>{}); break;
+      default: of(std::integral_constant<int, 8>{});
     }
   }
 }
@@ -393,10 +441,10 @@ __device__ __forceinline__ void consume(Shared<F>& shared, const MoeyardGemm& a,
 #define MOEYARD_CLUSTER __cluster_dims__(BLOCKS, 1, 1)
 #endif
 
-// With `maps` null there is one group, and `own` are its maps.
+// With `working` null there is one group, and `own` are its maps.
 template <class F>
 __global__ void MOEYARD_CLUSTER __launch_bounds__(F::THREADS, 1)
-    gemm(const __grid_constant__ MoeyardGemm a, const __grid_constant__ Maps own, const Maps* maps) {
+    gemm(const __grid_constant__ MoeyardGemm a, const __grid_constant__ Maps own, Working* working) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
   // The same distance in both blocks of a cluster.
@@ -409,12 +457,13 @@ __global__ void MOEYARD_CLUSTER __launch_bounds__(F::THREADS, 1)
       shared.full[i].init(1);
       shared.empty[i].init(BLOCKS * F::MULTIPLIERS);
     }
+    for (auto& told : shared.told) told.init(1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   cute::cluster_sync();
   // All above, and what only warms a cache, may run while the kernel before ends; what reads or writes memory may not.
-  if (!maps && threadIdx.x == 0) fetch_ahead<F>(shared, a, own, cluster, rank);
+  if (!working && threadIdx.x == 0) fetch_ahead<F>(shared, a, own, cluster, rank);
   __syncwarp();
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
@@ -422,11 +471,11 @@ __global__ void MOEYARD_CLUSTER __launch_bounds__(F::THREADS, 1)
   constexpr bool SHIFT = F::MULTIPLIERS > 1;
   if (threadIdx.x < GROUP_THREADS) {
     if constexpr (SHIFT) cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x % WARP == 0) produce<F>(shared, a, maps ? maps : &own, maps != nullptr, cluster, clusters, rank);
+    if (threadIdx.x % WARP == 0) produce<F>(shared, a, own, working, cluster, clusters, rank);
     __syncwarp();
   } else {
     if constexpr (SHIFT) cutlass::arch::warpgroup_reg_alloc<232>();
-    consume<F>(shared, a, cluster, clusters, rank);
+    consume<F>(shared, a, working != nullptr, cluster, clusters, rank);
   }
   // The other block may still write here or signal a barrier of this one.
   cute::cluster_sync();
@@ -443,25 +492,29 @@ __device__ __forceinline__ void point(cute::TmaDescriptor& map, const void* data
 }
 #endif
 
-// A warp for each group: the maps that only the offsets tell.
-__global__ void __launch_bounds__(WARP) describe(const __grid_constant__ MoeyardGemm a, const __grid_constant__ Maps pattern,
-                                                 Maps* maps) {
+// A warp for each group: the maps that only the offsets tell, of so many widths of tiles. And no tile has been handed out.
+__global__ void __launch_bounds__(WARP) describe(const __grid_constant__ MoeyardGemm a, const __grid_constant__ Maps pattern, int widths,
+                                                 Working* working) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ Maps made;
-  int group = blockIdx.x;
+  int group = blockIdx.x, lane = threadIdx.x;
+  if (group == 0 && lane == 0) working->handed_out = 0;
   Group rows = group_of(a, group);
   if (rows.rows == 0) return;
-  if (threadIdx.x == 0) {
-    made = pattern;
-    int64_t batch = a.offsets ? 0 : group;
+  int64_t batch = a.offsets ? 0 : group;
+  if (lane < widths) {
+    made.rows[lane] = pattern.rows[lane];
+    const bf16* x = static_cast<const bf16*>(a.x.data) + batch * a.x_batch + int64_t(rows.start) * a.x.stride;
+    point(made.rows[lane], x, a.k, rows.rows, a.x.stride);
+  } else if (lane == widths) {
+    made.weights = pattern.weights;
     const void* weight = a.offsets ? a.weights[group] : a.weight;
     point(made.weights, static_cast<const bf16*>(weight) + batch * a.w_batch, a.k, a.n, a.ldw);
-    const bf16* x = static_cast<const bf16*>(a.x.data) + batch * a.x_batch + int64_t(rows.start) * a.x.stride;
-    for (CUtensorMap& map : made.rows) point(map, x, a.k, rows.rows, a.x.stride);
   }
   __syncwarp();
-  cute::tma_descriptor_cp_fence_release(&maps[group].weights, made.weights);
-  for (int i = 0; i < WIDTHS; ++i) cute::tma_descriptor_cp_fence_release(&maps[group].rows[i], made.rows[i]);
+  Maps& maps = working->maps[group];
+  cute::tma_descriptor_cp_fence_release(&maps.weights, made.weights);
+  for (int i = 0; i < widths; ++i) cute::tma_descriptor_cp_fence_release(&maps.rows[i], made.rows[i]);
 #endif
 }
 
@@ -495,13 +548,13 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
   if (int error = cudaFuncSetAttribute(gemm<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<F>)) return error;
   bool single = !a.offsets && groups == 1;
   // The first group's, or a pattern for those that are made where the offsets are.
-  Maps own;
-  const void* weight = single ? a.weight : args.maps;
+  Maps own{};
+  const void* weight = single ? a.weight : args.working;
   if (int error = make_map(&own.weights, weight, a.k, a.n, a.ldw, F::OUTPUTS)) return error;
-  for (int i = 0; i < WIDTHS; ++i)
+  for (int i = 0; i < F::WIDTHS; ++i)
     if (int error = make_map(&own.rows[i], a.x.data, a.k, a.x.rows, a.x.stride, (i + 1) * F::CHUNK / BLOCKS)) return error;
-  auto* maps = single ? nullptr : static_cast<Maps*>(args.maps);
-  if (!single) describe<<<groups, WARP, 0, stream>>>(a, own, maps);
+  auto* working = single ? nullptr : static_cast<Working*>(args.working);
+  if (!single) describe<<<groups, WARP, 0, stream>>>(a, own, F::WIDTHS, working);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = single;  // else the first thing read is what `describe` wrote
@@ -512,7 +565,7 @@ template <class F> int launch(const MoeyardGroupedGemm& args, cudaStream_t strea
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, gemm<F>, a, own, static_cast<const Maps*>(maps));
+  return cudaLaunchKernelEx(&config, gemm<F>, a, own, working);
 }
 
 }  // namespace moeyard::grouped

@@ -7,8 +7,10 @@ mod kernels {
 
     /// Most groups, slots or batches, of one grouped product.
     pub const MOST_GROUPS: usize = 1024;
-    /// Working memory for each group of a grouped product.
-    pub const BYTES_PER_GROUP: usize = 640;
+    /// Working memory of a product of so many groups.
+    pub const fn working_bytes(groups: usize) -> usize {
+        128 + groups * 1152
+    }
 
     unsafe extern "C" {
         /// Grouped products of bf16 on compute capability 9.0, asynchronously on `stream` (a cudaStream_t). `args` points to a

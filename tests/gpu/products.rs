@@ -276,7 +276,7 @@ fn an_expert_has_the_same_bits_in_every_slot() {
 
 /// Backends on the same GPU with every choice of kernels and tiles, the plainest first.
 fn all_kernels() -> Vec<(ProductKernels, std::sync::Arc<dyn moeyard::backend::Backend>)> {
-    let grouped = [0, 64, 128, 192, 256].map(|rows| ProductKernels::Clusters { rows });
+    let grouped = [0, 32, 96, 160, 256].map(|rows| ProductKernels::Clusters { rows });
     [ProductKernels::Portable, ProductKernels::Best]
         .into_iter()
         .chain(grouped)
@@ -419,4 +419,7 @@ fn kernels_agree_on_many_experts() {
         let counts: Vec<usize> = (0..150).map(|_| numbers.below(most).saturating_sub(most / 5)).collect();
         agree_on_experts(64, 32, &counts, (Activation::SiluMul, false), 1.0);
     }
+    // Of a single step each, and more than a pair of blocks is told of before it must have forgotten the first.
+    let counts: Vec<usize> = (0..400).map(|_| numbers.below(19)).collect();
+    agree_on_experts(64, 384, &counts, (Activation::SiluMul, false), 1.0);
 }

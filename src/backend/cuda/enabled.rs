@@ -41,8 +41,8 @@ pub struct CudaBackend {
     /// Where the rows of the layer at work go.
     plan: Mutex<Buffer>,
     scratch: Mutex<Scratch>,
-    /// Tensor maps of the groups of a product.
-    tensor_maps: Mutex<Buffer>,
+    /// What a product of several groups works with: their tensor maps, a counter of tiles.
+    grouped: Mutex<Buffer>,
     /// Part addresses of the experts of each layer, by the address of its slot table.
     slot_tables: Mutex<HashMap<usize, Resident>>,
     staging: Mutex<Staging>,
@@ -114,7 +114,7 @@ impl CudaBackend {
             side: Mutex::default(),
             plan: Mutex::default(),
             scratch: Mutex::default(),
-            tensor_maps: Mutex::default(),
+            grouped: Mutex::default(),
             slot_tables: Mutex::default(),
             staging,
             residents: Mutex::default(),

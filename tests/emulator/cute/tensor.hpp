@@ -23,6 +23,7 @@ template <class T> struct SharedPointer {
   T* to;
 };
 template <class T> SharedPointer<T> make_smem_ptr(T* to) { return {to}; }
+inline uint32_t cast_smem_ptr_to_uint(const void* p) { return uint32_t(emulated::shared_address(p)); }
 struct SharedMatrix {
   uint32_t address;
 };

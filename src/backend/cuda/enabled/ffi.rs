@@ -226,7 +226,7 @@ pub enum ClusterForm {
 #[derive(Clone, Copy, NoUninit)]
 pub struct GroupedGemm {
     pub product: Gemm,
-    pub maps: usize,
+    pub working: usize,
     pub form: ClusterForm,
     pub reserved: i32,
 }

@@ -275,10 +275,11 @@ impl CudaBackend {
             Tile::Quantized(_) => self.gpu.launch("quantised product", ffi::moeyard_gemm_quantized, &args),
             Tile::Clusters(form, _) => {
                 let groups = args.slots.max(args.batches) as usize;
-                let mut maps = self.tensor_maps.lock_now();
-                let maps = maps.take(&self.gpu, DType::F32, groups, cutlass_sys::BYTES_PER_GROUP / 4)?;
-                let maps = maps.as_view().address();
-                let args = ffi::GroupedGemm { product: args, maps, form, reserved: 0 };
+                let mut working = self.grouped.lock_now();
+                let working =
+                    working.take(&self.gpu, DType::F32, 1, cutlass_sys::working_bytes(groups) / 4)?;
+                let working = working.as_view().address();
+                let args = ffi::GroupedGemm { product: args, working, form, reserved: 0 };
                 self.gpu.launch("grouped product", ffi::moeyard_gemm_grouped, &args)
             }
         }
