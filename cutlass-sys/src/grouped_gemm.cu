@@ -7,7 +7,8 @@
 //
 // The weights are the first operand, so a lane holds outputs n and n + 8 of a row, as in all bf16 kernels of moeyard (finish.cuh);
 // k ascends in steps of 16 as there, so that the bits are the same.
-// All widths of tiles that are a multiple of 32 rows.
+
+// Instructions for every multiple of 32 rows.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include "../../cuda/finish.cuh"
 
@@ -193,7 +194,7 @@ __device__ __forceinline__ void produce(Shared<F>& shared, const MoeyardGemm& a,
   constexpr auto KEEP = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr uint16_t BOTH = (1 << BLOCKS) - 1;
   int groups = groups_of(a), steps = divide_up(a.k, DEPTH), copier = threadIdx.x / WARP;
-  // The next tile is asked for as late as its answer takes.
+  // The next tile is asked for no earlier than its answer takes: pairs that are slower then come later.
   int asks = copier == 0 && rank == 0 && working ? max(steps - 2 * F::STAGES, 0) : -1, next = 0;
   const CUtensorMap* known = nullptr;
   Ring<F::STAGES> ring;
