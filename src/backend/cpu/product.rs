@@ -250,7 +250,8 @@ pub struct Sums {
 
 /// `sums[r][j] = sum_k a[r][k] * panel[k][j]` for `rows` rows and `columns` columns, a multiple of [`Simd::LANES`], block after block of k:
 /// one block stays in the first-level cache while all rows pass over it, and what lies behind it, of this panel or the next, is on its
-/// way meanwhile. One block at least, so that sums over nothing are written too. `ONCE`: what is fetched is not used again for long.
+/// way meanwhile. Rows whose sums all fit into the registers take it as one block. One block at least, so that sums over
+/// nothing are written too. `ONCE`: what is fetched is not used again for long.
 ///
 /// # Safety
 /// Rows of activations and of sums, `stride` elements apart, are as large as said, and nobody else touches them meanwhile.
@@ -262,8 +263,11 @@ pub unsafe fn product<S: Simd, P: Product<S>, const ONCE: bool>(
     (sums, stride): (*mut f32, usize),
 ) {
     let depth = panel.len() / columns;
-    // Of like lengths: a short one would be over before all of the next is fetched.
-    let count = depth.div_ceil(block_k::<P::W>(columns)).max(1);
+    // A tile of all rows and columns meets every weight once. Blocks are of like lengths: a short one would be over before all of the
+    // next is fetched.
+    let single = rows <= const { tallest::<S>() } && fits::<S>(rows, columns / S::LANES);
+    let most = if single { depth } else { block_k::<P::W>(columns) };
+    let count = depth.div_ceil(most.max(1)).max(1);
     let length = depth.div_ceil(count).next_multiple_of(P::STEP);
     let mut k = 0;
     loop {
