@@ -1,8 +1,8 @@
 //! How fast the CUDA backend's operations are against the limits of the card, through the same trait that the engine uses. Prints a
 //! table; does nothing where there is no GPU.
 //!
-//! With the argument `products`, only products, by every kernel there is for them; with `loads`, experts of prompts whose loads differ; with `sampling`, choosing tokens; with `exchanges`, exchanges
-//! between ranks; with `worlds`, layers of several ranks.
+//! With the argument `products`, only products, by every kernel there is for them; with `loads`, experts of prompts whose loads differ; with
+//! `sampling`, choosing tokens; with `exchanges`, exchanges between ranks; with `worlds`, layers of several ranks.
 //!
 //! Times are of a loop of calls with one wait at the end, so launch overhead counts where it is not hidden. Weights are random and
 //! together larger than the second-level cache.

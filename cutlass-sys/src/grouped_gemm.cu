@@ -2,7 +2,7 @@
 // instructions as CuTe atoms. Persistent: one pair of blocks (a cluster) per two multiprocessors walks the tiles of all groups.
 //
 // A pair computes 2 x 128 outputs of up to 256 rows, or 2 x 64 of up to 64. Both blocks need the same rows, so each copies half of them
-// into both. In a block one thread keeps the copies running, one or two warpgroups multiply 64 outputs each. A tile with fewer rows is
+// into both. In a block four threads keep the copies running, one or two warpgroups multiply 64 outputs each. A tile with fewer rows is
 // multiplied in narrower instructions: what a group has beyond its last full tile is not paid for as a full one.
 //
 // The weights are the first operand, so a lane holds outputs n and n + 8 of a row, as in all bf16 kernels of moeyard (finish.cuh);
